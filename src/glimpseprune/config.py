@@ -1,0 +1,258 @@
+"""Configuration: a dataclass schema <- YAML files, left to right <- ``key=value`` overrides, strictly checked.
+
+The only module that knows OmegaConf, which parses, merges, converts and interpolates (``${other.key}``); what a wrong
+input is told, in one line with its full key, is decided here. Below the entry points there are only plain dataclasses.
+Nothing heavy is imported, so a typo is answered before torch has loaded. Left out: config groups and sweeps (a YAML
+file may say ``extends: base.yaml``), objects built from dotted names, and element-wise edits of lists (a list is
+replaced as a whole, a mapping is merged).
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import json
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+__all__ = ["MISSING", "UserError", "entry", "load", "merge_options", "option", "read", "save", "to_yaml"]
+
+T = TypeVar("T")
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that says what was wrong and what would be right."""
+
+
+def option(default: Any = MISSING, help: str = "") -> Any:
+    """A dataclass field with its documentation; a list, a dict or a dataclass as ``default`` is built anew each time.
+
+    A class as default means an instance of it (``option(Trainer)``). ``MISSING`` makes the key mandatory.
+    """
+    metadata = {"help": help}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=metadata)
+    if isinstance(default, (list, dict)) or is_dataclass(default):
+        build = functools.partial(OmegaConf.to_object, OmegaConf.create(default))
+        return field(default_factory=build, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "") -> T:
+    """An instance of ``schema`` from command line arguments: ``a.yaml b.yaml key=value``, later ones win.
+
+    Files come before overrides whatever their order. ``-h`` or ``--help`` prints every key and exits with 0.
+
+    Raises:
+        UserError: unknown key, wrong type, missing mandatory key, absent or malformed file or argument.
+    """
+    if {"-h", "--help"} & set(argv):
+        print(_help(schema, prog, doc))
+        raise SystemExit(0)
+    files = [arg for arg in argv if "=" not in arg]
+    for arg in files:
+        if not arg.endswith((".yaml", ".yml")):
+            raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
+    layers = [(f"{file}: ", _read_yaml(Path(file))) for file in files]
+    layers += [("", _override(schema, arg)) for arg in argv if "=" in arg]
+    return _build(schema, layers)
+
+
+def read(schema: type[T], path: str | Path) -> T:
+    """An instance of ``schema`` from one YAML file; raises as :func:`load` does."""
+    return _build(schema, [(f"{path}: ", _read_yaml(Path(path)))])
+
+
+def merge_options(schema: type[T], options: Mapping[str, Any] | T | None, key: str) -> T:
+    """Free-form ``options`` (as they stand under ``key`` of some config) as an instance of the dataclass ``schema``.
+
+    Raises:
+        UserError: as :func:`load`, with ``key`` before each name, such as ``pruner.options.thresold``.
+    """
+    if isinstance(options, schema):
+        return options
+    if not isinstance(options or {}, Mapping):
+        raise UserError(f"{key}: expected a mapping with the options of {schema.__module__}, got {options!r}")
+    return _build(schema, [("", options or {})], f"{key}.")
+
+
+def to_yaml(cfg: Any) -> str:
+    """A dataclass instance as YAML; ``read(type(cfg), file)`` gives it back."""
+    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+
+
+def save(cfg: Any, path: str | Path) -> None:
+    """Write :func:`to_yaml` to ``path``, whose folder is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(to_yaml(cfg), encoding="utf-8")
+
+
+def entry(schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
+    """Make ``main(cfg)`` an entry point ``main(argv=None)`` that loads its config from the command line.
+
+    The help text opens with the docstring of main's module. A :class:`UserError`, whether from the config or from
+    main, is printed to stderr as ``error: ...`` and the exit code is 2.
+    """
+
+    def decorate(main: Callable[[T], Any]) -> Callable[..., Any]:
+        name = main.__module__.rpartition(".")[2]
+
+        @functools.wraps(main)
+        def run(argv: Sequence[str] | None = None) -> Any:
+            prog = f"python -m src.{name}" if sys.argv[0].endswith(".py") else f"glimpseprune-{name}"
+            doc = inspect.getdoc(inspect.getmodule(main)) or ""
+            try:
+                return main(load(schema, sys.argv[1:] if argv is None else argv, prog=prog, doc=doc))
+            except UserError as error:
+                print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+                raise SystemExit(2) from None
+
+        del run.__wrapped__  # its signature is ours, not that of main
+        return run
+
+    return decorate
+
+
+def _build(schema: type[T], layers: Iterable[tuple[str, Mapping[str, Any]]], prefix: str = "") -> T:
+    """Merge ``layers`` (each with what its errors begin with) over the defaults, and check the whole."""
+    cfg = OmegaConf.structured(schema)
+    for origin, layer in layers:
+        # One leaf at a time, for OmegaConf does not always name the key that failed.
+        for key, kind, value in _leaves(schema, layer, origin, prefix):
+            try:
+                OmegaConf.update(cfg, key.removeprefix(prefix), value, merge=True)
+            except (OmegaConfBaseException, TypeError):
+                raise UserError(f"{origin}{key}: expected {_kind_name(kind)}, got {_show(value)}") from None
+    try:
+        missing = OmegaConf.missing_keys(cfg)
+        for key, kind, _, doc in _keys(schema):
+            if key in missing:
+                doc = doc and f" ({doc})"
+                raise UserError(f"missing mandatory key '{prefix}{key}'{doc}: give {prefix}{key}=<{_kind_name(kind)}>")
+        return OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere, or to a wrong type
+        raise UserError(f"{prefix}{error.full_key}: {str(error).splitlines()[0]}") from None
+
+
+def _leaves(
+    schema: type, layer: Mapping[str, Any], origin: str, prefix: str, root: type | None = None, top: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each (full key, declared type, value) of a nested mapping, sections opened, unknown keys refused."""
+    root = root or schema
+    top = top or prefix
+    hints = get_type_hints(schema)
+    for name, value in layer.items():
+        key = f"{prefix}{name}"
+        if name not in hints:
+            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints))}")
+        section = _section(hints[name])
+        if section and isinstance(value, Mapping):
+            yield key, hints[name], {}  # opens a section that is null by default
+            yield from _leaves(section, value, origin, f"{key}.", root, top)
+        else:
+            yield key, hints[name], value
+
+
+def _keys(schema: type, prefix: str = "", defaults: Mapping | None = None) -> Iterator[tuple[str, Any, Any, str]]:
+    """Each (full key, declared type, default, documentation) of a schema, a section before its keys."""
+    hints = get_type_hints(schema)
+    defaults = defaults or OmegaConf.to_container(OmegaConf.structured(schema))
+    for item in fields(schema):
+        kind, default = hints[item.name], defaults[item.name]
+        yield f"{prefix}{item.name}", kind, default, item.metadata.get("help", "")
+        if section := _section(kind):
+            yield from _keys(section, f"{prefix}{item.name}.", default)
+
+
+def _section(kind: Any) -> type | None:
+    """The dataclass that ``kind`` is or may be (``Judge | None``)."""
+    found = [part for part in (kind, *get_args(kind)) if isinstance(part, type) and is_dataclass(part)]
+    return found[0] if found and get_origin(kind) in (None, Union, types.UnionType) else None
+
+
+def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
+    parent, _, name = key.rpartition(".")
+    everywhere = [f"{top}{known}" for known, *_ in _keys(root)]
+    near = [f"{parent}.{x}" if parent else x for x in difflib.get_close_matches(name, siblings, 1)]
+    near += [known for known in everywhere if known.rpartition(".")[2] == name]
+    near += difflib.get_close_matches(key, everywhere, 1, cutoff=0.8)
+    return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The mapping in a YAML file, merged over the files it extends."""
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself, through {' <- '.join(p.name for p in seen)}")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.load(path))
+    except OSError as error:
+        raise UserError(f"cannot read config file {path}: {error.strerror or error}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}:" if mark else ""
+        raise UserError(f"{path}:{where} not valid YAML: {getattr(error, 'problem', error)}") from None
+    if not isinstance(layer, dict):
+        raise UserError(f"{path}: expected a mapping of keys, got {_show(layer)}")
+    bases = layer.pop("extends", [])
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = OmegaConf.merge(merged, _read_yaml(path.parent / base, (*seen, path.resolve())))
+    return OmegaConf.to_container(OmegaConf.merge(merged, layer))
+
+
+def _override(schema: type, arg: str) -> dict[str, Any]:
+    """``a.b=value`` as a nested mapping. Keys declared as text take the value as it stands, others read it as YAML."""
+    key, text = arg.split("=", 1)
+    kind = {known: kind for known, kind, *_ in _keys(schema)}.get(key)
+    if kind is str or (set(get_args(kind)) == {str, types.NoneType} and text != "null"):
+        value: Any = text
+    else:
+        try:
+            value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+        except yaml.YAMLError:
+            raise UserError(f"{key}: cannot read {text!r} as a YAML value") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
+def _kind_name(kind: Any) -> str:
+    if kind is types.NoneType:
+        return "null"
+    if get_origin(kind) is Literal:
+        return " | ".join(map(repr, get_args(kind)))
+    if get_origin(kind) in (Union, types.UnionType):
+        return " | ".join(map(_kind_name, get_args(kind)))
+    if section := _section(kind):
+        return f"a section with keys {', '.join(item.name for item in fields(section))}"
+    return kind.__name__ if isinstance(kind, type) and not get_args(kind) else str(kind).replace("typing.", "")
+
+
+def _show(value: Any) -> str:
+    """A value in an error message."""
+    return "null" if value is None else repr(value)
+
+
+def _help(schema: type, prog: str, doc: str) -> str:
+    rows = []
+    for key, kind, default, text in _keys(schema):
+        if section := _section(kind):
+            rows.append((f"{key}:", section.__name__, "" if default else "= null", text))
+        elif default == MISSING:
+            rows.append((key, _kind_name(kind), "(mandatory)", text))
+        else:
+            plain = isinstance(default, str) and default
+            rows.append((key, _kind_name(kind), f"= {plain or json.dumps(default)}", text))
+    widths = [min(max(len(row[i]) for row in rows), 40) for i in range(3)]
+    lines = ["  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths)), row[3]]) for row in rows]
+    usage = f"usage: {prog} [config.yaml ...] [key=value ...]"
+    return "\n".join([usage, "", *([doc, ""] if doc else []), "keys:", *(line.rstrip() for line in lines)])

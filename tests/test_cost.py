@@ -1,0 +1,195 @@
+"""Cost: the analytic counts against torch's own counter on tiny random models, and against the published anchor."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+from glimpseprune import cost
+from glimpseprune.cost import SHAPES, Shapes, Stage, Vip
+from glimpseprune.vip import VIP
+
+IMAGE = 90
+
+
+def qwen(depth: int = 3) -> Qwen2_5_VLForConditionalGeneration:
+    """Windows of 2 x 2 tokens, full attention in the second of three vision layers, two query heads per key head."""
+    text = dict(
+        vocab_size=100, bos_token_id=1, eos_token_id=2, hidden_size=32, intermediate_size=48, num_hidden_layers=depth,
+        num_attention_heads=4, num_key_value_heads=2,
+        rope_parameters={"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+    )  # fmt: skip
+    vision = dict(
+        depth=3, hidden_size=24, intermediate_size=40, num_heads=2, patch_size=14, spatial_merge_size=2,
+        temporal_patch_size=2, window_size=56, out_hidden_size=32, fullatt_block_indexes=[1],
+    )  # fmt: skip
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92,
+        vision_end_token_id=93,
+    )  # fmt: skip
+    config._attn_implementation = "eager"
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def llava() -> LlavaForConditionalGeneration:
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+    )
+    text = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE)
+    config._attn_implementation = "eager"
+    return LlavaForConditionalGeneration(config).eval()
+
+
+def count(model: torch.nn.Module, **inputs) -> dict[str, int]:
+    """FLOPs by module name, as torch counts them while the model runs."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs, logits_to_keep=1)
+    return {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+
+
+def test_qwen_against_torch():
+    torch.manual_seed(0)
+    model, grids, text = qwen(), [(3, 5), (4, 2)], 6
+    patches = torch.tensor([[1, 2 * rows, 2 * cols] for rows, cols in grids])
+    visual = sum(rows * cols for rows, cols in grids)
+    ids = torch.tensor([[1] * (text - 1) + [IMAGE] * 15 + [1] + [IMAGE] * 8])
+    counts = count(
+        model,
+        input_ids=ids,
+        mm_token_type_ids=(ids == IMAGE).int(),
+        pixel_values=torch.randn(4 * visual, 3 * 2 * 14 * 14),
+        image_grid_thw=patches,
+    )
+    flops = cost.prefill_flops(Shapes.from_config(model.config), text, grids, [(3, visual)])
+    assert flops.decoder == sum(counts[f"model.language_model.layers.{i}"] for i in range(3))
+    assert flops.tower == counts["model.visual.patch_embed"] + sum(counts[f"model.visual.blocks.{i}"] for i in range(3))
+    assert flops.projector == counts["model.visual.merger"]
+    assert flops.lm_head == counts["lm_head"]
+
+
+def test_llava_against_torch():
+    torch.manual_seed(0)
+    model, grids, text = llava(), [(4, 4), (4, 4)], 6
+    ids = torch.tensor([[1] * text + [IMAGE] * 32])
+    counts = count(model, input_ids=ids, pixel_values=torch.randn(2, 3, 56, 56))
+    flops = cost.prefill_flops(Shapes.from_config(model.config), text, grids, [(3, 32)])
+    assert flops.decoder == sum(counts[f"model.language_model.layers.{i}"] for i in range(3))
+    assert flops.tower == counts["model.vision_tower"]
+    assert flops.projector == counts["model.multi_modal_projector"]
+    assert flops.lm_head == counts["lm_head"]
+
+
+def test_decoding_against_torch():
+    model = qwen()
+    with torch.no_grad():
+        cache = model(input_ids=torch.ones(1, 9, dtype=torch.long)).past_key_values
+    counts = count(model, input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+    shapes = Shapes.from_config(model.config)
+    layers = sum(counts[f"model.language_model.layers.{i}"] for i in range(3))
+    assert cost.decode_flops(shapes, 9) == layers + counts["lm_head"]
+    assert cost.decode_flops(shapes, [(1, 9), (2, 9)]) == cost.decode_flops(shapes, 9)
+    assert cost.layer_flops(shapes.decoder, 1, 9) * 3 == layers
+
+
+def test_vip_linears_against_torch():
+    shapes, vip = Shapes.from_config(qwen().config), Vip(width=8, cond_width=16, blocks=2, probes=3)
+    model = VIP(3 * 4, 24, 2, width=8, cond_width=16, num_heads=2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.randn(15, 12), [torch.randn(15, 24)] * 2, [(3, 5)])
+    counts = counter.get_flop_counts()["Global"]
+    linear = counts[torch.ops.aten.addmm] + counts[torch.ops.aten.mm]
+    attention = vip.blocks * 2 * 15**2 * (8 + 24)  # scores as wide as queries, a weighted sum as wide as values
+    assert cost._vip_flops(vip, shapes, [(3, 5)]) == linear + attention
+
+
+def test_vip_attends_within_an_image_and_within_windows():
+    shapes = SHAPES["qwen2.5-vl-7b"]
+    one, two = (cost._vip_flops(Vip(), shapes, grids) for grids in ([(8, 10)], [(8, 5), (8, 5)]))
+    assert one - two == 4 * 2 * (256 + 768) * (80**2 - 2 * 40**2)
+    windowed = cost._vip_flops(Vip(window=True), shapes, [(8, 10)])  # of 4 x 4, the last column 4 x 2
+    assert one - windowed == 4 * 2 * (256 + 768) * (80**2 - 4 * 16**2 - 2 * 8**2)
+
+
+def test_published_anchor():
+    """7B, 5,074-token prompt, 203 tokens left in the cache, pruning after layer 18: 76.6 -> 53.1 TFLOPs, .691."""
+    shapes, text, grids = SHAPES["qwen2.5-vl-7b"], 74, [(50, 100)]
+    full = cost.prefill_flops(shapes, text, grids, cost.stages(28, 5000))
+    assert full.decoder / 1e12 == pytest.approx(76.6, abs=0.1)
+    for kept in (203 - text, 203):  # whether the published count of tokens includes the text is not said
+        pruned = cost.prefill_flops(shapes, text, grids, cost.stages(28, 5000, [(19, kept)]), Vip())
+        assert pruned.prunable / 1e12 == pytest.approx(53.1, abs=0.4)
+        assert pruned.prunable / full.prunable == pytest.approx(0.69, abs=0.01)
+        assert pruned.tower == full.tower and pruned.lm_head == full.lm_head
+        assert pruned.total / full.total > pruned.prunable / full.prunable
+    assert pruned.glimpse == 19 * cost.layer_flops(shapes.decoder, 1, 5074)
+
+
+def test_causal_half():
+    decoder = SHAPES["qwen2.5-vl-7b"].decoder
+    whole, half = cost.layer_flops(decoder, 100), cost.layer_flops(decoder, 100, causal=True)
+    assert whole - half == 4 * 3584 * (100**2 - 100 * 101 // 2)
+    tail = cost.layer_flops(decoder, 40, 60, causal=True)  # prefill in two pieces is the same prefill
+    assert cost.layer_flops(decoder, 60, causal=True) + tail == half
+
+
+def test_schedules():
+    assert cost.stages(32, 576) == [(32, 576)]
+    assert cost.stages(32, 576, [(0, 64)]) == [(0, 576), (32, 64)]
+    pyramid = cost.stages(32, 576, [(8, 288), (16, 144), (24, 72)])
+    assert pyramid == [(8, 576), (8, 288), (8, 144), (8, 72)]
+    assert cost.mean_visual_tokens(pyramid) == pytest.approx(0.46875 * 576)  # the mean retention PyramidDrop states
+    shapes = SHAPES["llava-1.5-7b"]
+    flops = cost.prefill_flops(shapes, 50, [(24, 24)], pyramid)
+    assert flops.decoder == 8 * sum(cost.layer_flops(shapes.decoder, 50 + n) for n in (576, 288, 144, 72))
+    with pytest.raises(ValueError, match="does not add up to 32 layers"):
+        cost.prefill_flops(shapes, 50, [(24, 24)], [(8, 576)])
+
+
+def test_account():
+    shapes, grids = SHAPES["qwen2.5-vl-7b"], [(10, 20), (5, 4)]
+    none = cost.account(shapes, 30, grids, cost.stages(28, 220))
+    assert (none.kept, none.mean_tokens, none.ratio, none.decoder_ratio) == (220, 220, 1, 1)
+    assert none.kv_bytes == 28 * 250 * 2 * 4 * 128 * 2
+    schedule: list[Stage] = cost.stages(28, 220, [(7, 20)])
+    glimpse = cost.account(shapes, 30, grids, schedule, Vip())
+    assert (glimpse.kept, glimpse.mean_tokens, glimpse.kv_bytes) == (20, 70, none.kv_bytes // 5)
+    assert glimpse.ratio == glimpse.flops / none.flops and glimpse.decoder_ratio < glimpse.ratio < 1
+    fastv = cost.account(shapes, 30, grids, schedule, extra=1e9, prune_cache=False)
+    assert fastv.kv_bytes == (7 * 250 + 21 * 50) * 2 * 4 * 128 * 2
+    assert fastv.flops == cost.prefill_flops(shapes, 30, grids, schedule).total + 1e9
+    assert glimpse.flops > fastv.flops - 1e9  # the glimpse and VIP are paid for
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("qwen2.5-vl-7b", 6.53), ("qwen2.5-vl-3b", 2.77), ("llava-1.5-7b", 6.48), ("llava-1.5-13b", 12.69)],
+)
+def test_named_shapes_have_the_published_sizes(name, billions):
+    """Parameters of the decoder layers: two FLOPs each for one token, but for the one pair that it attends to."""
+    decoder = SHAPES[name].decoder
+    flops = cost.layer_flops(decoder, 1) - 4 * decoder.heads * decoder.head_width
+    assert decoder.layers * flops / 2e9 == pytest.approx(billions, abs=0.005)
+
+
+def test_measure():
+    with cost.measure() as measured:
+        torch.ones(200, 200) @ torch.ones(200, 200)
+    assert 0 < measured.seconds < 60 and measured.peak_bytes is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_measure_on_a_gpu():
+    with cost.measure("cuda") as measured:
+        torch.ones(1 << 20, device="cuda")
+    assert measured.peak_bytes >= 4 << 20

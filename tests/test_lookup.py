@@ -1,0 +1,59 @@
+"""Lookup: folders and modules as registries, on a package made for the test."""
+
+import sys
+
+import pytest
+
+from glimpseprune import lookup
+from glimpseprune.config import UserError
+
+FUNCTIONS = """
+from os.path import join
+
+def metric(prediction, answers): return 1.0
+def summary(predictions): return {}
+def _hidden(prediction): return 0.0
+constant = 3
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    folder = tmp_path / "zoo_of_lookup"
+    folder.mkdir()
+    for name, text in {
+        "__init__": "", "cat": "name = 'cat'", "dog": "raise RuntimeError('not to be imported')", "_private": "",
+        "functions": FUNCTIONS, "broken": "import no_such_module_here",
+    }.items():  # fmt: skip
+        (folder / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield folder.name
+    for name in [name for name in sys.modules if name.split(".")[0] == folder.name]:
+        del sys.modules[name]
+
+
+def test_names_and_find(package):
+    assert lookup.names(package) == ["broken", "cat", "dog", "functions"]
+    assert lookup.find(package, "cat").name == "cat"
+
+
+def test_unknown_name_lists_the_choices(package):
+    with pytest.raises(UserError, match=r"^no 'cta' in zoo_of_lookup: did you mean 'cat'\? choices are broken, cat"):
+        lookup.find(package, "cta")
+    with pytest.raises(UserError, match="^no '_private' in"):
+        lookup.find(package, "_private")
+    with pytest.raises(UserError, match="^no 'zzz' in zoo_of_lookup: choices are"):
+        lookup.find(package, "zzz")
+
+
+def test_an_error_inside_a_module_is_not_hidden(package):
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
+        lookup.find(package, "broken")
+
+
+def test_functions(package):
+    module = f"{package}.functions"
+    assert list(lookup.functions(module, "prediction")) == ["metric"]
+    assert lookup.function(module, "metric", "prediction")("a", []) == 1.0
+    with pytest.raises(UserError, match="did you mean 'metric'"):
+        lookup.function(module, "metrik", "prediction")
