@@ -1,0 +1,157 @@
+"""Probed attention: see post-RoPE q and k of any layer, and weigh keys by a gate, on any attention backend.
+
+transformers looks attention up by name and decoder layers pass extra keyword arguments through to it. So a wrapper
+per backend is registered as ``probed_<backend>``, attention and mask alike; a call without ``probe`` and ``gate`` is
+the backend's own. No hooks, no state on modules. Gated calls always run on SDPA, whose masks can express them, and
+never hold an attention matrix of their own. Left out: sliding windows (no supported checkpoint uses them; backbones
+refuse them) and flex attention (no backward on the CPU).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+_PREFIX = "probed_"
+
+Probe = Callable[[int, Tensor, Tensor, float], None]
+"""Called with layer index, query [B, H, Q, d] and key [B, H_kv, S, d], both after RoPE, and the scale of q . k."""
+
+
+@dataclass
+class Gate:
+    """How far each key may be seen (method.md §5); needs no gradient at inference.
+
+    ``stc``: forward is exact hard pruning (weight > 0.5); backward is d out / d weight_j = a_full_j (v_j - out), the
+    true derivative of renormalised attention times Z_kept / Z_full <= 1, hence bounded.
+    ``value``: out = sum_j a_full_j weight_j v_j: probabilities are scaled and not renormalised.
+    """
+
+    weight: Tensor  # [B, S] in [0, 1]; text columns weigh 1, columns beyond S (appended tokens) too
+    estimator: str = "stc"
+
+
+def instrument(text_model: nn.Module) -> str:
+    """Switch a text model to the probed variant of the backend it was loaded with; returns the backend's name."""
+    name = text_model.config._attn_implementation.removeprefix(_PREFIX)
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention backend '{name}' is not one of {', '.join(IMPLEMENTATIONS)}")
+    text_model.config._attn_implementation = _PREFIX + name
+    return name
+
+
+def mask(implementation: str, columns: Tensor, queries: int, dtype: torch.dtype) -> Tensor | None:
+    """The causal mask for the last ``queries`` of ``columns`` [B, S] bool (False is padding), in a backend's own form.
+
+    Every query sees itself, padding too, so that no row of a softmax is empty. None where the backend needs no mask.
+    sdpa: bool [B, 1, Q, S]; eager: the same, additive in ``dtype``; flash_attention_2: ``columns`` itself.
+    """
+    full = bool(columns.all())
+    if implementation == "flash_attention_2":
+        return None if full else columns
+    size = columns.shape[1]
+    if full and implementation == "sdpa" and queries in (1, size):
+        return None
+    index = torch.arange(size, device=columns.device)  # [S]
+    own = index[size - queries :, None]  # [Q, 1]
+    visible = ((index <= own) & columns[:, None] | (index == own))[:, None]  # [B, 1, Q, S]
+    if implementation == "sdpa":
+        return visible
+    return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+
+
+def logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Raw q . k, scaled, in float32 even under autocast: query [B, H, Q, d], key [B, H_kv, S, d] -> [B, H, Q, S]."""
+    with torch.autocast(query.device.type, enabled=False):
+        groups = query.float().unflatten(1, (key.shape[1], -1))  # [B, H_kv, H / H_kv, Q, d]
+        return (groups @ key.float()[:, :, None].transpose(-1, -2)).flatten(1, 2) * scaling  # [B, H, Q, S]
+
+
+def gated(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, gate: Gate, scaling: float) -> Tensor:
+    """Attention whose keys are weighed by ``gate``; ``visible`` is :func:`mask`'s bool form. Returns [B, H, Q, d]."""
+    heads, queries, size = query.shape[1], query.shape[2], key.shape[2]
+    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))  # [B, H, S, d]
+    weight = F.pad(gate.weight, (0, size - gate.weight.shape[1]), value=1.0)[:, None, :, None]  # [B, 1, S, 1]
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
+        causal = visible is None and queries > 1
+        return F.scaled_dot_product_attention(query, key, value, visible, scale=scaling, is_causal=causal)
+
+    if gate.estimator == "value":
+        return attend(query, key, value * weight.to(value.dtype), visible)
+    if gate.estimator != "stc":
+        raise ValueError(f"unknown gate estimator '{gate.estimator}': choices are stc, value")
+
+    index = torch.arange(size, device=query.device)
+    own = index == index[size - queries :, None]  # [Q, S]
+    kept = (weight > 0.5).transpose(-1, -2)  # [B, 1, 1, S]
+    allowed = index <= index[size - queries :, None] if visible is None else visible
+    hard = attend(query, key, value, allowed & kept | own)  # [B, H, Q, d]
+    if not (torch.is_grad_enabled() and weight.requires_grad):
+        return hard
+    # One more SDPA yields sum_j a_j w_j v_j and sum_j a_j w_j at once: w rides along as an extra value channel. Zero
+    # channels keep q . k as it was and the widths equal and aligned, which is what fused kernels ask for.
+    query, key, value = (F.pad(x.detach(), (0, 8)) for x in (query, key, value))
+    carrier = torch.zeros_like(value[:, :, :1])
+    carrier[..., -1] = 1.0
+    width = hard.shape[-1]
+    soft = attend(query, key, (value + carrier) * weight.to(value.dtype), visible)
+    soft = soft - soft.detach()  # zero in the forward
+    return hard + soft[..., :width] - hard.detach() * soft[..., -1:]
+
+
+def _probed(name: str) -> Callable:
+    def forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        probe: Probe | None = None,
+        gate: Gate | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        if probe is not None:
+            probe(module.layer_idx, query, key, kwargs["scaling"])
+        if gate is not None:
+            return gated(query, key, value, attention_mask, gate, kwargs["scaling"]).transpose(1, 2).contiguous(), None
+        return _backend(name, module)(module, query, key, value, attention_mask, **kwargs)
+
+    return forward
+
+
+def _backend(name: str, module: nn.Module) -> Callable:
+    if name == "eager":  # each model file has its own, and hands it to the registry as the default
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return _flash if name == "flash_attention_2" else ALL_ATTENTION_FUNCTIONS[name]
+
+
+def _flash(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+) -> tuple[Tensor, None]:
+    # transformers' own wrapper would look for a kernel under the name of *our* backend. RoPE leaves q and k in float32
+    # under autocast; the kernel takes half precision only.
+    output = _flash_attention_forward(
+        *(x.transpose(1, 2).to(value.dtype) for x in (query, key, value)),
+        attention_mask,
+        query_length=query.shape[2],
+        is_causal=True,
+        dropout=kwargs.get("dropout", 0.0),
+        softmax_scale=kwargs["scaling"],
+        attn_implementation="flash_attention_2",
+    )
+    return output, None
+
+
+for _name in IMPLEMENTATIONS:
+    ALL_ATTENTION_FUNCTIONS.register(_PREFIX + _name, _probed(_name))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_PREFIX + _name, ALL_MASK_ATTENTION_FUNCTIONS[_name])

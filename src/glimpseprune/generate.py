@@ -1,0 +1,138 @@
+"""Decoding from a pruned cache, with all that transformers' ``generate`` offers for greedy decoding and sampling.
+
+The prompt is prefilled and pruned here; configuration, logits processors and stopping criteria are prepared by the
+model's own ``generate``, which then calls our loop (its public hook ``custom_generate``). Every row decodes at its own
+position. Left out: beam search and assisted decoding, which would have to reorder or roll back the pruned cache.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers.generation import GenerationMode
+
+from .backbones import LVLM
+from .config import UserError
+from .decoder import append, branch, prefill, rows, run_layers
+from .types import Encoded, Prefill, Rollout
+
+
+@torch.no_grad()
+def generate(
+    backbone: LVLM,
+    pruner: nn.Module,
+    prompt: Mapping[str, Tensor],
+    *,
+    targets: list[Tensor] | None = None,
+    generation_config: GenerationConfig | None = None,
+    **kwargs: Any,
+) -> Rollout:
+    """Answer a batch of prompts on their pruned caches.
+
+    Args:
+        prompt: what ``backbone.prepare`` or the processor returns.
+        targets: box targets per row, for pruners that want them.
+        generation_config, kwargs: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``,
+            ``temperature``, ``num_return_sequences`` (they share one prefill), ``stop_strings`` (with ``tokenizer``,
+            default: the processor's), ``streamer``, ``logits_processor``, ``stopping_criteria``, ``output_logits``,
+            ``output_scores`` ...
+
+    Returns:
+        A rollout, rows of one prompt next to each other; ``extra`` holds ``logits`` and ``scores`` [B, T, vocabulary]
+        if asked for. Rows that have ended are padded on the right.
+
+    Raises:
+        UserError: as ``backbone.encode`` and the pruner; or a decoding mode other than greedy and sampling.
+    """
+    encoded = backbone.encode(prompt, pruner.vision_layers, targets)
+    return continue_from(backbone, encoded, prefill(backbone, encoded, pruner), generation_config, **kwargs)
+
+
+@torch.no_grad()
+def continue_from(
+    backbone: LVLM,
+    encoded: Encoded,
+    state: Prefill,
+    generation_config: GenerationConfig | None = None,
+    **kwargs: Any,
+) -> Rollout:
+    """:func:`generate` for a prompt that has been prefilled; ``state``'s cache is left as it is."""
+    kwargs, streamer = dict(kwargs), kwargs.get("streamer")
+    tokenizer = kwargs.pop("tokenizer", None) or getattr(backbone.processor, "tokenizer", None)
+    strings = kwargs.pop("stop_strings", None) or getattr(generation_config, "stop_strings", None)
+    if strings:
+        # transformers loses the tokenizer on its way to a custom loop, so these criteria are made here.
+        if tokenizer is None:
+            raise UserError("stop_strings needs a tokenizer: pass tokenizer=, or a backbone with a processor")
+        criteria = StoppingCriteriaList(kwargs.get("stopping_criteria") or ())
+        kwargs["stopping_criteria"] = criteria + [StopStringCriteria(tokenizer, strings)]
+        if generation_config is not None:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.stop_strings = None
+    extra: dict[str, list[Tensor]] = {}
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **_) -> tuple[Prefill, Tensor]:
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise UserError(f"{mode.value} is not supported on a pruned cache: use greedy decoding or sampling")
+        eos, pad = generation_config.eos_token_id, generation_config.pad_token_id
+        if pad is None and eos is not None:
+            pad = eos if isinstance(eos, int) else eos[0]
+        # Rows of one prompt are neighbours, as transformers expands them.
+        index = torch.arange(len(input_ids), device=backbone.device) // (len(input_ids) // len(state.mask))
+        first = state if len(index) == len(state.mask) else rows(state, index)
+        running = torch.ones(len(index), dtype=torch.bool, device=backbone.device)
+        current, size = branch(first), input_ids.shape[1]
+        while True:
+            logits = backbone.logits(current.hidden[:, -1]).float()  # [B, vocabulary]
+            scores = logits_processor(input_ids, logits)
+            for name, value in (("logits", logits), ("scores", scores)):
+                if getattr(generation_config, f"output_{name}"):
+                    extra.setdefault(name, []).append(value)
+            if generation_config.do_sample:
+                tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]  # [B]
+            else:
+                tokens = scores.argmax(-1)
+            if pad is not None:
+                tokens = tokens.masked_fill(~running, pad)
+            input_ids = torch.cat([input_ids, tokens[:, None]], 1)
+            if streamer is not None:
+                streamer.put(tokens.cpu())
+            running = running & ~stopping_criteria(input_ids, None)
+            if not running.any():
+                break
+            current = run_layers(backbone, append(current, backbone.embed(tokens[:, None])), backbone.num_layers)
+        if streamer is not None:
+            streamer.end()
+        return first, input_ids[:, size:]
+
+    mask = encoded.mask.long()
+    first, tokens = backbone.model.generate(
+        encoded.input_ids,
+        attention_mask=mask,
+        position_ids=mask.cumsum(1),  # of no use to our loop; keeps the model from deriving its own
+        generation_config=generation_config,
+        custom_generate=loop,
+        **kwargs,
+    )
+    times = len(tokens) // len(mask)
+    return Rollout(
+        tokens=tokens,
+        keep=[row for row in kept(encoded, state) for _ in range(times)],
+        grids=[row for row in encoded.grids for _ in range(times)],
+        prefill=state if times == 1 else first,
+        extra={name: torch.stack(values, 1) for name, values in extra.items()},
+    )
+
+
+def kept(encoded: Encoded, state: Prefill) -> list[Tensor]:
+    """Per row bool [V]: the visual tokens of the prompt that are left in ``state``."""
+    columns = torch.zeros_like(encoded.visual)
+    row, column = state.visual.nonzero(as_tuple=True)
+    columns[row, state.source[row, column]] = True
+    return [columns[row][visual] for row, visual in enumerate(encoded.visual)]

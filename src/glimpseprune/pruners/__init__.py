@@ -1,0 +1,30 @@
+"""Pruning methods: one file each, which defines ``Options`` (a dataclass) and ``Pruner`` (an ``nn.Module``).
+
+``Pruner(backbone, options)`` has ``layers``, ``vision_layers``, ``renumber``, ``prune_cache`` and ``keep(view)``, see
+:class:`glimpseprune.decoder.Pruner`. A new file is found by its name; nothing is registered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from ..backbones import LVLM
+from ..config import merge_options
+from ..lookup import find
+
+
+def build(name: str, options: Mapping[str, Any] | Any, backbone: LVLM) -> nn.Module:
+    """The pruner ``name`` for ``backbone``; ``options`` are merged strictly into its ``Options``.
+
+    Raises:
+        UserError: unknown name or option, or options that do not fit the backbone.
+    """
+    return find(__name__, name).Pruner(backbone, options_of(name, options))
+
+
+def options_of(name: str, options: Mapping[str, Any] | Any) -> Any:
+    """The checked ``Options`` of the pruner ``name``, without a backbone; raises as :func:`build`."""
+    return merge_options(find(__name__, name).Options, options, "pruner.options")

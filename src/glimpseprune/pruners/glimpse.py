@@ -1,0 +1,250 @@
+"""GlimpsePrune: one learned glimpse token looks at the frozen prompt, a predictor turns its gaze into a keep mask.
+
+method.md §1.2 to §1.5, checked against HVision-NKU/GlimpsePrune@091a3d5. The glimpse is exactly one decode step on a
+fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Left out of the published code:
+several glimpse tokens, glimpse embeddings for some layers only, and its alternative predictors (no published
+checkpoint uses them; importing one says so).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import attention
+from ..backbones import LVLM
+from ..config import UserError, option
+from ..decoder import View, append, branch, run_layers
+from ..vip import VIP
+from ._rows import at_columns, prune_depth, require_minimum
+
+PROBES = ("logits", "log_softmax")
+PUBLISHED = {
+    "reduce_layer": "prune_layer",
+    "selected_layers": "probe_layers",
+    "selected_visual_layers": "vision_layers",
+    "reduce_threshold": "threshold",
+    "max_remain_ratio": "max_keep",
+    "min_remain_num": "min_keep",
+    "attn_fuse_size": "width",
+    "visual_cond_size": "cond_width",
+    "attn_fuse_num_heads": "num_heads",
+    "le_dropout_prob": "dropout",
+    "use_attention_logits": "probe",
+    "attn_fuse_global": "window",
+    "deep_supervision": "deep_supervision",
+}
+"""Keys of a published config.json -> our options (``probe`` is a choice and ``window`` the opposite)."""
+
+
+@dataclass
+class Options:
+    prune_layer: int = option(0, "prune after this decoder layer, 0-based; beyond the last: after it")
+    probe_layers: tuple[int, ...] = option((0,), "decoder layers whose glimpse logits are seen, <= prune_layer")
+    vision_layers: tuple[int, ...] = option((0,), "vision-tower layers that condition the predictor, one per block")
+    threshold: float = option(0.5, "keep a token if its probability is above this")
+    max_keep: float | None = option(None, "keep at most this fraction of the visual tokens")
+    min_keep: int = option(1, "keep at least so many visual tokens; wins over max_keep")
+    width: int = option(256, "width F of the predictor")
+    cond_width: int = option(512, "width of the condition inside the predictor")
+    num_heads: int = option(4, "heads of the predictor")
+    dropout: float = option(0.1, "dropout on the glimpse vectors in training")
+    probe: str = option("logits", "what the predictor sees of a row of attention: logits (raw) or log_softmax")
+    window: bool = option(False, "the predictor attends within the vision tower's windows, not whole images")
+    deep_supervision: bool = option(False, "every block of the predictor has an output and a loss")
+    logit_cap: float | None = option(None, "l -> cap tanh(l / cap), so that dropped tokens can come back")
+    init_bias: float = option(0.0, "initial bias of the keep logits")
+
+
+class Glimpse(nn.Module):
+    """The glimpse's vectors e_i = norm(W E_i + b), one per decoder layer."""
+
+    def __init__(self, layers: int, width: int, eps: float, dropout: float) -> None:
+        super().__init__()
+        self.embeddings = nn.Parameter(torch.randn(layers, 1, width) * 0.02)
+        self.proj = nn.Linear(width, width)
+        self.norm = nn.RMSNorm(width, eps=eps)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self) -> Tensor:
+        return self.dropout(self.norm(self.proj(self.embeddings).to(self.embeddings.dtype)))  # [L, 1, D]
+
+
+class Pruner(nn.Module):
+    renumber, prune_cache = False, True
+
+    def __init__(self, backbone: LVLM, options: Options) -> None:
+        super().__init__()
+        self.options = options
+        self.layers = prune_depth(options.prune_layer, backbone.num_layers)
+        self.probe_layers = tuple(options.probe_layers)
+        self.vision_layers = tuple(options.vision_layers)
+        self.window = backbone.window if options.window else None
+        _check(options, backbone)
+        self.glimpse = Glimpse(backbone.num_layers, backbone.hidden_size, backbone.norm_eps, options.dropout)
+        try:
+            self.vip = VIP(
+                len(self.probe_layers) * backbone.num_heads,
+                backbone.vision_width,
+                len(self.vision_layers),
+                width=options.width,
+                cond_width=options.cond_width,
+                num_heads=options.num_heads,
+                deep_supervision=options.deep_supervision,
+                init_bias=options.init_bias,
+            )
+        except ValueError as error:
+            raise UserError(f"pruner.options: {error}") from error
+
+    def keep(self, view: View) -> Tensor:
+        options = self.options
+        decided = decide(self.logits(view), view.encoded.counts, options.threshold, options.max_keep, options.min_keep)
+        return at_columns(view, decided)
+
+    def logits(self, view: View) -> Tensor:
+        """Keep logits [N]; sigmoid of them is the probability to keep. Gradients reach ``glimpse`` and ``vip``."""
+        return self.all_logits(view)[-1]
+
+    def all_logits(self, view: View) -> Tensor:
+        """Keep logits of every output of the predictor, the deciding one last: [1, N], or [blocks, N] under deep
+        supervision. ``view.state`` holds the prompt, run at least to the last probe layer."""
+        return self._predict(view, self.probe(view))
+
+    def probe(self, view: View) -> Tensor:
+        """What the glimpse sees of each visual token: [N, probe layers x H], layer-major."""
+        vectors = self.glimpse().to(view.state.hidden.dtype)  # [L, 1, D]
+        return self._run(view, vectors, vectors[0].expand(len(view.state.mask), -1, -1), max(self.probe_layers) + 1)[0]
+
+    def with_answer(self, view: View, answer_ids: Tensor, answer_mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The glimpse and, behind it, the answer, in one pass: what the published recipe's answer loss is taken from.
+
+        The glimpse's own output predicts the first answer token, and the answer sees the glimpse. The prompt below is
+        neither run again nor differentiated: none of its columns sees the glimpse.
+
+        Args:
+            view: a state that holds the whole prompt, unpruned, run through all L layers.
+            answer_ids, answer_mask: [B, T], right-padded.
+
+        Returns:
+            Keep logits as :meth:`all_logits`, and next-token logits [B, T, vocabulary] for ``answer_ids``.
+        """
+        backbone, vectors = view.backbone, self.glimpse().to(view.state.hidden.dtype)  # [L, 1, D]
+        first = vectors[0].expand(len(answer_ids), -1, -1)  # [B, 1, D]
+        embeds = torch.cat([first, backbone.embed(answer_ids)], 1)  # [B, 1 + T, D]
+        mask = torch.cat([torch.ones_like(answer_mask[:, :1]), answer_mask], 1)  # [B, 1 + T]
+        probe, hidden = self._run(view, vectors, embeds, backbone.num_layers, mask)
+        return self._predict(view, probe), backbone.logits(hidden[:, :-1])
+
+    def _run(
+        self, view: View, vectors: Tensor, embeds: Tensor, stop: int, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Append ``embeds``, the glimpse first, on a fork, to depth ``stop``. Its probe and the last hidden states."""
+        size = view.state.mask.shape[1]
+        seen: dict[int, Tensor] = {}
+
+        def see(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+            if layer not in self.probe_layers:
+                return
+            row = attention.logits(query[:, :, :1], key, scaling)[:, :, 0]  # [B, H, S + 1 + T]
+            if self.options.probe == "log_softmax":
+                # As published over the whole key row: an answer behind the glimpse counts in the sum, though the
+                # glimpse does not attend to it.
+                row = row.masked_fill(~state.mask[:, None], torch.finfo(row.dtype).min).log_softmax(-1)
+            seen[layer] = row[..., :size].transpose(1, 2)[view.state.visual]  # [N, H]
+
+        state = append(branch(view.state), embeds, mask)
+        state = run_layers(view.backbone, state, stop, probe=see, inject=vectors)
+        return torch.cat([seen[layer] for layer in self.probe_layers], -1), state.hidden
+
+    def _predict(self, view: View, probe: Tensor) -> Tensor:
+        states = [view.encoded.vision_states[layer] for layer in self.vision_layers]
+        grids = [grid for row in view.encoded.grids for grid in row]
+        logits = self.vip(probe, states, grids, self.window).float()  # [outputs, N]
+        cap = self.options.logit_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def decide(
+    logits: Tensor, counts: Sequence[int], threshold: float = 0.5, max_keep: float | None = None, min_keep: int = 1
+) -> Tensor:
+    """Which visual tokens stay: bool [N] from keep logits [N] of rows with ``counts`` tokens (method.md §1.5).
+
+    A row's tokens are counted over all its images: probability above ``threshold``; if that is more than the fraction
+    ``max_keep``, the top floor(max_keep V); if it is fewer than ``min_keep``, the top ``min_keep``.
+
+    Raises:
+        UserError: ``min_keep`` above the tokens of a row.
+    """
+    kept = []
+    for row in logits.detach().float().split(list(counts)):
+        require_minimum(min_keep, len(row))
+        keep = row.sigmoid() > threshold  # [V]
+        number = int(keep.sum())
+        too_many = max_keep is not None and number / len(row) > max_keep
+        limit = int(max_keep * len(row)) if too_many else number
+        if (wanted := max(limit, min_keep)) != number:
+            keep = torch.zeros_like(keep).index_fill(0, row.topk(wanted).indices, True)
+        kept.append(keep)
+    return torch.cat(kept)
+
+
+def state_from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The content of a published ``new_modules_gp.pt`` under the names of our state dict.
+
+    Raises:
+        UserError: a part is missing.
+    """
+    parts = {"attn_fuser": "vip", "le_proj": "glimpse.proj", "le_norm": "glimpse.norm"}
+    if missing := {*parts, "learnable_embeddings"} - set(state):
+        raise UserError(f"not published weights of GlimpsePrune: no '{sorted(missing)[0]}' in them")
+    renamed = {f"{ours}.{name}": value for part, ours in parts.items() for name, value in state[part].items()}
+    return renamed | {"glimpse.embeddings": state["learnable_embeddings"]}
+
+
+def options_from_published(config: Mapping[str, Any]) -> Options:
+    """Options that reproduce a published checkpoint, from its config.json.
+
+    Raises:
+        UserError: a setting that this implementation does not have, or a key that is missing.
+    """
+    fixed = {
+        "attn_fuse_type": "AttnFuserV1",
+        "attn_fuse_hidden_act": "silu",
+        "le_length": 1,
+        "le_norm_type": "rmsnorm",
+        "le_layers": list(range(config.get("num_hidden_layers", 0))),
+        "ori_attn_supervision": False,
+        "use_ref_masks": False,
+        "use_zero_masks": False,
+    }
+    for key, value in fixed.items():
+        if config.get(key, value) != value:
+            raise UserError(f"published config: {key}={config[key]} is not supported, only {value}")
+    config = {"attn_fuse_global": True, **config}  # LLaVA's tower has no windows, and its configs not this key
+    if missing := [key for key in PUBLISHED if key not in config]:
+        raise UserError(f"not a published config of GlimpsePrune: it has no {', '.join(missing)}")
+    options = {ours: config[theirs] for theirs, ours in PUBLISHED.items()}
+    options["window"] = not options["window"]
+    options["probe"] = "logits" if options["probe"] else "log_softmax"
+    options |= {key: tuple(options[key]) for key in ("probe_layers", "vision_layers")}
+    return Options(**options)
+
+
+def _check(options: Options, backbone: LVLM) -> None:
+    """Raise UserError where the options do not fit together or not the backbone."""
+    where = "pruner.options."
+    if not options.probe_layers or not options.vision_layers:
+        raise UserError(f"{where}probe_layers and {where}vision_layers need at least one layer each")
+    last = min(options.prune_layer, backbone.num_layers - 1)
+    if wrong := [layer for layer in options.probe_layers if not 0 <= layer <= last]:
+        raise UserError(f"{where}probe_layers={wrong}: the glimpse runs through layers 0 to {last} (prune_layer)")
+    if options.probe not in PROBES:
+        raise UserError(f"{where}probe='{options.probe}': choices are {', '.join(PROBES)}")
+    if options.window and backbone.window is None:
+        raise UserError(f"{where}window=true: this backbone's vision tower has no windows")
+    if options.max_keep is not None and not 0 <= options.max_keep <= 1:
+        raise UserError(f"{where}max_keep={options.max_keep}: give a fraction from 0 to 1, or null")
