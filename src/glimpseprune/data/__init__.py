@@ -1,0 +1,2 @@
+"""Data: raw datasets become Samples (sources/), Samples become tar shards and back (shards.py), a batch of Samples
+becomes Inputs (collate.py), and a folder of shards becomes an exactly resumable stream of batches (module.py)."""

@@ -1,0 +1,103 @@
+"""From Samples to Inputs: a left-padded prompt, the answer to learn, and the visual tokens under the evidence boxes.
+
+The box rule is that of the published recipe (evaluation.md; HVision-NKU/GlimpsePrune@091a3d5): boxes normalised by the
+size of the original image, every cell they touch is a target. Left out: what an image processor crops away. It assumes
+that the grid covers the whole image, which a centre crop (LLaVA-1.5's, of images that are not square) does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from glimpseprune.config import UserError
+from glimpseprune.types import Box, Grid, Inputs, Sample
+
+if TYPE_CHECKING:
+    Backbone = Any  # a module's class of that name under backbones/; only prepare, grids and processor are used here
+
+
+class Collator:
+    """list[Sample] -> Inputs, for one backbone. Runs no model, so it may live in a data worker.
+
+    Args:
+        backbone: gives ``prepare``, ``grids`` and ``processor.tokenizer``.
+        max_answer: at most this many answer tokens, end of turn included; a longer answer is cut and does not end.
+        system: system prompt; None is the backbone's default.
+        dilate: grow each box by this many visual tokens on every side.
+
+    Raises:
+        UserError: a sample without an image, or whose text and images disagree on the number of image tokens; the
+            sample is named by its key.
+    """
+
+    def __init__(
+        self, backbone: Backbone, *, max_answer: int | None = None, system: str | None = None, dilate: int = 0
+    ) -> None:
+        self.backbone, self.max_answer, self.system, self.dilate = backbone, max_answer, system, dilate
+        tokenizer = backbone.processor.tokenizer
+        if tokenizer.eos_token_id is None:
+            raise UserError("the backbone's tokenizer has no eos token, so an answer cannot end its turn")
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def __call__(self, samples: Sequence[Sample]) -> Inputs:
+        samples = list(samples)
+        for sample in samples:
+            if not sample.images:
+                raise UserError(f"sample {sample.key!r}: a prompt without an image; every question needs at least one")
+        try:
+            questions, images = [sample.question for sample in samples], [sample.images for sample in samples]
+            prompt = dict(self.backbone.prepare(questions, images, self.system))
+            grids = self.backbone.grids(prompt)
+        except (ValueError, IndexError) as error:  # what processors raise; UserError is a ValueError
+            if len(samples) == 1:
+                raise UserError(f"sample {samples[0].key!r}: {error}") from error
+            for sample in samples:  # alone, the culprit names itself
+                self([sample])
+            raise
+        answers = [self.answer_ids(sample.answers[0]) for sample in samples]
+        lengths = torch.tensor([len(answer) for answer in answers])
+        answer_ids = pad_sequence(answers, batch_first=True, padding_value=self.pad)  # [B, T]
+        return Inputs(
+            prompt=prompt,
+            samples=samples,
+            answer_ids=answer_ids,
+            answer_mask=torch.arange(answer_ids.shape[1]) < lengths[:, None],  # [B, T]
+            targets=[sample_targets(sample, of_row, self.dilate) for sample, of_row in zip(samples, grids)],
+        )
+
+    def answer_ids(self, answer: str) -> Tensor:
+        """[T] tokens of an answer and the end of turn."""
+        ids = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.end]
+        return torch.tensor(ids[: self.max_answer], dtype=torch.long)
+
+
+def sample_targets(sample: Sample, grids: Sequence[Grid], dilate: int = 0) -> Tensor:
+    """bool [V] over all images of a sample: under a box. All True where the source has no boxes."""
+    if sample.boxes is None:
+        return torch.ones(sum(rows * cols for rows, cols in grids), dtype=torch.bool)
+    parts = zip(sample.boxes, sample.images, grids, strict=True)
+    return torch.cat([box_targets(boxes, image.size, grid, dilate) for boxes, image, grid in parts])
+
+
+def box_targets(boxes: Iterable[Box], size: tuple[int, int], grid: Grid, dilate: int = 0) -> Tensor:
+    """bool [rows * cols] in raster order: cells int(x0 cols) .. min(int(x1 cols), cols - 1), both included, and the
+    same for y, with the box divided by ``size`` = (width, height) of the original image (evaluation.md)."""
+    (width, height), (rows, cols) = size, grid
+    target = torch.zeros(rows, cols, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes:
+        top, bottom = _cells(y0, y1, height, rows, dilate)
+        left, right = _cells(x0, x1, width, cols, dilate)
+        target[top : bottom + 1, left : right + 1] = True
+    return target.flatten()
+
+
+def _cells(low: float, high: float, length: int, cells: int, dilate: int) -> tuple[int, int]:
+    """First and last cell of an interval. One that lies on the far edge belongs to the last cell."""
+    first, last = (min(int(edge / length * cells), cells - 1) for edge in (low, high))
+    return max(first - dilate, 0), min(last + dilate, cells - 1)

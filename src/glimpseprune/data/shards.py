@@ -1,0 +1,430 @@
+"""Shards: Samples written as WebDataset tar files, and read back by index.
+
+A folder holds ``{split}-000000.tar`` ... and one ``manifest.json`` with the count, bytes and sha256 of every shard.
+In a shard a sample is ``{key}.json`` and ``{key}.0.png`` (or ``.jpg``), ``{key}.1.png`` ...; any WebDataset reader
+understands it. webdataset itself only writes here: its readers are streams, which lose samples at a damaged header
+without a word and can resume only by reading everything again. Ours walks the headers of a shard once and then reads
+any sample by its index, so a position is a number, and a damaged sample is a :class:`Damage` that names its place.
+
+Shards are not trusted. Nothing is unpacked to disk and no name in a tar is ever a path; there are no pickles; sizes of
+members and of decoded images are bounded before they are read or decoded; the json must have the right types. Left
+out: compressed tars and remote addresses, which cannot be read by index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import tarfile
+from bisect import bisect_right
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import IO, Any
+
+from PIL import Image, UnidentifiedImageError
+
+from glimpseprune.config import UserError
+from glimpseprune.types import Sample
+
+__all__ = ["Damage", "ImageEncoder", "Shards", "check", "decode", "encode", "write", "write_manifest", "write_shard"]
+
+MANIFEST = "manifest.json"
+FORMAT = "glimpseprune-shards-1"
+IMAGE_FORMATS = ("auto", "png", "jpg")
+
+JSON_BYTES = 1 << 20  # largest json member that is read
+IMAGE_BYTES = 1 << 26  # largest image member that is read
+PIXELS = 1 << 26  # largest image that is decoded: 8192 x 8192
+ASPECT = 200  # longer side over shorter side; image processors refuse more
+IMAGES = 64  # most images of one sample
+
+_KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot or slash: WebDataset splits names at them; 100 bytes with suffix
+_BLOCK = 512
+_OPEN = 32  # shards whose file and index are kept at hand
+
+Group = tuple[str, dict[str, tuple[int, int]]]
+"""Key of a sample, and where its members lie in the tar: name without key -> offset, size in bytes."""
+
+
+class Damage(Exception):
+    """A sample that cannot be read. The message says where (shard, index, key if known) and why."""
+
+
+def check(sample: Sample) -> None:
+    """Raise ValueError where a sample breaks what every reader may rely on; the one rule for writing and reading."""
+    if not _KEY.fullmatch(sample.key):
+        raise ValueError(f"key {sample.key!r} must be 1 to 80 letters, digits, '_' or '-'")
+    for name in ("question", "kind"):
+        if not _is_text(getattr(sample, name)):
+            raise ValueError(f"{name} must be a text that is not empty")
+    if not sample.answers or not all(map(_is_text, sample.answers)):
+        raise ValueError("answers must be one or more texts, none of them empty")
+    if not isinstance(sample.dataset, str) or not isinstance(sample.scene, str):
+        raise ValueError("dataset and scene must be texts")
+    if not 1 <= len(sample.images) <= IMAGES:
+        raise ValueError(f"{len(sample.images)} images: there must be 1 to {IMAGES}")
+    for image in sample.images:
+        _check_size(image.size)
+    if sample.boxes is None:
+        return
+    if not isinstance(sample.boxes, list) or len(sample.boxes) != len(sample.images):
+        raise ValueError("boxes must be null or one list per image")
+    for boxes, image in zip(sample.boxes, sample.images):
+        for box in boxes:
+            if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+                raise ValueError(f"box {box} is not four finite numbers")
+            x0, y0, x1, y1 = box
+            if not (0 <= x0 <= x1 <= image.width and 0 <= y0 <= y1 <= image.height):
+                raise ValueError(f"box {box} is not inside its image of {image.width} x {image.height} pixels")
+
+
+class ImageEncoder:
+    """An image as (suffix, bytes). ``auto`` stores what was opened from a JPEG file as JPEG with the file's own tables
+    and all else as PNG, without loss; ``png`` and ``jpg`` (quality 95, chroma at full resolution) are for all images.
+
+    It remembers the last image, for sources ask several questions of one image in a row and encoding is what is slow.
+    """
+
+    def __init__(self, image_format: str = "auto") -> None:
+        if image_format not in IMAGE_FORMATS:
+            raise UserError(f"image_format is {image_format!r}: choose from {', '.join(IMAGE_FORMATS)}")
+        self.image_format = image_format
+        self.last: tuple[bytes, tuple[str, bytes]] = (b"", ("", b""))
+
+    def __call__(self, image: Image.Image) -> tuple[str, bytes]:
+        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
+        from_jpeg = image.format == "JPEG"
+        digest = hashlib.blake2b(image.tobytes(), salt=f"{image.width}{image.mode}{from_jpeg}".encode()[:16]).digest()
+        if digest != self.last[0]:
+            buffer = io.BytesIO()
+            if self.image_format == "png" or (self.image_format == "auto" and not from_jpeg):
+                image.save(buffer, "PNG", compress_level=1)  # twice as fast as 6 and 9% larger, on photographs
+                suffix = "png"
+            else:
+                tables = {"quality": "keep"} if self.image_format == "auto" else {"quality": 95, "subsampling": 0}
+                image.save(buffer, "JPEG", **tables)
+                suffix = "jpg"
+            self.last = digest, (suffix, buffer.getvalue())
+        return self.last[1]
+
+
+def encode(sample: Sample, encoder: Callable[[Image.Image], tuple[str, bytes]]) -> dict[str, Any]:
+    """A WebDataset record: ``__key__``, ``json`` and ``0.png``, ``1.jpg`` ... as bytes."""
+    images = {f"{i}.{suffix}": data for i, (suffix, data) in enumerate(map(encoder, sample.images))}
+    meta = {
+        "question": sample.question,
+        "answers": sample.answers,
+        "images": list(images),
+        "boxes": sample.boxes,
+        "kind": sample.kind,
+        "dataset": sample.dataset,
+        "scene": sample.scene,
+    }
+    return {"__key__": sample.key, "json": json.dumps(meta, ensure_ascii=False).encode(), **images}
+
+
+def decode(key: str, member: Callable[[str], bytes]) -> Sample:
+    """The inverse of :func:`encode`; ``member`` gives the bytes under a name. Raises on anything that is not right."""
+    meta = json.loads(member("json"))
+    if not isinstance(meta, dict):
+        raise ValueError("the json is not an object")
+    names, answers, boxes = meta.get("images"), meta.get("answers"), meta.get("boxes")
+    if not isinstance(names, list) or not all(map(_is_text, names)) or len(names) > IMAGES:
+        raise ValueError(f"'images' in the json must be at most {IMAGES} names of members")
+    if not isinstance(answers, list):
+        raise ValueError("'answers' in the json must be a list")
+    if boxes is not None:
+        boxes = [[tuple(box) for box in image] for image in boxes]
+    sample = Sample(
+        key=key,
+        question=meta.get("question"),
+        answers=tuple(answers),
+        images=[_decode_image(member(name)) for name in names],
+        boxes=boxes,
+        kind=meta.get("kind"),
+        dataset=meta.get("dataset", ""),
+        scene=meta.get("scene", ""),
+    )
+    check(sample)
+    return sample
+
+
+def write_shard(
+    samples: Iterable[Sample], path: Path, *, image_format: str = "auto", tick: Callable[[], None] = lambda: None
+) -> dict[str, Any] | None:
+    """Write one tar; None, and no file, where there are no samples. ``tick`` is called after every sample.
+
+    Returns the shard's entry in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys`` and
+    ``kinds`` (a count of each). The bytes depend on the samples alone.
+
+    Raises:
+        UserError: an invalid sample, named by its key.
+    """
+    from webdataset import TarWriter  # here, so that reading needs no webdataset
+
+    samples = iter(samples)
+    first = next(samples, None)
+    if first is None:
+        return None
+    keys: list[str] = []
+    kinds: Counter[str] = Counter()
+    encoder = ImageEncoder(image_format)
+    with open(path, "wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+        for sample in chain([first], samples):
+            try:
+                check(sample)
+                record = encode(sample, encoder)
+            except (ValueError, TypeError, OSError, SyntaxError) as error:
+                raise UserError(f"the source gave an invalid sample {sample.key!r}: {error}") from error
+            tar.write(record)
+            keys.append(sample.key)
+            kinds[sample.kind] += 1
+            tick()
+    size, sha256 = path.stat().st_size, _sha256(path)
+    return {"name": path.name, "count": len(keys), "bytes": size, "sha256": sha256, "keys": keys, "kinds": dict(kinds)}
+
+
+def write_manifest(
+    folder: Path, split: str, shards: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Enter a split, given what :func:`write_shard` said of its shards, in the folder's manifest; returns its entry.
+
+    Raises:
+        UserError: no shards, or a key that stands twice.
+    """
+    if not shards:
+        raise UserError(f"the source has no samples for split '{split}'")
+    twice = [key for key, times in Counter(key for shard in shards for key in shard["keys"]).items() if times > 1]
+    if twice:
+        raise UserError(f"split '{split}': {len(twice)} keys stand more than once, such as {twice[0]!r}")
+    entry = {
+        "split": split,
+        **(meta or {}),
+        "count": sum(shard["count"] for shard in shards),
+        "kinds": dict(sorted(sum((Counter(shard["kinds"]) for shard in shards), Counter()).items())),
+        "shards": [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in shards],
+    }
+    path = folder / MANIFEST
+    manifest = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "splits": {}}
+    manifest["splits"][split] = entry
+    path.write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    return entry
+
+
+def write(
+    samples: Iterable[Sample],
+    out: str | Path,
+    *,
+    split: str,
+    shard_size: int = 512,
+    meta: Mapping[str, Any] | None = None,
+    image_format: str = "auto",
+) -> dict[str, Any]:
+    """Write a split into folder ``out`` and its manifest, in one process; returns the split's entry in the manifest.
+
+    ``meta`` (source, options) is entered as it is. Raises as :func:`write_shard` and :func:`write_manifest`.
+    """
+    folder, stream = Path(out), iter(samples)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, Any]] = []
+    while shard := write_shard(
+        islice(stream, shard_size), folder / shard_name(split, len(shards)), image_format=image_format
+    ):
+        shards.append(shard)
+    return write_manifest(folder, split, shards, meta)
+
+
+def shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:06d}.tar"
+
+
+class Shards:
+    """The samples of one split of a folder, by index; any process may read any of them.
+
+    ``limit`` leaves only the first so many samples; ``verify`` compares the sha256 of every shard with the manifest,
+    which reads the whole folder once.
+
+    Raises:
+        UserError: the folder or its manifest is missing or broken, the split is not in it, or its shards are not those
+            of the manifest. (A shard that is only shorter than it should be is read as far as it goes: see
+            :meth:`read`.)
+    """
+
+    def __init__(self, folder: str | Path, split: str, *, limit: int | None = None, verify: bool = False) -> None:
+        self.folder, self.split = Path(folder), split
+        self.shards = _read_manifest(self.folder, split)
+        if verify:
+            wrong = [name for name, _, _, sha256 in self.shards if _sha256(self.folder / name) != sha256]
+            if wrong:
+                raise UserError(_remedy(self.folder, f"sha256 differs from {MANIFEST} for {some(wrong)}"))
+        if limit is not None and limit < 1:
+            raise UserError(f"limit is {limit}: at least 1 sample of {self.folder} ({split})")
+        ends = list(accumulate(count for _, count, _, _ in self.shards))
+        self.ends = ends if limit is None else [min(end, limit) for end in ends]
+        self._open: OrderedDict[int, tuple[IO[bytes], list[Group]]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples of each shard."""
+        return [end - start for start, end in zip([0, *self.ends], self.ends)]
+
+    def read(self, index: int) -> Sample:
+        """Sample ``index``, 0 <= index < len.
+
+        A shard's samples are counted in the order in which they are found in it; where fewer are found than the
+        manifest says, those missing are the last ones, whichever they were.
+
+        Raises:
+            Damage: the sample is lost or broken.
+        """
+        shard = bisect_right(self.ends, index)
+        local = index - (self.ends[shard - 1] if shard else 0)
+        name, count, _, _ = self.shards[shard]
+        place = f"{name}[{local}]"
+        try:
+            stream, groups = self._index(shard)
+            if local >= len(groups):
+                raise ValueError(f"only {len(groups)} of {count} samples are left in this shard")
+            key, members = groups[local]
+            place = f"{place} ({key})"
+            return decode(key, lambda member: _read_member(stream, members, member))
+        except Exception as error:  # whatever a decoder raises on hostile bytes
+            raise Damage(f"{place}: {error or type(error).__name__}") from error
+
+    def _index(self, shard: int) -> tuple[IO[bytes], list[Group]]:
+        if shard not in self._open:
+            stream = open(self.folder / self.shards[shard][0], "rb", buffering=0)  # noqa: SIM115 (kept open)
+            self._open[shard] = stream, list(_walk(stream))
+            if len(self._open) > _OPEN:
+                self._open.popitem(last=False)[1][0].close()
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _walk(stream: IO[bytes]) -> Iterator[Group]:
+    """Samples of a tar in order. What is not a sound header is passed over, block by block, up to the next one."""
+    size = os.fstat(stream.fileno()).st_size
+    group: Group | None = None
+    offset = 0
+    while offset + _BLOCK <= size:
+        start = offset + _BLOCK
+        try:
+            header = tarfile.TarInfo.frombuf(os.pread(stream.fileno(), _BLOCK, offset), "utf-8", "strict")
+            if not 0 <= header.size <= size - start:
+                raise ValueError("the member is longer than the file")
+        except (tarfile.HeaderError, ValueError):  # includes the zeros that end a tar
+            offset = start
+            continue
+        offset = start + -(-header.size // _BLOCK) * _BLOCK
+        key, _, member = header.name.partition(".")
+        if not header.isreg() or not _KEY.fullmatch(key):
+            continue
+        if group is None or key != group[0] or member in group[1]:
+            if group:
+                yield group
+            group = key, {}
+        group[1][member] = start, header.size
+    if group:
+        yield group
+
+
+def _read_member(stream: IO[bytes], members: Mapping[str, tuple[int, int]], name: str) -> bytes:
+    if name not in members:
+        raise ValueError(f"member '{name[:20]}' is missing")
+    offset, size = members[name]
+    limit = JSON_BYTES if name == "json" else IMAGE_BYTES
+    if size > limit:
+        raise ValueError(f"member '{name}' has {size} bytes, more than the {limit} allowed")
+    data = os.pread(stream.fileno(), size, offset)
+    if len(data) < size:
+        raise ValueError(f"member '{name}' is cut off after {len(data)} of {size} bytes")
+    return data
+
+
+def _decode_image(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+    except UnidentifiedImageError:  # whose message holds an address, other each time
+        raise ValueError("an image is neither PNG nor JPEG") from None
+    with image:
+        _check_size(image.size)  # known from the header, before any pixel is decoded
+        return image.convert("RGB")
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    if not 0 < size[0] * size[1] <= PIXELS:
+        raise ValueError(f"image of {size[0]} x {size[1]} pixels: there must be 1 to {PIXELS}")
+    if max(size) > ASPECT * min(size):
+        raise ValueError(f"image of {size[0]} x {size[1]} pixels: the sides differ by more than {ASPECT} times")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
+    """(name, count, bytes, sha256) of each shard of a split, checked against what lies in the folder."""
+    if not folder.is_dir():
+        raise UserError(_remedy(folder, "it is a file, not a folder" if folder.exists() else "there is no such folder"))
+    there = sorted(path.name for path in folder.iterdir())
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except FileNotFoundError:
+        found = f"there are only {some(there)}" if there else "it is empty"
+        raise UserError(_remedy(folder, f"no {MANIFEST}: {found}")) from None
+    except (OSError, ValueError) as error:
+        raise UserError(_remedy(folder, f"cannot read {MANIFEST}: {error}")) from None
+    try:
+        if manifest["format"] != FORMAT:
+            raise ValueError
+        splits = manifest["splits"]
+        if split not in splits:
+            raise UserError(_remedy(folder, f"there is no split '{split}', only {some(sorted(splits))}"))
+        shards = [(s["name"], s["count"], s["bytes"], s["sha256"]) for s in splits[split]["shards"]]
+        if not shards or not all(
+            name == shard_name(split, i) and type(count) is int and count > 0 and type(size) is int
+            for i, (name, count, size, _) in enumerate(shards)
+        ):
+            raise ValueError
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(_remedy(folder, f"{MANIFEST} is not one of ours")) from None
+    listed = {name for name, *_ in shards}
+    if lost := sorted(listed - set(there)):
+        raise UserError(_remedy(folder, f"{some(lost)} of {len(listed)} shards in {MANIFEST} are missing"))
+    of_split = re.compile(re.escape(split) + r"-\d{6}\.tar")
+    if extra := [name for name in there if of_split.fullmatch(name) and name not in listed]:
+        raise UserError(_remedy(folder, f"{some(extra)} are there but not in {MANIFEST}"))
+    if longer := [name for name, _, size, _ in shards if (folder / name).stat().st_size > size]:
+        raise UserError(_remedy(folder, f"{some(longer)} are longer than {MANIFEST} says"))
+    return shards
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, for a message."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _remedy(folder: Path, trouble: str) -> str:
+    return f"no usable shards in {folder}: {trouble}; make them with `python -m src.prepare source=<name> out={folder}`"

@@ -1,0 +1,9 @@
+"""One file per raw dataset. A source defines
+
+- ``Options``: a dataclass; a source that needs raw files declares them as a field ``root`` without a default;
+- ``splits``: the names of its splits;
+- ``samples(options, split) -> Iterator[Sample]``: always the same samples, in the same order, for the same options.
+
+A source that can draw any slice alone may say so by two more parameters, ``start=0, stop=None`` (positions in the
+split, past the end is empty): ``prepare`` with several workers then draws nothing twice.
+"""

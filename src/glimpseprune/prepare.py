@@ -1,0 +1,199 @@
+"""Turn a raw dataset into shards: ``python -m src.prepare source=tags out=data/tags options.size=336``.
+
+Reads the samples of a source (a file in glimpseprune/data/sources) split by split and writes WebDataset tars and a
+manifest. The folder appears under its name only when all of it is written. With ``workers`` each process writes every
+n-th shard; a shard's bytes depend on its samples alone, so any number of workers gives the same folder.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from glimpseprune import config, lookup
+from glimpseprune.config import UserError, option
+from glimpseprune.data import shards
+from glimpseprune.types import Sample
+
+SOURCES = "glimpseprune.data.sources"
+
+
+@dataclass
+class PrepareConfig:
+    source: str = option(help="name of a file in glimpseprune/data/sources")
+    out: str = option(help="folder to write")
+    splits: list[str] | None = option(None, "splits to write; null means all the source has")
+    shard_size: int = option(512, "samples per shard")
+    limit: int | None = option(None, "at most this many samples of each split")
+    image_format: Literal["auto", "png", "jpg"] = option("auto", "auto keeps JPEG files JPEG, all else becomes PNG")
+    workers: int = option(1, "processes; the result does not depend on it")
+    overwrite: bool = option(False, "replace a folder of shards that is already there")
+    options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
+
+
+@dataclass
+class Job:
+    """What one process needs to write its share of the shards of a split."""
+
+    source: str
+    options: Any
+    split: str
+    folder: Path
+    shard_size: int
+    limit: int | None
+    image_format: str
+
+    def slices(self, part: int, parts: int) -> Iterator[tuple[int, Iterator[Sample]]]:
+        """(shard number, its samples) for shards part, part + parts, ...; a slice past the end is empty."""
+        samples, size = lookup.find(SOURCES, self.source).samples, self.shard_size
+        stream = None if "start" in inspect.signature(samples).parameters else samples(self.options, self.split)
+        number, position = part, 0
+        while self.limit is None or number * size < self.limit:
+            start, stop = number * size, number * size + size
+            if self.limit is not None:
+                stop = min(stop, self.limit)
+            if stream is None:
+                yield number, iter(samples(self.options, self.split, start=start, stop=stop))
+            else:
+                yield number, islice(stream, start - position, stop - position)
+                position = stop
+            number += parts
+
+    def write(self, part: int, parts: int, tick: Callable[[], None]) -> Iterator[dict[str, Any]]:
+        """Write this part's shards, giving the manifest's entry of each."""
+        for number, samples in self.slices(part, parts):
+            path = self.folder / shards.shard_name(self.split, number)
+            entry = shards.write_shard(samples, path, image_format=self.image_format, tick=tick)
+            if entry is None:
+                return
+            yield entry
+
+
+def write_split(job: Job, workers: int, report: Callable[..., None] = lambda completed: None) -> list[dict[str, Any]]:
+    """Write a split with so many processes; the manifest's entries of its shards, in order.
+
+    ``report(completed=...)`` is called now and then with the number of samples written so far.
+    """
+    if workers == 1:
+        done = count(1)
+        return list(job.write(0, 1, lambda: report(completed=n) if (n := next(done)) % 32 == 0 else None))
+    context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
+    total = context.Value("q", 0)
+    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(total,)) as pool:
+        running = {pool.submit(_work, job, part, workers) for part in range(workers)}
+        entries: list[dict[str, Any]] = []
+        while running:
+            finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
+            report(completed=total.value)
+            for future in finished:
+                entries += future.result()
+    return sorted(entries, key=lambda entry: entry["name"])
+
+
+def _share(total: Any) -> None:
+    global _total
+    _total = total
+
+
+def _work(job: Job, part: int, parts: int) -> list[dict[str, Any]]:
+    def tick() -> None:
+        with _total.get_lock():
+            _total.value += 1
+
+    return list(job.write(part, parts, tick))
+
+
+def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dict[str, Any]]:
+    """Write the folder ``cfg.out``; returns what its manifest says of each split.
+
+    Raises:
+        UserError: unknown source, split or option, a folder that must not be replaced, an invalid sample.
+    """
+    source = lookup.find(SOURCES, cfg.source)
+    options = config.merge_options(source.Options, cfg.options, "options")
+    splits = list(dict.fromkeys(source.splits if cfg.splits is None else cfg.splits))
+    if not splits:
+        raise UserError(f"splits is empty: choose from {', '.join(source.splits)}")
+    for split in splits:
+        lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
+    for name in ("shard_size", "workers", "limit"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: it must be at least 1")
+    out = Path(cfg.out)
+    _check_free(out, cfg.overwrite)
+    unfinished = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    unfinished.mkdir(parents=True)
+    bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    entries: dict[str, dict[str, Any]] = {}
+    try:
+        with Progress(*bar, console=console, auto_refresh=False) as progress:  # a thread of its own would be forked
+            for split in splits:
+                task = progress.add_task(split, total=cfg.limit)
+                job = Job(cfg.source, options, split, unfinished, cfg.shard_size, cfg.limit, cfg.image_format)
+                written = write_split(job, cfg.workers, partial(progress.update, task, refresh=True))
+                meta = {"source": cfg.source, "options": asdict(options)}
+                entries[split] = entry = shards.write_manifest(unfinished, split, written, meta)
+                progress.update(task, completed=entry["count"], total=entry["count"], refresh=True)
+        if out.exists():
+            old = out.with_name(f".{out.name}.old-{os.getpid()}")
+            out.rename(old)
+            unfinished.rename(out)
+            shutil.rmtree(old)
+        else:
+            unfinished.rename(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return entries
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    """Raise UserError unless ``out`` may be written: absent, empty, or shards that the user wants replaced."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"out={out} is a file: give the name of a folder")
+    there = sorted(path.name for path in out.iterdir())
+    foreign = [name for name in there if name != shards.MANIFEST and not name.endswith(".tar")]
+    if there and not overwrite:
+        raise UserError(
+            f"out={out} is not empty (it holds {shards.some(there)}): give another folder or overwrite=true"
+        )
+    if foreign or (there and shards.MANIFEST not in there):
+        what = shards.some(foreign or there)
+        raise UserError(
+            f"out={out} holds {what}, so it is no folder of shards that may be replaced: remove it yourself"
+        )
+
+
+@config.entry(PrepareConfig)
+def main(cfg: PrepareConfig) -> None:
+    console = Console()
+    entries = prepare(cfg, console)
+    table = Table(title=f"{cfg.source} -> {cfg.out}")
+    for column, side in (
+        ("split", "left"),
+        ("samples", "right"),
+        ("kinds", "left"),
+        ("shards", "right"),
+        ("MB", "right"),
+    ):
+        table.add_column(column, justify=side)
+    for split, entry in entries.items():
+        kinds = ", ".join(f"{kind} {number}" for kind, number in entry["kinds"].items())
+        size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
+        table.add_row(split, str(entry["count"]), kinds, str(len(entry["shards"])), f"{size:.1f}")
+    console.print(table)

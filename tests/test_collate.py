@@ -1,0 +1,171 @@
+"""Collation: answers, masks and box targets; on a backbone reduced to what collation uses, and on the real ones."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import TINY
+from glimpseprune.config import UserError
+from glimpseprune.data.collate import Collator, box_targets
+from glimpseprune.types import Sample
+
+CELL, IMAGE_TOKEN, PAD, END = 10, 1, 0, 2
+
+
+class Tokenizer:
+    """One token per character."""
+
+    pad_token_id, eos_token_id = PAD, END
+
+    def __call__(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
+        assert not add_special_tokens
+        return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+
+class Backbone:
+    """Makes one visual token of every CELL x CELL pixels, and refuses what a real one refuses."""
+
+    def __init__(self) -> None:
+        self.processor = SimpleNamespace(tokenizer=Tokenizer())
+        self.systems = []
+
+    def prepare(self, questions, images, system=None):
+        self.systems.append(system)
+        grids = [[(i.height // CELL, i.width // CELL) for i in row] for row in images]
+        rows = []
+        for question, row in zip(questions, grids):
+            if "break" in question:
+                raise IndexError("list index out of range")
+            extra = question.count("<image>")  # smuggled in
+            rows.append([IMAGE_TOKEN] * (sum(r * c for r, c in row) + extra) + [ord(c) for c in question])
+        length = max(map(len, rows))
+        return {
+            "input_ids": torch.tensor([[PAD] * (length - len(row)) + row for row in rows]),
+            "attention_mask": torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows]),
+            "grids": grids,
+        }
+
+    def grids(self, prompt):
+        for row, (ids, grids) in enumerate(zip(prompt["input_ids"], prompt["grids"])):
+            there, made = int((ids == IMAGE_TOKEN).sum()), sum(r * c for r, c in grids)
+            if there != made:
+                raise UserError(f"prompt {row} has {there} image tokens, its images make {made}")
+        return prompt["grids"]
+
+
+def sample(key: str = "a", *, sizes=((40, 30),), **changes) -> Sample:
+    images = [Image.new("RGB", size) for size in sizes]
+    fields = {"question": "how?", "answers": ("red",), "boxes": [[(0, 0, 9, 9)] for _ in sizes]}
+    return Sample(key=key, images=images, **{**fields, **changes})
+
+
+def cells(boxes, size=(40, 30), grid=(3, 4), **kwargs) -> list[list[int]]:
+    return box_targets(boxes, size, grid, **kwargs).view(grid).int().tolist()
+
+
+def test_answers_are_right_padded_and_end_their_turn():
+    inputs = Collator(Backbone())([sample("a", answers=("red", "crimson")), sample("b", answers=("7",))])
+    assert inputs.answer_ids.tolist() == [[ord("r"), ord("e"), ord("d"), END], [ord("7"), END, PAD, PAD]]
+    assert inputs.answer_mask.tolist() == [[True] * 4, [True, True, False, False]]
+    assert inputs.answer_mask.dtype == torch.bool
+    assert inputs.prompt["input_ids"].shape == (2, 12 + 4)
+    assert [s.key for s in inputs.samples] == ["a", "b"]
+
+
+def test_a_long_answer_is_cut_and_does_not_end():
+    inputs = Collator(Backbone(), max_answer=3)([sample(answers=("purple",)), sample(answers=("no",))])
+    assert inputs.answer_ids.tolist() == [[ord("p"), ord("u"), ord("r")], [ord("n"), ord("o"), END]]
+    assert inputs.answer_mask.all()
+
+
+def test_the_end_pads_where_there_is_no_pad_token_and_without_an_end_nothing_goes():
+    backbone = Backbone()
+    backbone.processor.tokenizer.pad_token_id = None
+    assert Collator(backbone)([sample(), sample(answers=("7",))]).answer_ids[1].tolist() == [ord("7"), END, END, END]
+    backbone.processor.tokenizer.eos_token_id = None
+    with pytest.raises(UserError, match="no eos token"):
+        Collator(backbone)
+
+
+def test_system_prompt_is_handed_on():
+    backbone = Backbone()
+    Collator(backbone, system="be brief")([sample()])
+    assert backbone.systems == ["be brief"]
+
+
+def test_targets_of_several_images_and_of_none():
+    one = sample("a", sizes=((40, 30), (20, 20)), boxes=[[(25, 0, 30, 5)], []])
+    two = sample("b", sizes=((20, 10),), boxes=None)
+    targets = Collator(Backbone())([one, two]).targets
+    assert [t.dtype for t in targets] == [torch.bool] * 2
+    assert targets[0].int().tolist() == [0, 0, 1, 1] + [0] * 8 + [0] * 4
+    assert targets[1].tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0, 0, 9.9, 9.9), [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]),
+        ((9.9, 0, 10, 0), [[1, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]]),  # an edge on a border touches both sides
+        ((15, 5, 25, 25), [[0, 1, 1, 0], [0, 1, 1, 0], [0, 1, 1, 0]]),
+        ((0, 0, 40, 30), [[1, 1, 1, 1]] * 3),  # the far edge belongs to the last cell
+        ((40, 30, 40, 30), [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]),
+        ((12, 12, 12, 12), [[0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]),  # a point still has its cell
+    ],
+)
+def test_box_rule(box, expected):
+    assert cells([box]) == expected
+
+
+def test_boxes_are_united_and_measured_in_the_original_size():
+    assert cells([(0, 0, 5, 5), (35, 25, 36, 26)]) == [[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert cells([(400, 0, 410, 5)], size=(1000, 50), grid=(1, 5)) == [[0, 0, 1, 0, 0]]
+    assert cells([]) == [[0] * 4] * 3
+
+
+def test_dilation_stops_at_the_border():
+    assert cells([(12, 2, 13, 3)], dilate=1) == [[1, 1, 1, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
+    assert cells([(12, 2, 13, 3)], dilate=9) == [[1] * 4] * 3
+    targets = Collator(Backbone(), dilate=1)([sample()]).targets
+    assert targets[0].sum() == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": ()}, "sample 'bad': a prompt without an image; every question needs at least one"),
+        ({"question": "what is <image> ?"}, "sample 'bad': prompt 0 has 13 image tokens, its images make 12"),
+        ({"question": "break it"}, "sample 'bad': list index out of range"),
+    ],
+)
+def test_the_culprit_is_named(changes, message):
+    with pytest.raises(UserError) as error:
+        Collator(Backbone())([sample("good"), sample("bad", **changes), sample("fine")])
+    assert str(error.value) == message
+
+
+@pytest.fixture(params=sorted(TINY))
+def real(request):
+    return TINY[request.param]()
+
+
+def test_batches_fit_the_real_backbones(real):
+    one = sample("a", sizes=((112, 84),), boxes=[[(0, 0, 27, 27)]])
+    two = sample("b", sizes=((56, 56), (84, 56)), boxes=None, answers=("ab",))
+    inputs = Collator(real)([one, two])
+    encoded = real.encode(inputs.prompt, targets=inputs.targets)
+    assert [len(target) for target in inputs.targets] == encoded.counts
+    assert inputs.targets[0][0]
+    assert not inputs.targets[0][-1]
+    assert inputs.targets[1].all()
+    tokenizer = real.processor.tokenizer
+    answers = [tokenizer.decode(ids[mask]) for ids, mask in zip(inputs.answer_ids, inputs.answer_mask)]
+    assert answers == [f"{text}{tokenizer.eos_token}" for text in ("red", "ab")]
+
+
+def test_an_image_token_smuggled_into_a_question_is_refused_by_the_real_backbones(real):
+    token = real.processor.tokenizer.convert_ids_to_tokens(real.image_token_id)
+    with pytest.raises(UserError, match="sample 'bad': "):
+        Collator(real)([sample("good"), sample("bad", question=f"what is {token} ?")])
