@@ -1,0 +1,91 @@
+"""Train: ``python -m src.train conf/stage1.yaml data.path=data/gqa out=runs/stage1``.
+
+Reads a config, loads the frozen LVLM, streams shards and fits a LightningModule of ``training/``. The run folder then
+holds config.yaml, trainable.safetensors, metrics.jsonl, a TensorBoard log and Lightning's checkpoints; it can be
+resumed (``resume=true``), evaluated (``python -m src.evaluate ckpt=<out>``) and started from (``init_from=<out>``).
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from glimpseprune import config
+from glimpseprune.config import UserError
+from glimpseprune.training.options import TrainConfig
+
+
+@config.entry(TrainConfig)
+def main(cfg: TrainConfig) -> None:
+    last = _claim(cfg)
+
+    import lightning as L
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from glimpseprune import checkpoint
+    from glimpseprune.data.collate import Collator
+    from glimpseprune.data.module import ShardDataModule
+    from glimpseprune.lookup import find
+    from glimpseprune.training.callbacks import RunFolder
+
+    stage = find("glimpseprune.training", cfg.stage).Stage
+    data = ShardDataModule(
+        cfg.data.path,
+        batch_size=cfg.data.batch_size,
+        val_limit=cfg.data.val_samples,
+        workers=cfg.data.workers,
+        seed=cfg.seed,
+        verify=cfg.data.verify,
+    )
+    L.seed_everything(cfg.seed, workers=True)
+    model = checkpoint.load(cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner)
+    data.collate = Collator(model.backbone)
+    module = stage(cfg, model.backbone, model.pruner)
+
+    config.save(cfg, Path(cfg.out) / checkpoint.CONFIG)
+    trainer = L.Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=cfg.trainer.devices,
+        num_nodes=cfg.trainer.nodes,
+        strategy=cfg.trainer.strategy,
+        precision=cfg.trainer.precision,
+        max_steps=cfg.trainer.max_steps,
+        accumulate_grad_batches=cfg.trainer.accumulate,
+        gradient_clip_val=cfg.optim.clip or None,
+        val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,
+        check_val_every_n_epoch=None,
+        log_every_n_steps=cfg.trainer.log_every,
+        num_sanity_val_steps=0,
+        logger=TensorBoardLogger(cfg.out, name=None, version="tensorboard"),
+        callbacks=[
+            RichProgressBar(leave=True),
+            LearningRateMonitor("step"),
+            RunFolder(cfg),
+            ModelCheckpoint(
+                Path(cfg.out) / "checkpoints", every_n_train_steps=cfg.trainer.val_every, save_top_k=0, save_last=True
+            ),
+        ],
+    )
+    trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
+    if data.damaged:
+        print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")
+    print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
+
+
+def _claim(cfg: TrainConfig) -> Path | None:
+    """Make the run folder; the checkpoint to resume from, if any. Never mixes two runs in one folder."""
+    out = Path(cfg.out)
+    last = out / "checkpoints" / "last.ckpt"
+    if cfg.resume:
+        if not last.is_file():
+            raise UserError(f"resume=true, but '{out}' has no checkpoint ({last} is missing)")
+        return last
+    if out.is_dir() and any(out.iterdir()):
+        if not cfg.overwrite:
+            raise UserError(f"out={out} is not empty: give resume=true, overwrite=true, or another folder")
+        if not (out / "config.yaml").is_file():
+            raise UserError(f"out={out} is not a run folder: overwrite=true would delete what is not ours")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    return None

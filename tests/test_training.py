@@ -1,0 +1,381 @@
+"""Stage 1: losses that mean what they say, gradients where they belong; runs that resume, evaluate and fail well."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from conftest import TINY, picture, tiny_qwen
+from glimpseprune import checkpoint, evaluate, losses, prepare, train
+from glimpseprune.attention import Gate
+from glimpseprune.config import UserError
+from glimpseprune.data.collate import Collator
+from glimpseprune.decoder import prefill
+from glimpseprune.pruners import build
+from glimpseprune.training.glimpse import GlimpseModule, mask_scores
+from glimpseprune.training.options import BackboneOptions, DataOptions, LossOptions, TrainConfig
+from glimpseprune.types import Inputs, Sample
+
+OPTIONS = {
+    "prune_layer": 1,
+    "probe_layers": [0, 1],
+    "vision_layers": [2, 1],
+    "width": 16,
+    "cond_width": 16,
+    "num_heads": 2,
+    "dropout": 0.0,
+}
+SAMPLES = [
+    Sample("a", "what?", ("ab",), [picture(140, 112)], [[(0, 0, 30, 30)]], scene="one"),
+    Sample("b", "why?", ("c",), [picture(140, 112)], [[(80, 60, 139, 111)]], scene="one"),
+    Sample("c", "how many?", ("def",), [picture(112, 112), picture(84, 112)], [[(0, 0, 30, 30)], []]),
+]
+
+
+def stage(name: str = "qwen2_5_vl", **loss) -> tuple[GlimpseModule, Inputs]:
+    backbone = TINY[name]("sdpa")
+    torch.manual_seed(1)
+    pruner = build("glimpse", OPTIONS, backbone)
+    config = TrainConfig(out="", backbone=BackboneOptions(path=""), data=DataOptions(path=""), loss=LossOptions(**loss))
+    module = GlimpseModule(config, backbone, pruner)
+    module.log = module.log_dict = lambda *_, **__: None
+    module._fabric = module._trainer = None
+    return module, Collator(backbone)(SAMPLES)
+
+
+def run_step(module: GlimpseModule, inputs: Inputs, progress: float = 0.9) -> torch.Tensor:
+    type(module).progress = property(lambda _: progress)
+    return module.training_step(inputs, 0)
+
+
+@pytest.fixture(autouse=True)
+def restore_progress():
+    saved = GlimpseModule.progress
+    yield
+    GlimpseModule.progress = saved
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_teacher_is_the_plain_model(name):
+    module, inputs = stage(name)
+    module.eval()
+    with torch.no_grad():
+        shared = module.share(inputs)
+        logits = module.answer_logits(shared.state, inputs.answer_ids, inputs.answer_mask)
+    for row, sample in enumerate(SAMPLES):
+        prompt = module.backbone.prepare([sample.question], [sample.images])
+        length = int(inputs.answer_mask[row].sum())
+        ids = torch.cat([prompt["input_ids"], inputs.answer_ids[row : row + 1, :length]], 1)
+        prompt |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if "mm_token_type_ids" in prompt:
+            prompt["mm_token_type_ids"] = (ids == module.backbone.image_token_id).int()
+        module.backbone.model.model.rope_deltas = None
+        with torch.no_grad():
+            plain = module.backbone.model(**prompt).logits[0, -length - 1 : -1]
+        assert torch.allclose(logits[row, :length], plain, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_hard_gate_is_pruned_prefill(name):
+    """The student that trains is the model that will run: gated answer logits equal those after real pruning."""
+    module, inputs = stage(name)
+    module.eval()
+    with torch.no_grad():
+        shared = module.share(inputs)
+        keep = module.decide(shared.logits[-1], shared.counts)
+        weight = torch.ones(shared.state.visual.shape).masked_scatter(shared.state.visual, keep.float())
+        gated = module.answer_logits(shared.state, inputs.answer_ids, inputs.answer_mask, Gate(weight))
+        state = prefill(module.backbone, shared.encoded, module.pruner)
+        first = module.backbone.logits(state.hidden[:, -1])
+    assert 0 < int(keep.sum()) < len(keep)
+    assert torch.allclose(gated[:, 0], first, atol=1e-4)
+
+
+@pytest.mark.parametrize("loss", [{}, {"kl": 0.0, "pressure": 0.0, "mask": 1.0, "answer": 1.0}])
+def test_gradients_reach_glimpse_and_vip_only(loss):
+    module, inputs = stage(**loss)
+    run_step(module, inputs).backward()
+    assert all(p.grad is None for p in module.lvlm.parameters())
+    for part in (module.pruner.glimpse, module.pruner.vip):
+        norms = [p.grad.norm() for p in part.parameters() if p.grad is not None]
+        assert norms and all(torch.isfinite(n) for n in norms) and sum(norms) > 0
+
+
+def test_weights_of_zero_leave_a_loss_out():
+    module, inputs = stage(kl=0.0, pressure=0.0, mask=2.0)
+    shared = module.share(inputs)
+    expected = 2 * losses.mask_loss(shared.logits, torch.cat(inputs.targets), shared.counts, dice=1, bce=0.1)
+    assert torch.allclose(run_step(module, inputs), expected, atol=1e-6)
+
+
+def test_pressure_ramps():
+    module, inputs = stage(kl=0.0, pressure=3.0, pressure_kind="mean", pressure_from=0.2, pressure_ramp=0.4)
+    full = run_step(module, inputs, 0.9).item()
+    assert full > 0
+    assert run_step(module, inputs, 0.4).item() == pytest.approx(full / 2, rel=1e-4)
+    assert run_step(module, inputs, 0.1).item() == 0
+
+
+def test_mask_scores_are_those_of_hand_made_masks():
+    samples = [
+        Sample("a", "q", ("a",), [], [[(0, 0, 1, 1)]], scene="s"),
+        Sample("b", "q", ("a",), [], [[(1, 1, 2, 2)]], scene="s"),
+    ]
+    keep = torch.tensor([1, 1, 0, 0, 0, 1, 1, 0], dtype=torch.bool)
+    targets = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)
+    scores = mask_scores(keep, targets, Inputs({}, samples), [4, 4])
+    assert scores["box_iou"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert scores["box_recall"] == pytest.approx((1 + 1 / 2) / 2)
+    assert scores["mask_overlap"] == pytest.approx(1 / 3)
+
+
+def test_learns_to_keep_the_box_of_one_sample():
+    module, inputs = stage(kl=0.0, pressure=0.0, mask=1.0, bce=1.0)
+    optimizer = torch.optim.Adam(module.pruner.parameters(), 3e-3)
+    first = None
+    for _ in range(60):
+        loss = run_step(module, inputs)
+        first = first or loss.item()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5 * first
+
+
+# --------------------------------------------------------------------------------------------- the commands, end to end
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> dict[str, str]:
+    """A tiny base, tags shards and a run of four steps."""
+    from glimpseprune.training import pretrain
+
+    folder = tmp_path_factory.mktemp("world")
+    tiny = pretrain.TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=4, vision_hidden=32)
+    module = pretrain.PretrainModule(pretrain.PretrainConfig(model=tiny))
+    module.save(str(folder / "base"))
+    count = "{train: 48, val: 8, test: 8}"
+    small = ["options.size=224", "options.min_tags=4", "options.max_tags=4"]
+    prepare.main(["source=tags", f"out={folder / 'data'}", f"options.count={count}", *small])
+    args = [
+        "conf/demo.yaml",
+        f"backbone.path={folder / 'base'}",
+        f"data.path={folder / 'data'}",
+        "pruner.options.prune_layer=1",
+        "pruner.options.probe_layers=[0,1]",
+        "pruner.options.width=16",
+        "pruner.options.cond_width=16",
+        "data.batch_size=4",
+        "data.val_samples=8",
+        "data.workers=0",
+        "trainer.max_steps=4",
+        "trainer.val_every=2",
+        "trainer.log_every=1",
+    ]
+    train.main([*args, f"out={folder / 'run'}"])
+    return {"args": args, "run": str(folder / "run"), "folder": str(folder)}
+
+
+def test_run_folder_holds_what_it_promises(world):
+    run = Path(world["run"])
+    assert {"config.yaml", "trainable.safetensors", "metrics.jsonl", "tensorboard", "checkpoints"} <= {
+        p.name for p in run.iterdir()
+    }
+    lines = read(run, "metrics.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    wanted = {
+        "train/kl",
+        "train/pressure",
+        "train/grad_norm",
+        "val/kl",
+        "val/accuracy",
+        "val/keep_ratio",
+        "val/box_iou",
+    }
+    assert wanted <= set(lines[-1])
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not any(name.startswith("lvlm") for name in saved["state_dict"])
+
+
+def test_tensorboard_has_pictures(world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(f"{world['run']}/tensorboard", size_guidance={"images": 0})
+    log.Reload()
+    assert "val/kept" in log.Tags()["images"] and "train/kl" in log.Tags()["scalars"]
+
+
+def test_resume_continues_where_the_run_stopped(world):
+    folder = world["folder"]
+    train.main([*world["args"], f"out={folder}/half", "trainer.max_steps=4"])
+    whole = weights(folder, "half")
+    train.main([*world["args"], f"out={folder}/long", "trainer.max_steps=4"])
+    again = weights(folder, "long")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)  # the run is deterministic
+    train.main([*world["args"], f"out={folder}/long", "trainer.max_steps=6", "resume=true"])
+    further = weights(folder, "long")
+    assert any(not torch.equal(again[name], further[name]) for name in again)
+    steps = [line["step"] for line in read(f"{folder}/long", "metrics.jsonl")]
+    assert steps == [2, 4, 6]
+
+
+def weights(folder: str, run: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / run / "trainable.safetensors")
+
+
+def test_evaluate_prints_every_method_and_writes_its_files(world, capsys):
+    evaluate.main([f"ckpt={world['run']}", "data.workers=0", "max_new_tokens=6"])
+    rows = read(world["run"], "scores.json")
+    assert {row["method"] for row in rows} == {"none", "glimpse", "random", "oracle", "zero"}
+    assert {row["kind"] for row in rows} == {"all", "number", "pair", "colour", "relation"}
+    by = {(row["method"], row["kind"]): row for row in rows}
+    assert by["none", "all"]["kept"] == 1 and by["none", "all"]["prefill_flops"] == 1
+    assert by["zero", "all"]["kept"] == 0 and by["zero", "all"]["n"] == 8
+    assert by["random", "all"]["kept"] == by["glimpse", "all"]["kept"]
+    assert by["zero", "all"]["mean_tokens"] == pytest.approx(64 * 2 / 3, abs=0.01)
+    lines = read(world["run"], "predictions.jsonl")
+    assert len(lines) == 5 * 8
+    mean = sum(line["score"] for line in lines if line["method"] == "glimpse") / 8
+    assert math.isclose(mean, by["glimpse", "all"]["accuracy"])
+    assert "glimpse" in capsys.readouterr().out
+
+
+def test_summary_counts_the_kinds_that_need_the_tokens():
+    def row(method, kind, accuracy, n=10):
+        return {"method": method, "kind": kind, "accuracy": accuracy, "kept": 0.5, "n": n}
+
+    rows = [row("none", "all", 0.9)]
+    rows += [row("none", "easy", 0.9), row("glimpse", "easy", 0.1), row("zero", "easy", 0.3)]
+    rows += [row("none", "hard", 0.8), row("glimpse", "hard", 0.6), row("zero", "hard", 0.2)]
+    rows += [row("none", "long", 1.0, 30), row("glimpse", "long", 1.0, 30), row("zero", "long", 0.0, 30)]
+    summary = evaluate.over_needing_kinds(rows)
+    assert summary["kinds"] == ["hard", "long"]
+    assert summary["methods"]["glimpse"] == {"accuracy": 0.9, "kept": 0.5, "relative": round(0.9 / 0.95, 4)}
+    assert evaluate.over_needing_kinds(rows[:4]) is None
+
+
+def test_another_pruner_can_be_evaluated(world, tmp_path):
+    args = [
+        f"ckpt={world['run']}",
+        "data.workers=0",
+        f"out={tmp_path}",
+        "limit=4",
+        "max_new_tokens=4",
+        "controls=[none]",
+    ]
+    evaluate.main([*args, "pruner.name=random", "pruner.options.keep=0.25"])
+    rows = {row["method"]: row for row in read(tmp_path, "scores.json") if row["kind"] == "all"}
+    assert set(rows) == {"none", "random"} and rows["random"]["kept"] == 0.25 and rows["random"]["n"] == 4
+
+
+def test_library_api_loads_and_generates(world):
+    import glimpseprune
+
+    model = glimpseprune.load(world["run"])
+    text = "<|vision_start|><|image_pad|><|vision_end|>colour of tag 27?"
+    inputs = model.processor(text=[text], images=[picture(140, 112)], return_tensors="pt")
+    rollout = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert rollout.tokens.shape[0] == 1 and rollout.tokens.shape[1] <= 3
+    assert [m.shape for m in rollout.keep_maps()[0]] == [(4, 5)]
+    plain = glimpseprune.load(backbone=f"{world['folder']}/base")
+    assert plain.generate(**inputs, max_new_tokens=3).keep[0].all()
+
+
+def read(folder: str | Path, name: str) -> Any:
+    text = (Path(folder) / name).read_text()
+    return [json.loads(line) for line in text.splitlines()] if name.endswith("jsonl") else json.loads(text)
+
+
+def fails(main, args, capsys, after_loading: bool = False) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    *progress, error = captured.err.strip().splitlines()
+    assert error.startswith("error: ") and "Traceback" not in captured.err + captured.out
+    return error if after_loading or not progress else pytest.fail(f"more than one line: {progress}")
+
+
+def test_bad_input_is_one_line_and_exit_code_two(world, capsys, tmp_path):
+    args = [*world["args"], f"out={tmp_path}/x"]
+    assert "trainer.max_steps" in fails(train.main, [*args, "trainer.max_step=4"], capsys)
+    assert "trainer.max_steps" in fails(train.main, [*args, "trainer.max_steps=many"], capsys)
+    assert "threshold" in fails(train.main, [*args, "pruner.options.thresold=0.4"], capsys)
+    assert "ckpt" in fails(evaluate.main, [], capsys)
+    assert "no checkpoint at" in fails(evaluate.main, [f"ckpt={tmp_path}/nothing"], capsys)
+    assert "not empty" in fails(train.main, [*world["args"], f"out={world['run']}"], capsys)
+    assert "src.prepare" in fails(train.main, [*args, f"data.path={tmp_path}/none", "overwrite=true"], capsys)
+
+
+def test_checkpoint_of_another_backbone_names_the_tensor(world, capsys, tmp_path):
+    from glimpseprune.training import pretrain
+
+    wider = pretrain.TinyConfig(layers=3, hidden=64, intermediate=32, vision_layers=4, vision_hidden=32)
+    pretrain.PretrainModule(pretrain.PretrainConfig(model=wider)).save(str(tmp_path / "wider"))
+    error = fails(
+        evaluate.main, [f"ckpt={world['run']}", f"backbone.path={tmp_path / 'wider'}"], capsys, after_loading=True
+    )
+    assert "glimpse." in error and "[3, 1, 32]" in error and "[3, 1, 64]" in error
+
+
+def test_truncated_and_foreign_weights_are_refused(world, tmp_path):
+    data = Path(world["run"], "trainable.safetensors").read_bytes()
+    broken = tmp_path / "run"
+    broken.mkdir()
+    (broken / "config.yaml").write_text(Path(world["run"], "config.yaml").read_text())
+    (broken / "trainable.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="safetensors"):
+        checkpoint.load(broken)
+    pruner = nn.Linear(2, 2)
+    with pytest.raises(UserError, match="missing"):
+        checkpoint.restore(pruner, {"weight": torch.zeros(2, 2)}, "here")
+    with pytest.raises(UserError, match="unknown tensor 'more'"):
+        checkpoint.restore(pruner, pruner.state_dict() | {"more": torch.zeros(1)}, "here")
+
+
+def test_published_weights_load_with_a_backbone(tmp_path):
+    """A folder as the paper's authors publish it, made here from a pruner of ours."""
+    backbone = tiny_qwen()
+    options = OPTIONS | {"probe_layers": [1]}
+    pruner = build("glimpse", options, backbone)
+    own = pruner.state_dict()
+    torch.save(
+        {
+            "attn_fuser": {k[4:]: v for k, v in own.items() if k.startswith("vip.")},
+            "learnable_embeddings": own["glimpse.embeddings"],
+            "le_proj": {k: own[f"glimpse.proj.{k}"] for k in ("weight", "bias")},
+            "le_norm": {"weight": own["glimpse.norm.weight"]},
+        },
+        tmp_path / "new_modules_gp.pt",
+    )
+    published = {
+        "reduce_layer": 1,
+        "selected_layers": [1],
+        "selected_visual_layers": [2, 1],
+        "reduce_threshold": 0.5,
+        "max_remain_ratio": None,
+        "min_remain_num": 1,
+        "attn_fuse_size": 16,
+        "visual_cond_size": 16,
+        "attn_fuse_num_heads": 2,
+        "use_attention_logits": True,
+        "le_dropout_prob": 0.0,
+        "deep_supervision": False,
+        "num_hidden_layers": 4,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    folder = tmp_path / "base"
+    backbone.model.save_pretrained(folder)
+    backbone.processor.tokenizer.save_pretrained(folder)
+    backbone.processor.image_processor.save_pretrained(folder)
+    model = checkpoint.load(tmp_path, backbone=folder)
+    assert all(torch.equal(value, own[name]) for name, value in model.pruner.state_dict().items())
+    with pytest.raises(UserError, match="backbone.path"):
+        checkpoint.load(tmp_path)
