@@ -20,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glimpseprune import decoder, losses
+from glimpseprune import decoder, losses, pruners
 from glimpseprune.attention import Gate
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
 from glimpseprune.pictures import grid, panel
 from glimpseprune.pruners.glimpse import decide
 from glimpseprune.training.options import TrainConfig
-from glimpseprune.types import Encoded, Inputs, Prefill
+from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
 
 
 @dataclass
@@ -52,6 +52,7 @@ class GlimpseModule(L.LightningModule):
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
         self.pruner.train()
+        self.unpruned = pruners.build("none", {}, backbone)
         self.strict_loading = False  # checkpoints hold what trains, never the LVLM
         self.pictured: list[Inputs] = []
 
@@ -164,14 +165,20 @@ class GlimpseModule(L.LightningModule):
         if board is None or self.trainer.sanity_checking:
             return
         for inputs in pictured:
-            rollout = generate(self.backbone, self.pruner, inputs.prompt, max_new_tokens=inputs.answer_ids.shape[1])
-            texts = self.backbone.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
+            pruned, full = self.answers(inputs, self.pruner), self.answers(inputs, self.unpruned)
+            decode = self.backbone.processor.tokenizer.batch_decode
+            texts = [decode(rollout.tokens, skip_special_tokens=True) for rollout in (pruned, full)]
             panels = []
-            for sample, maps, text, keep in zip(inputs.samples[:8], rollout.keep_maps(), texts, rollout.keep):
-                lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {keep.float().mean():.1%}"]
-                panels.append(panel(sample, maps, lines))
-            picture = torch.from_numpy(np.asarray(grid(panels)).copy())
-            board.add_image("val/kept", picture, self.global_step, dataformats="HWC")
+            for row, sample in enumerate(inputs.samples[:8]):
+                keep = pruned.keep[row].float().mean()
+                lines = [sample.question, f"pruned: {texts[0][row]}   full: {texts[1][row]}"]
+                lines.append(f"answer: {sample.answers[0]}   kept {keep:.1%}")
+                panels.append(panel(sample, pruned.keep_maps()[row], lines))
+            board.add_image("val/kept", np.asarray(grid(panels)), self.global_step, dataformats="HWC")
+
+    def answers(self, inputs: Inputs, pruner: nn.Module) -> Rollout:
+        """Greedy answers to a batch."""
+        return generate(self.backbone, pruner, inputs.prompt, max_new_tokens=inputs.answer_ids.shape[1])
 
     # ------------------------------------------------------------------------------------------------ optimiser
 
