@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLImageProcessor,
+    Qwen2VLImageProcessorPil,
 )
 
 from glimpseprune.backbones import LVLM, llava1_5, qwen2_5_vl
@@ -111,7 +111,7 @@ def tiny_qwen(attn: str = "sdpa", seed: int = 0) -> LVLM:
         tie_word_embeddings=False,
     )
     config._attn_implementation = attn
-    images = Qwen2VLImageProcessor(min_pixels=4 * 28 * 28, max_pixels=48 * 28 * 28)
+    images = Qwen2VLImageProcessorPil(min_pixels=4 * 28 * 28, max_pixels=48 * 28 * 28)
     processor = qwen2_5_vl.ImageProcessor(images, tokenizer(), None, chat_template=QWEN_TEMPLATE)
     return qwen2_5_vl.Backbone(randomise(Qwen2_5_VLForConditionalGeneration(config), seed), processor)
 

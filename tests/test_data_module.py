@@ -23,8 +23,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "i
 @pytest.fixture(autouse=True)
 def time_limit():
     """Processes that wait for each other fail a test rather than hang it."""
-    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("the test took more than 60 s")))
-    signal.alarm(60)
+    signal.signal(signal.SIGALRM, lambda *_: (_ for _ in ()).throw(TimeoutError("the test hangs")))
+    signal.alarm(300)
     yield
     signal.alarm(0)
 
@@ -107,8 +107,7 @@ def test_order_is_local_and_depends_on_seed_and_epoch_alone():
     assert (Deal(counts, 4, True, seed=1, window=3, epoch=1).order() != order).any()
 
 
-@pytest.mark.parametrize("world", [1, 2, 5])
-@pytest.mark.parametrize("workers", [0, 3])
+@pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 0), (2, 2), (5, 0)])
 def test_evaluation_is_complete_and_in_order(folder, world, workers):
     dataset = ShardDataset(folder, "val")
     ranks = [ShardLoader(dataset, marked, 3, workers=workers, rank=r, world=world) for r in range(world)]
@@ -126,7 +125,7 @@ def test_evaluation_is_complete_and_in_order(folder, world, workers):
 # ----------------------------------------------------------------------------------------------------------- loaders
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5, 9])  # there are 7 shards
+@pytest.mark.parametrize("workers", [1, 2, 9])  # there are 7 shards
 def test_workers_change_nothing(folder, workers):
     alone, many = train_loader(folder), train_loader(folder, workers=workers)
     for _ in range(3):
@@ -157,11 +156,11 @@ def test_resumes_exactly_with_any_number_of_workers(folder, steps, workers):
     assert take(stream(first), steps) == expected[:steps]
     state = json.loads(json.dumps(first.state_dict()))
     assert state["consumed"] == (steps - state["epoch"] * 12) * 4
-    for other in (0, 3):
-        resumed = train_loader(folder, workers=other)
-        resumed.load_state_dict(state)
-        assert resumed.state_dict() == state
-        assert take(stream(resumed), 15) == expected[steps:]
+    resumed = train_loader(folder, workers=2 - workers)
+    for loader in (resumed, first):  # another, and the same one set back
+        loader.load_state_dict(state)
+        assert loader.state_dict() == state
+        assert take(stream(loader), 15) == expected[steps:]
 
 
 def test_state_is_that_of_the_batch_at_hand_not_of_those_fetched_ahead(folder):
@@ -199,11 +198,12 @@ def test_resuming_on_other_data_is_refused(folder, damaged):
 def test_an_iterator_that_is_left_is_a_finished_epoch(folder):
     alone = train_loader(folder)
     loader = train_loader(folder, workers=2)
-    for steps in (1, 4, 0, 12, 7):
-        assert take(loader, steps) == list(alone)[:steps] if steps else True
-    for _ in range(10):  # processes are not left behind, nor waited for
+    for steps in (1, 4, 12, 7):
+        iter(loader)  # Lightning makes iterators that it never uses: they are no epochs
+        assert take(loader, steps) == list(alone)[:steps]
+    for _ in range(5):  # processes are not left behind, nor waited for
         take(loader, 1)
-    assert loader.state_dict()["epoch"] == 13
+    assert loader.state_dict()["epoch"] == 8
     del loader
     assert not multiprocessing.active_children()
 
@@ -211,6 +211,8 @@ def test_an_iterator_that_is_left_is_a_finished_epoch(folder):
 def test_too_few_samples_for_a_step(folder):
     with pytest.raises(UserError, match=r"\(train\) has 50 samples: too few for one step of batch_size 26 on 2 ranks"):
         train_loader(folder, 26, world=2)
+    with pytest.raises(UserError, match="batch_size is 0"):
+        train_loader(folder, 0)
 
 
 def test_drawing_batches_leaves_the_global_random_numbers_alone(folder):
@@ -285,6 +287,7 @@ def test_what_the_collator_refuses_is_an_error_in_one_line(folder, workers):
     with pytest.raises(UserError) as error:
         list(train_loader(folder, collate=refuse, workers=workers))
     assert str(error.value) == "sample 'x': a prompt without an image"
+    assert not multiprocessing.active_children()  # though the error still holds the frames that held them
 
 
 # --------------------------------------------------------------------------------------------------------- Lightning
@@ -353,7 +356,7 @@ def test_lightning_resumes_exactly_from_every_checkpoint(folder, tmp_path, check
     assert whole == own_epochs(folder, 3)
     saved = sorted(tmp_path.glob("*.ckpt"))
     assert len(saved) >= (3 if "every_n_epochs" in checkpoint else 15)
-    for path in saved[:: 1 if workers == 0 else 4]:
+    for path in saved[:: 2 if workers == 0 else 7] + saved[4:5]:
         steps = torch.load(path, weights_only=False)["global_step"]
         resumed, _, trainer = fit(folder, tmp_path, ckpt=path, max_epochs=3, validate=validate, workers=workers)
         assert resumed == whole[steps:], path.name
@@ -377,6 +380,19 @@ def test_a_run_that_is_stopped_and_requeued_sees_every_sample_once(folder, tmp_p
     first, _, _ = fit(folder, tmp_path, callbacks=[StopAfter(steps)], max_steps=14, workers=1)
     second, _, _ = fit(folder, tmp_path, ckpt=tmp_path / "stopped.ckpt", max_steps=14, workers=2)
     assert first + second == own_epochs(folder, 3)[:14]
+
+
+@pytest.mark.parametrize("checkpoint", [{"every_n_train_steps": 4}, {"monitor": None}], ids=["steps", "validation"])
+def test_resumes_when_validation_counts_steps_not_epochs(folder, tmp_path, checkpoint):
+    options = {"max_steps": 15, "val_check_interval": 4, "check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    whole, _, _ = fit(folder, tmp_path, checkpoint=checkpoint, **options)
+    assert [batch for _, batch in whole] == [batch for _, batch in own_epochs(folder, 3)]
+    saved = sorted(tmp_path.glob("*.ckpt"))
+    assert len(saved) >= 3
+    for path in saved:
+        steps = torch.load(path, weights_only=False)["global_step"]
+        resumed, _, _ = fit(folder, tmp_path, ckpt=path, **options)
+        assert [batch for _, batch in resumed] == [batch for _, batch in whole[steps:]], path.name
 
 
 def test_limits_and_reloads_of_lightning(folder, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from conftest import prompt, prompts
+from glimpseprune.attention import Gate
 from glimpseprune.backbones import LVLM
 from glimpseprune.decoder import View, append, branch, fork, prefill, rows, run_layers, select, start
 from glimpseprune.pruners import build, glimpse
@@ -188,8 +189,9 @@ def test_batched_is_single(backbone, name) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right", "both"])
-def test_padded_is_unpadded(backbone, side) -> None:
-    pruner, inputs = gaze(backbone), prompt(backbone)
+@pytest.mark.parametrize("pruned", [True, False])
+def test_padded_is_unpadded(backbone, side, pruned) -> None:
+    pruner, inputs = gaze(backbone) if pruned else All(()), prompt(backbone)
     amount = {"left": (4, 0), "right": (0, 4), "both": (2, 3)}[side]
     padded = {
         **{key: value for key, value in inputs.items() if key != "mm_token_type_ids"},
@@ -313,6 +315,27 @@ def test_answer_loss_reaches_the_glimpse_of_every_layer(backbone) -> None:
     logits.log_softmax(-1)[..., 9].sum().backward()
     assert (pruner.glimpse.embeddings.grad.flatten(1).abs().sum(1) > 0).all()
     assert all(parameter.grad is None for parameter in pruner.vip.parameters())
+
+
+@pytest.mark.parametrize("estimator", ["stc", "value"])
+def test_a_gated_student_trains_under_autocast(backbone, estimator) -> None:
+    """The whole KL stage's path in bfloat16: keep logits and gradients stay float32 and finite."""
+    pruner = gaze(backbone)
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            encoded = backbone.encode(prompts(backbone), pruner.vision_layers)
+            state = run_layers(backbone, start(encoded), 2)
+        keep_logits = pruner.logits(View(state, encoded, backbone))
+        weight = torch.ones(state.mask.shape).masked_scatter(state.visual, keep_logits.sigmoid())
+        gate = Gate(weight, estimator)
+        state = run_layers(backbone, branch(state), backbone.num_layers, gate=gate)
+        hidden = run_layers(backbone, append(state, answers(backbone, 3)), backbone.num_layers, gate=gate).hidden
+        loss = backbone.logits(hidden).float().logsumexp(-1).mean()
+    loss.backward()
+    assert keep_logits.dtype == torch.float32
+    for name, parameter in pruner.named_parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    assert pruner.vip.attn_in_proj.weight.grad.abs().sum() > 0
 
 
 @torch.no_grad()

@@ -31,6 +31,13 @@ def test_the_same_options_draw_the_same_samples():
     assert [s.question for s in take(seed=1)] != [s.question for s in first]
 
 
+def test_a_slice_is_the_slice_of_the_whole():
+    options = tags.Options(count={"test": 10})
+    whole, part = list(tags.samples(options, "test")), list(tags.samples(options, "test", 4, 8))
+    assert [s.key for s in part] == [s.key for s in whole[4:8]] and len(whole) == 10
+    assert all(a.question == b.question and a.images[0] == b.images[0] for a, b in zip(part, whole[4:8]))
+
+
 def test_questions_are_true_of_the_scene():
     rng = np.random.default_rng(3)
     view = tags.scene(rng, 336, 12, "test")
@@ -57,7 +64,7 @@ def test_boxes_lie_on_their_tags():
 
 
 def test_samples_of_one_image_share_a_scene():
-    samples = take(count=8, questions=4)
+    samples = take(count=8, questions=4, kinds=list(tags.KINDS))
     assert len({s.scene for s in samples}) == 2 and len({s.key for s in samples}) == 8
     assert {s.kind for s in samples[:4]} == set(tags.KINDS)
 

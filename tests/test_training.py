@@ -234,7 +234,7 @@ def test_evaluate_prints_every_method_and_writes_its_files(world, capsys):
     evaluate.main([f"ckpt={world['run']}", "data.workers=0", "max_new_tokens=6"])
     rows = read(world["run"], "scores.json")
     assert {row["method"] for row in rows} == {"none", "glimpse", "random", "oracle", "zero"}
-    assert {row["kind"] for row in rows} == {"all", "number", "pair", "colour", "relation"}
+    assert {row["kind"] for row in rows} == {"all", "number", "pair", "relation"}
     by = {(row["method"], row["kind"]): row for row in rows}
     assert by["none", "all"]["kept"] == 1 and by["none", "all"]["prefill_flops"] == 1
     assert by["zero", "all"]["kept"] == 0 and by["zero", "all"]["n"] == 8

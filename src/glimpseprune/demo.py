@@ -16,8 +16,8 @@ from glimpseprune.config import option
 class DemoConfig:
     out: str = option("runs/demo", "run folder; replaced if it is there")
     data: str = option("runs/demo-data", "folder of shards; made anew")
-    train_samples: int = option(3840, "training questions")
-    test_samples: int = option(512, "test questions")
+    train_samples: int = option(1920, "training questions")
+    test_samples: int = option(510, "test questions")
     overrides: list[str] = option([], "further key=value for `python -m src.train`")
 
 
@@ -26,9 +26,11 @@ def main(cfg: DemoConfig) -> None:
     from glimpseprune import evaluate, prepare, train
 
     began = time.perf_counter()
-    count = f"{{train: {cfg.train_samples}, val: 128, test: {cfg.test_samples}}}"
+    count = f"{{train: {cfg.train_samples}, val: 126, test: {cfg.test_samples}}}"
     say(1, "prepare: real handwriting on real photographs", f"python -m src.prepare source=tags out={cfg.data}")
-    prepare.main(["source=tags", f"out={cfg.data}", "overwrite=true", f"options.count={count}"])
+    prepare.main(
+        ["source=tags", f"out={cfg.data}", "overwrite=true", "workers=2", "image_format=jpg", f"options.count={count}"]
+    )
     say(2, "stage 1: train glimpse and VIP with KL, no boxes", f"python -m src.train conf/demo.yaml out={cfg.out}")
     train.main(["conf/demo.yaml", f"out={cfg.out}", f"data.path={cfg.data}", "overwrite=true", *cfg.overrides])
     say(3, "evaluate beside the controls", f"python -m src.evaluate ckpt={cfg.out}")

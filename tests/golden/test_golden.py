@@ -217,12 +217,12 @@ def prompt_of(file: Path, case: dict, backbone: LVLM) -> dict[str, Tensor]:
     # LLaVA's recordings have one placeholder per image.
     rows = []
     for ids, real in zip(case["input_ids"], mask):
-        repeats = torch.where(ids == PLACEHOLDER, backbone.side**2, 1)
-        rows.append((ids.repeat_interleave(repeats), real.repeat_interleave(repeats)))
-    width = max(len(ids) for ids, _ in rows)
-    padded = [torch.stack([torch.nn.functional.pad(x, (width - len(x), 0)) for x in pair]) for pair in zip(*rows)]
+        rows.append(ids[real].repeat_interleave(torch.where(ids[real] == PLACEHOLDER, backbone.side**2, 1)))
+    ids, mask = (torch.zeros(len(rows), max(map(len, rows)), dtype=dtype) for dtype in (torch.long, torch.bool))
+    for row, real in enumerate(rows):
+        ids[row, -len(real) :], mask[row, -len(real) :] = real, True
     pixels = images[torch.tensor(case["image_idx"])].float()
-    return {"input_ids": padded[0], "attention_mask": padded[1], "pixel_values": pixels}
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
 
 
 def load_pruner(file: Path, case: dict, backbone: LVLM) -> tuple[torch.nn.Module, list[Tensor] | None]:
@@ -290,7 +290,7 @@ TEXT_KEYS = (
 @cache
 def load_qwen(folder: Path, attn: str) -> LVLM:
     config = published(folder / "-")
-    rope = {key: value for key, value in config["rope_scaling"].items() if key != "type"}
+    rope = {"rope_type": "default", "mrope_section": config["rope_scaling"]["mrope_section"]}
     text = {key: config[key] for key in TEXT_KEYS}
     hf = Qwen2_5_VLConfig(
         text_config=text | {"rope_parameters": rope | {"rope_theta": config["rope_theta"]}},
@@ -332,5 +332,6 @@ def fill(kind: type, config, attn: str, folder: Path, names: dict[str, str]) -> 
     for name, value in load_file(folder / "model.safetensors").items():
         if (prefix := next((prefix for prefix in names if name.startswith(prefix)), None)) is not None:
             state[names[prefix] + name.removeprefix(prefix)] = value
+    state.setdefault("lm_head.weight", state["model.language_model.embed_tokens.weight"])  # tied
     model.load_state_dict(state)
     return model

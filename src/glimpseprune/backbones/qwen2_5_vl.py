@@ -1,8 +1,9 @@
 """Qwen2.5-VL: dynamic resolution, windowed vision tower, M-RoPE.
 
-Images only: without torchvision transformers has no video processor, and its ``AutoProcessor`` fails for want of
-one; :class:`ImageProcessor` does without. A visual token is a merge unit of 2x2 patches; tower states are averaged
-over it (checked against HVision-NKU/GlimpsePrune@091a3d5).
+Images only: without torchvision transformers has no video processor, and its ``AutoProcessor`` fails for want of one;
+:class:`ImageProcessor` does without. The image processor is the PIL one everywhere, so that pixels do not depend on
+what is installed (torchvision's differ by up to 0.015). A visual token is a merge unit of 2x2 patches; tower states
+are averaged over it (checked against HVision-NKU/GlimpsePrune@091a3d5).
 """
 
 from __future__ import annotations
@@ -13,7 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+)
 
 from ..config import UserError
 from ..types import Grid
@@ -89,7 +95,7 @@ def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: 
     bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        images = AutoImageProcessor.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
+        images = Qwen2VLImageProcessorPil.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
     except (OSError, ValueError) as error:
         raise UserError(f"no tokenizer and image processor in '{path}': {str(error).splitlines()[0]}") from error
     if not tokenizer.chat_template:

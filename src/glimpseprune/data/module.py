@@ -4,7 +4,7 @@ One rule (:class:`Deal`) says which rank gets which samples at which step, from 
 so far): all samples of the epoch in one seeded order are laid end to end, and every step deals the next batch to each
 rank in turn. So in an epoch
 
-- every rank takes the same number of steps, and no sample comes twice;
+- every rank takes the same number of steps, and no sample comes twice (but to stand in for a damaged one);
 - fewer than world x batch samples are left over (dropped until another epoch's order brings them);
 - the place in it is two numbers, equal on all ranks. A run resumes exactly there, without reading anything again,
   under any number of workers; under another number of ranks or another batch size it goes on from the same sample.
@@ -177,6 +177,8 @@ class ShardLoader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: at least 1 sample per batch")
         self.dataset, self.collate, self.workers = dataset, collate, workers
         self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, window, rank, world)
         self.damaged: Counter[str] = Counter()

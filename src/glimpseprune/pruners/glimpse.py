@@ -58,6 +58,7 @@ class Options:
     deep_supervision: bool = option(False, "every block of the predictor has an output and a loss")
     logit_cap: float | None = option(None, "l -> cap tanh(l / cap), so that dropped tokens can come back")
     init_bias: float = option(0.0, "initial bias of the keep logits")
+    init_token: str | None = option(None, "the glimpse starts as a copy of this token of the vocabulary; null: random")
 
 
 class Glimpse(nn.Module):
@@ -73,6 +74,18 @@ class Glimpse(nn.Module):
     def forward(self) -> Tensor:
         return self.dropout(self.norm(self.proj(self.embeddings).to(self.embeddings.dtype)))  # [L, 1, D]
 
+    @torch.no_grad()
+    def imitate(self, embedding: Tensor) -> None:
+        """Start as a token with this input ``embedding`` [D]: e_i = embedding for all i.
+
+        A copy of the prompt's last token looks where that token looks, which is where the answer is about to be read.
+        """
+        scale = embedding.pow(2).mean().sqrt()
+        nn.init.eye_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+        self.norm.weight.fill_(scale)
+        self.embeddings.copy_((embedding / scale).expand_as(self.embeddings))
+
 
 class Pruner(nn.Module):
     renumber, prune_cache = False, True
@@ -86,6 +99,8 @@ class Pruner(nn.Module):
         self.window = backbone.window if options.window else None
         _check(options, backbone)
         self.glimpse = Glimpse(backbone.num_layers, backbone.hidden_size, backbone.norm_eps, options.dropout)
+        if options.init_token is not None:
+            self.glimpse.imitate(token_embedding(backbone, options.init_token))
         try:
             self.vip = VIP(
                 len(self.probe_layers) * backbone.num_heads,
@@ -166,6 +181,18 @@ class Pruner(nn.Module):
         logits = self.vip(probe, states, grids, self.window).float()  # [outputs, N]
         cap = self.options.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def token_embedding(backbone: LVLM, token: str) -> Tensor:
+    """Input embedding [D] of a token of the vocabulary.
+
+    Raises:
+        UserError: there is no such token.
+    """
+    vocabulary = backbone.processor.tokenizer.get_vocab() if backbone.processor is not None else {}
+    if token not in vocabulary:
+        raise UserError(f"pruner.options.init_token={token!r} is not a token of this backbone's vocabulary")
+    return backbone.embed(torch.tensor(vocabulary[token], device=backbone.device)).float()
 
 
 def decide(

@@ -1,0 +1,1 @@
+"""LightningModules: one file per stage, each defining ``Stage``; and what they share."""
