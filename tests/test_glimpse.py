@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import prompts, tiny_qwen
 
+from conftest import prompts, tiny_qwen
 from glimpseprune import attention
 from glimpseprune.config import UserError
 from glimpseprune.decoder import View, append, branch, run_layers, start

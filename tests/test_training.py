@@ -293,6 +293,55 @@ def read(folder: str | Path, name: str) -> Any:
     return [json.loads(line) for line in text.splitlines()] if name.endswith("jsonl") else json.loads(text)
 
 
+def test_a_published_folder_can_be_evaluated(world, tmp_path):
+    saved = checkpoint.read_config(world["run"])
+    publish(weights(world["folder"], "run"), saved.pruner.options | {"num_hidden_layers": 3}, tmp_path / "published")
+    args = [
+        f"ckpt={tmp_path / 'published'}",
+        f"backbone.path={world['folder']}/base",
+        f"data.path={world['folder']}/data",
+    ]
+    evaluate.main([*args, f"out={tmp_path / 'out'}", "data.workers=0", "max_new_tokens=6", "controls=[none]"])
+    evaluate.main(
+        [f"ckpt={world['run']}", f"out={tmp_path / 'own'}", "data.workers=0", "max_new_tokens=6", "controls=[]"]
+    )
+    theirs, own = (
+        [line for line in read(tmp_path / name, "predictions.jsonl") if line["method"] == "glimpse"]
+        for name in ("out", "own")
+    )
+    assert theirs == own and len(own) == 8
+
+
+def publish(state: dict[str, torch.Tensor], options: dict[str, Any], folder: Path) -> None:
+    """Write weights and options as the paper's authors publish them."""
+    folder.mkdir(exist_ok=True)
+    torch.save(
+        {
+            "attn_fuser": {k[4:]: v for k, v in state.items() if k.startswith("vip.")},
+            "learnable_embeddings": state["glimpse.embeddings"],
+            "le_proj": {k: state[f"glimpse.proj.{k}"] for k in ("weight", "bias")},
+            "le_norm": {"weight": state["glimpse.norm.weight"]},
+        },
+        folder / "new_modules_gp.pt",
+    )
+    published = {
+        "reduce_layer": options["prune_layer"],
+        "selected_layers": options["probe_layers"],
+        "selected_visual_layers": options["vision_layers"],
+        "reduce_threshold": 0.5,
+        "max_remain_ratio": None,
+        "min_remain_num": 1,
+        "attn_fuse_size": options["width"],
+        "visual_cond_size": options["cond_width"],
+        "attn_fuse_num_heads": options["num_heads"],
+        "use_attention_logits": options.get("probe", "logits") == "logits",
+        "le_dropout_prob": 0.0,
+        "deep_supervision": False,
+        "num_hidden_layers": options["num_hidden_layers"],
+    }
+    (folder / "config.json").write_text(json.dumps(published))
+
+
 def fails(main, args, capsys, after_loading: bool = False) -> str:
     with pytest.raises(SystemExit) as stop:
         main(args)
@@ -346,31 +395,7 @@ def test_published_weights_load_with_a_backbone(tmp_path):
     options = OPTIONS | {"probe_layers": [1]}
     pruner = build("glimpse", options, backbone)
     own = pruner.state_dict()
-    torch.save(
-        {
-            "attn_fuser": {k[4:]: v for k, v in own.items() if k.startswith("vip.")},
-            "learnable_embeddings": own["glimpse.embeddings"],
-            "le_proj": {k: own[f"glimpse.proj.{k}"] for k in ("weight", "bias")},
-            "le_norm": {"weight": own["glimpse.norm.weight"]},
-        },
-        tmp_path / "new_modules_gp.pt",
-    )
-    published = {
-        "reduce_layer": 1,
-        "selected_layers": [1],
-        "selected_visual_layers": [2, 1],
-        "reduce_threshold": 0.5,
-        "max_remain_ratio": None,
-        "min_remain_num": 1,
-        "attn_fuse_size": 16,
-        "visual_cond_size": 16,
-        "attn_fuse_num_heads": 2,
-        "use_attention_logits": True,
-        "le_dropout_prob": 0.0,
-        "deep_supervision": False,
-        "num_hidden_layers": 4,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(published))
+    publish(own, options | {"num_hidden_layers": 4}, tmp_path)
     folder = tmp_path / "base"
     backbone.model.save_pretrained(folder)
     backbone.processor.tokenizer.save_pretrained(folder)

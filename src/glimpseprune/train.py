@@ -8,6 +8,7 @@ resumed (``resume=true``), evaluated (``python -m src.evaluate ckpt=<out>``) and
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 from glimpseprune import config
@@ -29,6 +30,7 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.lookup import find
     from glimpseprune.training.callbacks import RunFolder
 
+    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
     stage = find("glimpseprune.training", cfg.stage).Stage
     data = ShardDataModule(
         cfg.data.path,
