@@ -363,6 +363,15 @@ def test_bad_input_is_one_line_and_exit_code_two(world, capsys, tmp_path):
     assert "src.prepare" in fails(train.main, [*args, f"data.path={tmp_path}/none", "overwrite=true"], capsys)
 
 
+def test_a_typo_does_not_cost_the_run_it_would_overwrite(world, capsys, tmp_path):
+    (tmp_path / "config.yaml").write_text("precious")
+    args = [*world["args"], f"out={tmp_path}", "overwrite=true"]
+    assert "threshold" in fails(train.main, [*args, "pruner.options.thresold=0.4"], capsys)
+    assert "stage=options" in fails(train.main, [*args, "stage=options"], capsys)
+    assert "stage=pretrain" in fails(train.main, [*args, "stage=pretrain"], capsys)
+    assert (tmp_path / "config.yaml").read_text() == "precious"
+
+
 def test_checkpoint_of_another_backbone_names_the_tensor(world, capsys, tmp_path):
     from glimpseprune.training import pretrain
 

@@ -18,7 +18,7 @@ from glimpseprune.training.options import TrainConfig
 
 @config.entry(TrainConfig)
 def main(cfg: TrainConfig) -> None:
-    last = _claim(cfg)
+    last = _check_out(cfg)
 
     import lightning as L
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -31,7 +31,9 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.training.callbacks import RunFolder
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
-    stage = find("glimpseprune.training", cfg.stage).Stage
+    stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
+    if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
+        raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse")
     data = ShardDataModule(
         cfg.data.path,
         batch_size=cfg.data.batch_size,
@@ -45,6 +47,8 @@ def main(cfg: TrainConfig) -> None:
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
 
+    if last is None and Path(cfg.out).is_dir():
+        shutil.rmtree(cfg.out)  # only now, when nothing that the user wrote can be wrong any more
     config.save(cfg, Path(cfg.out) / checkpoint.CONFIG)
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
@@ -75,8 +79,8 @@ def main(cfg: TrainConfig) -> None:
     print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
 
 
-def _claim(cfg: TrainConfig) -> Path | None:
-    """Make the run folder; the checkpoint to resume from, if any. Never mixes two runs in one folder."""
+def _check_out(cfg: TrainConfig) -> Path | None:
+    """The checkpoint to resume from, if any; UserError where two runs would mix in one folder. Changes nothing."""
     out = Path(cfg.out)
     last = out / "checkpoints" / "last.ckpt"
     if cfg.resume:
@@ -88,6 +92,4 @@ def _claim(cfg: TrainConfig) -> Path | None:
             raise UserError(f"out={out} is not empty: give resume=true, overwrite=true, or another folder")
         if not (out / "config.yaml").is_file():
             raise UserError(f"out={out} is not a run folder: overwrite=true would delete what is not ours")
-        shutil.rmtree(out)
-    out.mkdir(parents=True, exist_ok=True)
     return None

@@ -1,1 +1,1 @@
-"""LightningModules: one file per stage, each defining ``Stage``; and what they share."""
+"""LightningModules: a file per stage, whose module is its ``Stage``; the tiny base's pretraining; what they share."""
