@@ -1,8 +1,10 @@
 """Run folders: config.yaml + trainable.safetensors <-> a backbone with its pruner; import of published weights.
 
-A run folder (ours) and a published folder (``config.json`` + ``new_modules_gp.pt``, local or on the hub) load alike.
-Both are untrusted: safetensors, or ``torch.load(weights_only=True)``; every tensor is checked against the shape that
-the backbone asks for before any is copied.
+trainable.safetensors holds the pruner's tensors by their names, and those of the LVLM that are not its checkpoint's
+(adapters, fine-tuned layers) with ``lvlm.`` before them. A run folder (ours) and a published folder (``config.json`` +
+``new_modules_gp.pt``, local or on the hub) load alike. Both are untrusted: safetensors, or
+``torch.load(weights_only=True)``; every tensor is checked against the shape that the backbone asks for before any is
+copied.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import backbones, config, pruners
+from .backbones import LVLM
 from .config import UserError
 from .generate import generate
-from .training.options import BackboneOptions, PrunerOptions, TrainConfig
+from .training.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
 from .types import Rollout
 
 CONFIG, TRAINABLE, PUBLISHED = "config.yaml", "trainable.safetensors", "new_modules_gp.pt"
+LVLM_PREFIX = "lvlm."
 
 
 class GlimpsePrune:
@@ -56,6 +60,7 @@ def load(
     *,
     backbone: str | Path | BackboneOptions | None = None,
     pruner: str | PrunerOptions | None = None,
+    lora: LoraOptions | None = None,
     device: str = "cpu",
 ) -> GlimpsePrune:
     """Load a run folder, a published folder or hub id, or a bare backbone with a pruner that needs no weights.
@@ -64,6 +69,7 @@ def load(
         ckpt: run folder (``config.yaml`` + ``trainable.safetensors``) or published folder (``new_modules_gp.pt``).
         backbone: replaces the backbone that ``ckpt`` names; needed where there is no ``ckpt``.
         pruner: replaces the pruner of ``ckpt``, as name or options; default without ``ckpt``: ``none``.
+        lora: fresh adapters, where ``ckpt`` has none.
 
     Raises:
         UserError: no checkpoint there, damaged weights, or weights of another backbone (the tensor is named).
@@ -83,8 +89,16 @@ def load(
         max_pixels=where.max_pixels,
     )
     module = pruners.build(method.name, method.options, model).to(device).eval()
+    tuned = {name.removeprefix(LVLM_PREFIX): x for name, x in (weights or {}).items() if name.startswith(LVLM_PREFIX)}
+    adapters = saved.lora if saved is not None and saved.lora is not None else lora
+    if adapters is not None:
+        from .lora import inject
+
+        inject(model, adapters, module.layers[0] if module.layers else 0)
+    if tuned:
+        restore_lvlm(model, tuned, str(ckpt))
     if weights is not None and method.name == saved.pruner.name:
-        restore(module, weights, str(ckpt))
+        restore(module, {name: x for name, x in weights.items() if not name.startswith(LVLM_PREFIX)}, str(ckpt))
     return GlimpsePrune(model, module, method.name)
 
 
@@ -114,11 +128,30 @@ def restore(pruner: nn.Module, weights: Mapping[str, Tensor], source: str) -> No
     pruner.load_state_dict(dict(weights))
 
 
-def save(folder: str | Path, cfg: TrainConfig, pruner: nn.Module) -> None:
+def restore_lvlm(backbone: LVLM, weights: Mapping[str, Tensor], source: str) -> None:
+    """Copy fine-tuned ``weights`` into the LVLM, all or nothing; raises as :func:`restore`."""
+    own = dict(backbone.model.named_parameters())
+    for name, tensor in weights.items():
+        if name not in own or own[name].shape != tensor.shape:
+            there = f"{list(own[name].shape)} in this backbone" if name in own else "not in this backbone"
+            raise UserError(
+                f"{source}: tensor '{LVLM_PREFIX}{name}' of shape {list(tensor.shape)} is {there}: "
+                "the checkpoint belongs to another backbone or to other lora options"
+            )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            own[name].copy_(tensor)
+    backbone.restored |= set(weights)
+
+
+def save(folder: str | Path, cfg: TrainConfig, pruner: nn.Module, backbone: LVLM | None = None) -> None:
     """Write ``config.yaml`` and ``trainable.safetensors``; a kill meanwhile leaves the previous weights whole."""
     folder = Path(folder)
     config.save(cfg, folder / CONFIG)
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in pruner.state_dict().items()}
+    tensors = pruner.state_dict()
+    if backbone is not None:
+        tensors |= {LVLM_PREFIX + name: tensor for name, tensor in backbone.changed().items()}
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = folder / (TRAINABLE + ".partial")
     save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
     os.replace(partial, folder / TRAINABLE)

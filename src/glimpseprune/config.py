@@ -47,7 +47,11 @@ def option(default: Any = MISSING, help: str = "") -> Any:
     return field(default=default, metadata=metadata)
 
 
-def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "") -> T:
+Under = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+"""Given all that files and overrides say, what goes below them and above the defaults."""
+
+
+def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "", under: Under | None = None) -> T:
     """An instance of ``schema`` from command line arguments: ``a.yaml b.yaml key=value``, later ones win.
 
     Files come before overrides whatever their order. ``-h`` or ``--help`` prints every key and exits with 0.
@@ -64,6 +68,9 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "")
             raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
     layers = [(f"{file}: ", _read_yaml(Path(file))) for file in files]
     layers += [("", _override(schema, arg)) for arg in argv if "=" in arg]
+    if under is not None:
+        given = OmegaConf.to_container(OmegaConf.merge(*({}, *(layer for _, layer in layers))))
+        layers.insert(0, ("", under(given)))
     return _build(schema, layers)
 
 
@@ -96,7 +103,7 @@ def save(cfg: Any, path: str | Path) -> None:
     Path(path).write_text(to_yaml(cfg), encoding="utf-8")
 
 
-def entry(schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
+def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
     """Make ``main(cfg)`` an entry point ``main(argv=None)`` that loads its config from the command line.
 
     The help text opens with the docstring of main's module. A :class:`UserError`, whether from the config or from
@@ -111,7 +118,7 @@ def entry(schema: type[T]) -> Callable[[Callable[[T], Any]], Callable[..., Any]]
             prog = f"python -m src.{name}" if sys.argv[0].endswith(".py") else f"glimpseprune-{name}"
             doc = inspect.getdoc(inspect.getmodule(main)) or ""
             try:
-                return main(load(schema, sys.argv[1:] if argv is None else argv, prog=prog, doc=doc))
+                return main(load(schema, sys.argv[1:] if argv is None else argv, prog=prog, doc=doc, under=under))
             except UserError as error:
                 print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
                 raise SystemExit(2) from None

@@ -2,7 +2,8 @@
 
 A :class:`Prefill` is a batch on its way through the decoder. ``start`` makes one from an encoded prompt, ``run_layers``
 takes it deeper, ``select`` drops columns, ``append`` adds new ones (the glimpse, an answer, a decoded token), ``fork``
-shares a cache so that one branch does not see the other's tokens, ``prefill`` puts them together for any pruner.
+shares a cache so that one branch does not see the other's tokens, ``fan_out`` makes many prunings of one prompt,
+``prefill`` puts them together for any pruner, and ``follow`` scores tokens behind it.
 Only public sub-modules of the text model are called (``layers``, ``rotary_emb``); nothing of it is copied or patched.
 """
 
@@ -112,8 +113,7 @@ def select(state: Prefill, keep: Tensor, *, prune_cache: bool = True, renumber: 
 
     The cache object is changed in place; fork it before if the unpruned columns are still needed.
     """
-    if state.hidden.shape[1] != state.mask.shape[1]:
-        raise ValueError("select needs the hidden states of all columns: prune before tokens are appended")
+    _require_whole(state)
     keep = keep & state.mask
     size = int(keep.sum(1).max())
     # A stable sort puts the dropped columns first and leaves the survivors in order: left padding for free.
@@ -143,6 +143,36 @@ def select(state: Prefill, keep: Tensor, *, prune_cache: bool = True, renumber: 
         source=state.source.gather(1, order),
         next_position=next_position,
         frames=frames,
+    )
+
+
+def fan_out(state: Prefill, index: Tensor, keep: Tensor) -> Prefill:
+    """Rows ``index`` [R] (repeats allowed), each with the columns ``keep`` [R, S] of its own, on a cache of their own.
+
+    What ``select(rows(state, index), keep)`` gives, without ever holding R copies of the unpruned columns: this is how
+    G rollouts with G masks share one prefill.
+    """
+    _require_whole(state)
+    if state.frames:
+        raise ValueError("fan_out needs a state that has not been pruned before")
+    mask = state.mask[index]
+    keep = keep & mask
+    size = int(keep.sum(1).max())
+    order = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - size :]  # [R, S']
+    row, mask = index[:, None], keep.gather(1, order)
+    cache = fork(state.cache)
+    for layer in cache.layers[: state.depth]:
+        # Advanced indices with a slice between them come first: [R, S', H, d].
+        layer.keys, layer.values = (x[row, :, order].transpose(1, 2) for x in (layer.keys, layer.values))
+    return replace(
+        state,
+        hidden=state.hidden[row, order],
+        positions=state.positions[..., row, order],
+        mask=mask,
+        visual=state.visual[row, order] & mask,
+        source=state.source[row, order],
+        next_position=state.next_position[index],
+        cache=cache,
     )
 
 
@@ -218,6 +248,28 @@ def prefill(backbone: Backbone, encoded: Encoded, pruner: Pruner) -> Prefill:
         keep = pruner.keep(View(state, encoded, backbone)) | ~state.visual
         state = select(state, keep, prune_cache=pruner.prune_cache, renumber=pruner.renumber)
     return run_layers(backbone, state, backbone.num_layers)
+
+
+def follow(
+    backbone: Backbone, state: Prefill, ids: Tensor, mask: Tensor, *, gate: attention.Gate | None = None
+) -> Tensor:
+    """Logits [B, T, vocabulary] that predict the tokens ``ids`` [B, T] behind a prompt that waits at some depth.
+
+    The tokens run through the layers below on the cache that the prompt left there, then prompt and tokens run on
+    together: what decoding them one by one computes, in one pass. ``mask`` [B, T]: False on right padding.
+    """
+    prompt = branch(state)
+    if ids.shape[1] > 1:
+        tokens = append(prompt, backbone.embed(ids[:, :-1]), mask[:, :-1])
+        tokens = run_layers(backbone, tokens, prompt.depth, gate=gate)
+        prompt = replace(tokens, hidden=torch.cat([prompt.hidden, tokens.hidden], 1))  # [B, S + T - 1, D]
+    final = run_layers(backbone, prompt, backbone.num_layers, gate=gate)
+    return backbone.logits(final.hidden[:, -ids.shape[1] :])
+
+
+def _require_whole(state: Prefill) -> None:
+    if state.hidden.shape[1] != state.mask.shape[1]:
+        raise ValueError("pruning needs the hidden states of all columns: prune before tokens are appended")
 
 
 def _frame(state: Prefill, layer: int) -> Frame | Prefill:

@@ -16,7 +16,7 @@ from glimpseprune.config import option
 class DemoConfig:
     out: str = option("runs/demo", "run folder; replaced if it is there")
     data: str = option("runs/demo-data", "folder of shards; made anew")
-    train_samples: int = option(1920, "training questions")
+    train_samples: int = option(3840, "training questions")
     test_samples: int = option(510, "test questions")
     overrides: list[str] = option([], "further key=value for `python -m src.train`")
 

@@ -9,14 +9,31 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from glimpseprune import config
 from glimpseprune.config import UserError
 from glimpseprune.training.options import TrainConfig
 
 
-@config.entry(TrainConfig)
+def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run takes over from the run folder it starts from, unless told otherwise."""
+    source = Path(str(given.get("init_from"))) / "config.yaml"
+    if not source.is_file():
+        return {}
+    saved = config.read(TrainConfig, source)
+    pruner = given.get("pruner", {}).get("name", saved.pruner.name) == saved.pruner.name
+    return {
+        "backbone": vars(saved.backbone),
+        "data": {"path": saved.data.path},
+        "lora": None if saved.lora is None else vars(saved.lora),
+        **({"pruner": vars(saved.pruner)} if pruner else {}),
+    }
+
+
+@config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
     last = _check_out(cfg)
 
@@ -28,12 +45,12 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.lookup import find
-    from glimpseprune.training.callbacks import RunFolder
+    from glimpseprune.training.callbacks import GuardRails, RunFolder
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
     stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
     if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
-        raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse")
+        raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse or grpo")
     data = ShardDataModule(
         cfg.data.path,
         batch_size=cfg.data.batch_size,
@@ -43,7 +60,7 @@ def main(cfg: TrainConfig) -> None:
         verify=cfg.data.verify,
     )
     L.seed_everything(cfg.seed, workers=True)
-    model = checkpoint.load(cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner)
+    model = checkpoint.load(cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora)
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
 
@@ -57,8 +74,8 @@ def main(cfg: TrainConfig) -> None:
         strategy=cfg.trainer.strategy,
         precision=cfg.trainer.precision,
         max_steps=cfg.trainer.max_steps,
-        accumulate_grad_batches=cfg.trainer.accumulate,
-        gradient_clip_val=cfg.optim.clip or None,
+        accumulate_grad_batches=cfg.trainer.accumulate if module.automatic_optimization else 1,
+        gradient_clip_val=(cfg.optim.clip or None) if module.automatic_optimization else None,
         val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,
         check_val_every_n_epoch=None,
         log_every_n_steps=cfg.trainer.log_every,
@@ -67,6 +84,7 @@ def main(cfg: TrainConfig) -> None:
         callbacks=[
             RichProgressBar(leave=True),
             LearningRateMonitor("step"),
+            *([] if cfg.stage != "grpo" else [GuardRails(cfg.guard)]),
             RunFolder(cfg),
             ModelCheckpoint(
                 Path(cfg.out) / "checkpoints", every_n_train_steps=cfg.trainer.val_every, save_top_k=0, save_last=True

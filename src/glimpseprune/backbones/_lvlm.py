@@ -45,6 +45,7 @@ class LVLM(ABC):
         self.num_layers: int = config.num_hidden_layers
         self.norm_eps: float = config.rms_norm_eps
         self.vision_width: int = model.config.vision_config.hidden_size
+        self.restored: set[str] = set()
 
     @classmethod
     @abstractmethod
@@ -79,6 +80,11 @@ class LVLM(ABC):
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device
+
+    def changed(self) -> dict[str, Tensor]:
+        """Weights of the model that are not its checkpoint's: those restored from a run, and those that train."""
+        named = self.model.named_parameters()
+        return {name: weight for name, weight in named if weight.requires_grad or name in self.restored}
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids [...] -> [..., D]."""

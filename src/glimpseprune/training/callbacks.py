@@ -4,28 +4,83 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from glimpseprune import checkpoint
-from glimpseprune.training.options import TrainConfig
+from glimpseprune.config import UserError
+from glimpseprune.training.options import GuardOptions, TrainConfig
 
 
 class RunFolder(L.Callback):
-    """After every validation and at the end: trainable.safetensors, and a line of metrics.jsonl."""
+    """After every validation and at the end: trainable.safetensors, and a line of metrics.jsonl.
+
+    Nothing more is written once :class:`GuardRails` has stopped the run: what is there is the last good model.
+    """
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.folder = Path(config.out)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero or collapsed(trainer):
             return
-        checkpoint.save(self.folder, self.config, module.pruner)
+        checkpoint.save(self.folder, self.config, module.pruner, module.backbone)
         scores = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
         with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": trainer.global_step} | scores) + "\n")
 
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            checkpoint.save(self.folder, self.config, module.pruner)
+        if trainer.is_global_zero and not collapsed(trainer):
+            checkpoint.save(self.folder, self.config, module.pruner, module.backbone)
+
+
+class GuardRails(L.Callback):
+    """Stops reinforcement that has gone wrong, before it has spoiled more than the last validation's weights.
+
+    Gone wrong: the smoothed reward has lost the fraction ``drop`` of its best while pruning has run away (keep ratio
+    below ``keep_floor``) or answers are empty. And at the start: a gate that keeps almost nothing, from which nothing
+    can be learnt.
+    """
+
+    def __init__(self, options: GuardOptions):
+        self.options = options
+        self.means: dict[str, float] = {}
+        self.best = float("-inf")
+        self.reason: str | None = None
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        names = {"reward": "train/reward", "keep": "train/keep_ratio/sampled", "empty": "train/completions/empty_ratio"}
+        found = {short: float(trainer.callback_metrics[name]) for short, name in names.items()}
+        first = not self.means
+        a = self.options.smoothing
+        self.means = {name: a * self.means.get(name, value) + (1 - a) * value for name, value in found.items()}
+        if first and self.means["keep"] < self.options.keep_floor:
+            raise UserError(
+                f"the gate keeps {self.means['keep']:.2%} of the visual tokens before the first update, less than "
+                f"guard.keep_floor={self.options.keep_floor}: train it first (stage=glimpse, conf/stage1.yaml)"
+            )
+        self.best = max(self.best, self.means["reward"])
+        fallen = self.means["reward"] < self.best - self.options.drop * abs(self.best)
+        if fallen and self.means["keep"] < self.options.keep_floor:
+            self.reason = f"pruning ran away: {self.means['keep']:.2%} of the visual tokens are kept"
+        elif fallen and self.means["empty"] > self.options.empty:
+            self.reason = f"answers collapsed: {self.means['empty']:.0%} of them are empty"
+        if self.reason is not None:
+            trainer.should_stop = True
+            rank_zero_warn(
+                f"stopped at step {trainer.global_step}: {self.reason}, and the reward fell from {self.best:.3f} to "
+                f"{self.means['reward']:.3f}. The weights of the last validation are kept"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"means": self.means, "best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.means, self.best = state["means"], state["best"]
+
+
+def collapsed(trainer: L.Trainer) -> bool:
+    return any(isinstance(callback, GuardRails) and callback.reason for callback in trainer.callbacks)

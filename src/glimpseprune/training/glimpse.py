@@ -11,23 +11,18 @@ where the vision tower is a large part of a step, and none at 7B).
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from glimpseprune import decoder, losses, pruners
+from glimpseprune import decoder, losses
 from glimpseprune.attention import Gate
-from glimpseprune.decoder import View
-from glimpseprune.generate import generate
-from glimpseprune.pictures import grid, panel
-from glimpseprune.pruners.glimpse import decide
+from glimpseprune.config import UserError
+from glimpseprune.training._stage import StageModule, mask_scores
 from glimpseprune.training.options import TrainConfig
-from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
+from glimpseprune.types import Encoded, Inputs, Prefill
 
 
 @dataclass
@@ -44,51 +39,29 @@ class Shared:
         return self.encoded.counts
 
 
-class GlimpseModule(L.LightningModule):
-    """The frozen LVLM with its trainable glimpse and VIP; ``pruner`` is the very object that inference uses."""
+class GlimpseModule(StageModule):
+    """The frozen LVLM with its trainable glimpse and VIP."""
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
-        super().__init__()
-        self.config, self.backbone, self.pruner = config, backbone, pruner
-        self.lvlm = backbone.model.requires_grad_(False).eval()
-        self.pruner.train()
-        self.unpruned = pruners.build("none", {}, backbone)
-        self.strict_loading = False  # checkpoints hold what trains, never the LVLM
-        self.pictured: list[Inputs] = []
-
-    def train(self, mode: bool = True) -> GlimpseModule:
-        super().train(mode)
-        self.lvlm.eval()
-        return self
+        if not hasattr(pruner, "all_logits"):
+            raise UserError(f"stage=glimpse trains the pruner 'glimpse', not '{config.pruner.name}'")
+        super().__init__(config, backbone, pruner)
 
     # ------------------------------------------------------------------------------------------------- one step
 
     def share(self, inputs: Inputs) -> Shared:
         """Encode the prompt, run it through layers < K (no gradients) and take one glimpse (with gradients)."""
-        with torch.no_grad():
-            encoded = self.backbone.encode(inputs.prompt, self.pruner.vision_layers, inputs.targets)
-            state = decoder.run_layers(self.backbone, decoder.start(encoded), self.pruner.layers[0])
-            if self.training and self.config.loss.answer:
-                whole = decoder.run_layers(self.backbone, decoder.branch(state), self.backbone.num_layers)
+        encoded, state = self.prompt(inputs)
         if self.training and self.config.loss.answer:
-            view = View(whole, encoded, self.backbone)
-            return Shared(encoded, state, *self.pruner.with_answer(view, inputs.answer_ids, inputs.answer_mask))
-        return Shared(encoded, state, self.pruner.all_logits(View(state, encoded, self.backbone)))
-
-    def decide(self, logits: Tensor, counts: list[int]) -> Tensor:
-        """The keep mask [N] of inference."""
-        options = self.pruner.options
-        return decide(logits, counts, options.threshold, options.max_keep, options.min_keep)
+            with torch.no_grad():
+                whole = decoder.run_layers(self.backbone, decoder.branch(state), self.backbone.num_layers)
+            through = self.pruner.with_answer(self.view(encoded, whole), inputs.answer_ids, inputs.answer_mask)
+            return Shared(encoded, state, *through)
+        return Shared(encoded, state, self.pruner.all_logits(self.view(encoded, state)))
 
     def answer_logits(self, state: Prefill, ids: Tensor, mask: Tensor, gate: Gate | None = None) -> Tensor:
         """Logits that predict the answer ``ids`` [B, T], given a prompt at depth K: [B, T, vocabulary]."""
-        backbone, prompt = self.backbone, decoder.branch(state)
-        if ids.shape[1] > 1:
-            answer = decoder.append(prompt, backbone.embed(ids[:, :-1]), mask[:, :-1])
-            answer = decoder.run_layers(backbone, answer, prompt.depth, gate=gate)
-            prompt = replace(answer, hidden=torch.cat([prompt.hidden, answer.hidden], 1))  # [B, S + T - 1, D]
-        final = decoder.run_layers(backbone, prompt, backbone.num_layers, gate=gate)
-        return backbone.logits(final.hidden[:, -ids.shape[1] :])
+        return decoder.follow(self.backbone, state, ids, mask, gate=gate)
 
     def gate(self, shared: Shared, estimator: str) -> Gate:
         """The keep probabilities as weights of the prompt's columns [B, S]; text weighs 1."""
@@ -125,11 +98,6 @@ class GlimpseModule(L.LightningModule):
         self.log_dict({f"train/{name}": value for name, value in mask_scores(keep, targets, inputs, counts).items()})
         return loss
 
-    @property
-    def progress(self) -> float:
-        """Fraction of the optimiser steps that are done."""
-        return self.global_step / self.config.trainer.max_steps
-
     # ----------------------------------------------------------------------------------------------- validation
 
     @torch.no_grad()
@@ -156,85 +124,7 @@ class GlimpseModule(L.LightningModule):
         targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
         scores |= mask_scores(keep, targets, inputs, counts)
         self.log_dict({f"val/{k}": v for k, v in scores.items()}, prog_bar=False, batch_size=len(ids), sync_dist=True)
-        if not self.pictured and self.trainer.is_global_zero:
-            self.pictured.append(inputs)
-
-    def on_validation_epoch_end(self) -> None:
-        pictured, self.pictured = self.pictured, []
-        board = getattr(self.logger, "experiment", None)
-        if board is None or self.trainer.sanity_checking:
-            return
-        for inputs in pictured:
-            pruned, full = self.answers(inputs, self.pruner), self.answers(inputs, self.unpruned)
-            decode = self.backbone.processor.tokenizer.batch_decode
-            texts = [decode(rollout.tokens, skip_special_tokens=True) for rollout in (pruned, full)]
-            panels = []
-            for row, sample in enumerate(inputs.samples[:8]):
-                keep = pruned.keep[row].float().mean()
-                lines = [sample.question, f"pruned: {texts[0][row]}   full: {texts[1][row]}"]
-                lines.append(f"answer: {sample.answers[0]}   kept {keep:.1%}")
-                panels.append(panel(sample, pruned.keep_maps()[row], lines))
-            board.add_image("val/kept", np.asarray(grid(panels)), self.global_step, dataformats="HWC")
-
-    def answers(self, inputs: Inputs, pruner: nn.Module) -> Rollout:
-        """Greedy answers to a batch."""
-        return generate(self.backbone, pruner, inputs.prompt, max_new_tokens=inputs.answer_ids.shape[1])
-
-    # ------------------------------------------------------------------------------------------------ optimiser
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW in four groups: glimpse and VIP, matrices with weight decay and the rest without."""
-        options = self.config.optim
-        groups = []
-        for part, rate in ((self.pruner.glimpse, options.glimpse_lr), (self.pruner.vip, options.vip_lr)):
-            matrices = [p for p in part.parameters() if p.ndim == 2]
-            others = [p for p in part.parameters() if p.ndim != 2]
-            groups.append({"params": matrices, "lr": rate, "weight_decay": options.weight_decay})
-            groups.append({"params": others, "lr": rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, betas=tuple(options.betas))
-        total = self.config.trainer.max_steps
-
-        def scale(step: int) -> float:
-            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
-            return min(1.0, (step + 1) / max(1, options.warmup)) * (options.final_lr + (1 - options.final_lr) * cosine)
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        grads = [p.grad for p in self.pruner.parameters() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(grads))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {name: value for name, value in state.items() if not name.startswith("lvlm.")}
-
-
-def mask_scores(keep: Tensor, targets: Tensor | None, inputs: Inputs, counts: list[int]) -> dict[str, Tensor]:
-    """How the keep mask [N] lies to the evidence, mean over rows.
-
-    ``box_iou`` and ``box_recall`` against the boxes where there are any; ``mask_overlap``: IoU of the masks of two
-    questions on one image whose evidence has no token in common (high: the mask ignores the question).
-    """
-    scores: dict[str, Tensor] = {}
-    rows = keep.split(counts)
-    if targets is not None:
-        boxed = [i for i, sample in enumerate(inputs.samples) if sample.boxes is not None]
-        boxes = targets.split(counts)
-        if boxed:
-            both = torch.stack([(rows[i] & boxes[i]).sum() for i in boxed]).float()
-            either = torch.stack([(rows[i] | boxes[i]).sum() for i in boxed])
-            scores["box_iou"] = (both / either.clamp(min=1)).mean()
-            scores["box_recall"] = (both / torch.stack([boxes[i].sum() for i in boxed]).clamp(min=1)).mean()
-        overlaps = []
-        for i in boxed:
-            for j in boxed:
-                scene = inputs.samples[i].scene
-                if i < j and scene and scene == inputs.samples[j].scene and not (boxes[i] & boxes[j]).any():
-                    overlaps.append((rows[i] & rows[j]).sum() / (rows[i] | rows[j]).sum().clamp(min=1))
-        if overlaps:
-            scores["mask_overlap"] = torch.stack(overlaps).mean()
-    return scores
+        self.remember(inputs)
 
 
 Stage = GlimpseModule

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from glimpseprune.config import MISSING, option
+from glimpseprune.judge import JudgeOptions
 
 
 @dataclass
@@ -44,7 +45,9 @@ class LossOptions:
     pressure: float = option(1.0, "weight of the pruning pressure, once ramped up")
     mask: float = option(0.0, "weight of the mask loss (needs boxes)")
     answer: float = option(0.0, "weight of the cross-entropy of the answer through the glimpse")
-    pressure_kind: Literal["hinge", "mean"] = option("hinge", "hinge: relu(mean gate - target); mean: mean gate")
+    pressure_kind: Literal["hinge", "budget", "mean"] = option(
+        "hinge", "hinge: relu(mean gate - target) per sample; budget: the same per batch; mean: mean gate"
+    )
     target: float = option(0.05, "keep ratio at which the hinge lets go")
     pressure_from: float = option(0.0, "fraction of the steps before the pressure starts")
     pressure_ramp: float = option(0.4, "fraction of the steps over which it grows to its weight")
@@ -54,9 +57,71 @@ class LossOptions:
 
 
 @dataclass
+class LoraOptions:
+    rank: int = option(32, "rank of the adapters")
+    alpha: float = option(64.0, "their output is scaled by alpha / rank")
+    dropout: float = option(0.0, "on their input; above 0 the policy that is updated is not quite the one sampled from")
+    first_layer: int | None = option(None, "first decoder layer with adapters; null: the first one above the pruning")
+    modules: list[str] = option(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linear layers that get one"
+    )
+
+
+@dataclass
+class GRPOOptions:
+    """Names and meanings are TRL's where TRL has them."""
+
+    num_generations: int = option(8, "rollouts per prompt, G")
+    max_completion_length: int = option(64, "tokens per answer at most")
+    temperature: float = option(1.0, "of the sampled tokens")
+    num_iterations: int = option(1, "updates per batch of rollouts")
+    epsilon: float = option(0.2, "the ratio is clipped below 1 - epsilon")
+    epsilon_high: float | None = option(None, "and above 1 + epsilon_high (default: epsilon)")
+    beta: float = option(0.0, "weight of the KL (k3) to the policy without adapters")
+    loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = option("dapo", "how per-token losses are averaged")
+    scale_rewards: Literal["group", "batch", "none"] = option("group", "whose std divides the advantages")
+    std_floor: float = option(0.1, "added to that std; a tiny one makes pruning run away")
+    mask_truncated_completions: bool = option(False, "leave answers without an end out of the loss")
+    entropy_coef: float = option(0.0, "bonus for the entropy of the tokens")
+    sample_keep: bool = option(True, "sample the keep masks; false: as at inference (as without glimpse and VIP)")
+    keep_temperature: float = option(1.0, "of the sampled keep masks")
+    keep_weight: float = option(1.0, "weight of the masks' policy loss")
+    keep_norm: Literal["sum", "sqrt", "mean"] = option("sqrt", "its decisions on V tokens are divided by 1, sqrt(V), V")
+    keep_epsilon: float = option(0.2, "clips the ratio of each decision")
+    keep_entropy_coef: float = option(0.0, "bonus for the entropy of the decisions")
+    zero_variance: Literal["skip", "resample"] = option("skip", "what happens to groups whose rewards are all equal")
+    resample_tries: int = option(2, "how often such a group is rolled out again")
+    micro_batch: int = option(32, "rollouts per backward pass")
+
+
+@dataclass
+class RewardOptions:
+    """reward = sum of weight x function + pruning x (fraction of the visual tokens that was pruned)."""
+
+    functions: dict[str, float] = option({"exact_match": 1.0}, "functions of rewards.py or metrics.py -> weight")
+    pruning: float = option(0.5, "weight of the pruning ratio, once ramped up")
+    pruning_ramp: float = option(0.0, "fraction of the steps over which it grows to that")
+    pruning_when: Literal["correct", "always"] = option("correct", "correct: times the task's score")
+    pruning_target: float | None = option(None, "pruning ratio above which there is no more reward for it")
+    judge: JudgeOptions | None = option(None, "server for the reward `judge`")
+
+
+@dataclass
+class GuardOptions:
+    """When training stops by itself; the weights of the last validation in good order stay."""
+
+    keep_floor: float = option(0.002, "keep ratio below which pruning has run away, if the reward falls too")
+    empty: float = option(0.5, "fraction of empty answers that is a collapse, if the reward falls too")
+    drop: float = option(0.3, "how far the smoothed reward must have fallen, as a fraction of its best")
+    smoothing: float = option(0.9, "of the moving averages")
+
+
+@dataclass
 class OptimOptions:
     glimpse_lr: float = option(1e-3, "learning rate of the glimpse token")
     vip_lr: float = option(1e-3, "learning rate of the visual importance predictor")
+    lora_lr: float = option(1e-4, "learning rate of the adapters")
+    decoder_lr: float = option(1e-6, "learning rate of the decoder's own weights")
     weight_decay: float = option(0.01, "AdamW weight decay (matrices only)")
     betas: list[float] = option([0.9, 0.98], "AdamW betas")
     warmup: int = option(20, "steps of linear warm-up")
@@ -89,7 +154,12 @@ class TrainConfig:
     seed: int = option(0, "seed of initialisation, data order and dropout")
     backbone: BackboneOptions = option(BackboneOptions)
     pruner: PrunerOptions = option(PrunerOptions)
+    train: list[str] = option(["glimpse", "vip"], "what trains, of glimpse, vip, lora, decoder (its layers, in full)")
+    lora: LoraOptions | None = option(None, "adapters on the decoder; {} for the defaults")
     data: DataOptions = option(DataOptions)
     loss: LossOptions = option(LossOptions)
+    grpo: GRPOOptions = option(GRPOOptions)
+    rewards: RewardOptions = option(RewardOptions)
+    guard: GuardOptions = option(GuardOptions)
     optim: OptimOptions = option(OptimOptions)
     trainer: TrainerOptions = option(TrainerOptions)

@@ -1,0 +1,107 @@
+"""Rollouts of the RL stage: for each prompt G sampled keep masks, each with a sampled answer on its pruned cache.
+
+The actions of a rollout are the Bernoulli decision of every visual token and the tokens of the answer. Their
+log-probabilities are those of the very distribution that was sampled: the prompt is full in layers < K, only the
+survivors run above, and the answer sees only survivors in every layer (method.md §3). The prompt's layers < K run once
+for all its rollouts, which take from its cache no more than their survivors.
+
+Left out: top-k, top-p and repetition penalties, under which the ratio of two policies is no longer that of their
+log-probabilities; ``generate`` has them for inference. Speculative or paged decoding: answers here are short.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .backbones import LVLM
+from .decoder import append, fan_out, follow, rows, run_layers
+from .losses import keep_log_probs
+from .types import Prefill
+
+
+def sample_keep(state: Prefill, keep_logits: Tensor, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """A keep mask for each of R rollouts: decisions bool [R, S], True on text, and their log-probabilities [R, S].
+
+    ``keep_logits`` [N] of all visual tokens are divided by ``temperature``; ``index`` [R]: the prompt of each rollout.
+    """
+    logits = at_columns(state, keep_logits)[index] / temperature  # [R, S]
+    visual = state.visual[index]
+    keep = torch.bernoulli(logits.sigmoid()).bool()
+    return keep | ~visual, keep_log_probs(logits, keep) * visual
+
+
+@torch.no_grad()
+def answer(
+    backbone: LVLM,
+    state: Prefill,
+    max_new_tokens: int,
+    ends: Sequence[int],
+    *,
+    temperature: float = 1.0,
+    synced: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sample an answer behind each of R pruned prompts at depth K (:func:`~glimpseprune.decoder.fan_out` makes them).
+
+    Args:
+        ends: ids of the tokens that end an answer.
+        synced: other processes hold parts of the weights, so all go on until the last of them has finished.
+
+    Returns:
+        Tokens [R, T] (right-padded, end of turn included), their log-probabilities [R, T] (0 on padding), mask [R, T],
+        and ended [R], False where an answer was cut. Rows that have ended leave the batch once half of it has.
+    """
+    device, count = backbone.device, len(state.mask)
+    tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
+    log_probs = torch.zeros(count, max_new_tokens, device=device)
+    mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
+    ending = torch.tensor(list(ends), device=device)
+    alive = torch.arange(count, device=device)  # rows of the batch -> rollouts
+    running = torch.ones(count, dtype=torch.bool, device=device)
+    length = 0
+    current = run_layers(backbone, state, backbone.num_layers)
+    for step in range(max_new_tokens):
+        distribution = (backbone.logits(current.hidden[:, -1]).float() / temperature).log_softmax(-1)
+        drawn = torch.multinomial(distribution.exp(), 1)  # [R', 1]
+        live = alive[running]
+        tokens[live, step] = drawn[running, 0]
+        log_probs[live, step] = distribution.gather(1, drawn)[running, 0]
+        mask[live, step] = True
+        length = step + 1 if len(live) else length
+        running = running & ~torch.isin(drawn[:, 0], ending)
+        left = running.sum()
+        anyone = left > 0
+        if synced and dist.is_initialized():
+            anyone = anyone.long()
+            dist.all_reduce(anyone, dist.ReduceOp.MAX)
+        if not anyone or step + 1 == max_new_tokens:
+            break
+        if 2 * left <= len(running):
+            kept = running.nonzero()[:, 0] if left else torch.zeros(1, dtype=torch.long, device=device)
+            current, alive, running, drawn = rows(current, kept), alive[kept], running[kept], drawn[kept]
+        current = run_layers(backbone, append(current, backbone.embed(drawn)), backbone.num_layers)
+    ended = torch.ones(count, dtype=torch.bool, device=device)
+    ended[alive[running]] = False
+    return tokens[:, :length], log_probs[:, :length], mask[:, :length], ended
+
+
+def score(
+    backbone: LVLM, state: Prefill, index: Tensor, keep: Tensor, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the answers' ``tokens`` and the entropies where they were drawn, both [r, T], with gradient.
+
+    ``state``: the unpruned prompts at depth K. Before any update the log-probabilities are those that :func:`answer`
+    returned. 0 on padding.
+    """
+    logits = follow(backbone, fan_out(state, index, keep), tokens, mask).float() / temperature
+    log_probs = logits.log_softmax(-1)  # [r, T, vocabulary]
+    entropy = -(log_probs.exp() * log_probs).sum(-1)
+    return log_probs.gather(2, tokens[..., None])[..., 0] * mask, entropy * mask
+
+
+def at_columns(state: Prefill, values: Tensor) -> Tensor:
+    """Values [N] of the visual tokens at their columns [B, S], 0 elsewhere."""
+    return values.new_zeros(state.visual.shape).masked_scatter(state.visual, values)

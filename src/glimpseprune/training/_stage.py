@@ -1,0 +1,188 @@
+"""What the stages share: one frozen LVLM with the parts of it that train, validation with pictures, the optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from glimpseprune import decoder, lora, pruners
+from glimpseprune.config import UserError
+from glimpseprune.decoder import View
+from glimpseprune.generate import generate
+from glimpseprune.pictures import grid, panel
+from glimpseprune.pruners.glimpse import decide
+from glimpseprune.training.options import TrainConfig
+from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
+
+PARTS = ("glimpse", "vip", "lora", "decoder")
+
+
+class StageModule(L.LightningModule):
+    """The LVLM and the very pruner that inference uses; ``config.train`` says which parts of them train."""
+
+    def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
+        super().__init__()
+        self.config, self.backbone, self.pruner = config, backbone, pruner
+        self.lvlm = backbone.model.requires_grad_(False).eval()
+        self.unpruned = pruners.build("none", {}, backbone)
+        self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
+        self.pictured: list[Inputs] = []
+        self.pruner.requires_grad_(False)
+        for part in config.train:
+            for parameter in self.parameters_of(part):
+                parameter.requires_grad_(True)
+        self.train()
+
+    def parameters_of(self, part: str) -> list[nn.Parameter]:
+        """Parameters of one of ``PARTS``.
+
+        Raises:
+            UserError: there is no such part in this model.
+        """
+        if part not in PARTS:
+            raise UserError(f"train: no part '{part}', choose from {', '.join(PARTS)}")
+        if part in ("glimpse", "vip"):
+            if not hasattr(self.pruner, part):
+                raise UserError(f"train: the pruner '{self.config.pruner.name}' has no {part} to train")
+            return list(getattr(self.pruner, part).parameters())
+        if part == "lora":
+            if self.config.lora is None:
+                raise UserError("train: there are no adapters, give lora={} or lora.rank=...")
+            return [p for name, p in self.lvlm.named_parameters() if lora.is_adapter(name)]
+        text = self.backbone.text_model
+        own = [*text.layers.named_parameters(), *text.norm.named_parameters()]
+        return [p for name, p in own if not lora.is_adapter(name)]
+
+    def train(self, mode: bool = True) -> StageModule:
+        super().train(mode)
+        self.lvlm.eval()
+        for module in self.lvlm.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.lora_dropout.train(mode)
+        return self
+
+    # ----------------------------------------------------------------------------------------------- the prompt
+
+    @property
+    def depth(self) -> int:
+        """K, how many decoder layers see every token."""
+        return self.pruner.layers[0] if self.pruner.layers else 0
+
+    @torch.no_grad()
+    def prompt(self, inputs: Inputs) -> tuple[Encoded, Prefill]:
+        """The batch of prompts, encoded and run through layers < K."""
+        encoded = self.backbone.encode(inputs.prompt, self.pruner.vision_layers, inputs.targets)
+        return encoded, decoder.run_layers(self.backbone, decoder.start(encoded), self.depth)
+
+    def view(self, encoded: Encoded, state: Prefill) -> View:
+        return View(state, encoded, self.backbone)
+
+    def decide(self, logits: Tensor, counts: list[int]) -> Tensor:
+        """The keep mask [N] of inference."""
+        options = self.pruner.options
+        return decide(logits, counts, options.threshold, options.max_keep, options.min_keep)
+
+    @property
+    def progress(self) -> float:
+        """Fraction of the optimiser steps that are done."""
+        return self.global_step / self.config.trainer.max_steps
+
+    # ----------------------------------------------------------------------------------------------- validation
+
+    def remember(self, inputs: Inputs) -> None:
+        """Keep the first validation batch for the pictures."""
+        if not self.pictured and self.trainer.is_global_zero:
+            self.pictured.append(inputs)
+
+    def on_validation_epoch_end(self) -> None:
+        pictured, self.pictured = self.pictured, []
+        board = getattr(self.logger, "experiment", None)
+        if board is None or self.trainer.sanity_checking:
+            return
+        for inputs in pictured:
+            pruned, full = self.answers(inputs, self.pruner), self.answers(inputs, self.unpruned)
+            panels = []
+            for row, (sample, said, meant) in enumerate(zip(inputs.samples[:8], self.texts(pruned), self.texts(full))):
+                lines = [sample.question, f"pruned: {said}   full: {meant}"]
+                lines.append(f"answer: {sample.answers[0]}   kept {pruned.keep[row].float().mean():.1%}")
+                panels.append(panel(sample, pruned.keep_maps()[row], lines))
+            board.add_image("val/kept", np.asarray(grid(panels)), self.global_step, dataformats="HWC")
+
+    def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None) -> Rollout:
+        """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference)."""
+        length = inputs.answer_ids.shape[1] if length is None else length
+        return generate(self.backbone, pruner, inputs.prompt, targets=inputs.targets, max_new_tokens=length)
+
+    def texts(self, rollout: Rollout) -> list[str]:
+        return self.backbone.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
+
+    # ------------------------------------------------------------------------------------------------ optimiser
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW, each part that trains in two groups: matrices with weight decay, the rest without."""
+        options = self.config.optim
+        groups = []
+        for part in self.config.train:
+            rate, parameters = getattr(options, f"{part}_lr"), self.parameters_of(part)
+            for name, decay, chosen in (
+                (part, options.weight_decay, [p for p in parameters if p.ndim == 2]),
+                (f"{part}_no_decay", 0.0, [p for p in parameters if p.ndim != 2]),
+            ):
+                if chosen:
+                    groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})
+        optimizer = torch.optim.AdamW(groups, betas=tuple(options.betas))
+        total = self.config.trainer.max_steps
+
+        def scale(step: int) -> float:
+            cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+            return min(1.0, (step + 1) / max(1, options.warmup)) * (options.final_lr + (1 - options.final_lr) * cosine)
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def trainable(self) -> Iterator[nn.Parameter]:
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        grads = [p.grad for p in self.trainable() if p.grad is not None]
+        self.log("train/grad_norm", nn.utils.get_total_norm(grads))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        frozen = {f"lvlm.{name}" for name in self.lvlm.state_dict()} - {
+            f"lvlm.{name}" for name in self.backbone.changed()
+        }
+        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name not in frozen}
+
+
+def mask_scores(keep: Tensor, targets: Tensor | None, inputs: Inputs, counts: list[int]) -> dict[str, Tensor]:
+    """How the keep mask [N] lies to the evidence, mean over rows.
+
+    ``box_iou`` and ``box_recall`` against the boxes where there are any; ``mask_overlap``: IoU of the masks of two
+    questions on one image whose evidence has no token in common (high: the mask ignores the question).
+    """
+    scores: dict[str, Tensor] = {}
+    rows = keep.split(counts)
+    if targets is not None:
+        boxed = [i for i, sample in enumerate(inputs.samples) if sample.boxes is not None]
+        boxes = targets.split(counts)
+        if boxed:
+            both = torch.stack([(rows[i] & boxes[i]).sum() for i in boxed]).float()
+            either = torch.stack([(rows[i] | boxes[i]).sum() for i in boxed])
+            scores["box_iou"] = (both / either.clamp(min=1)).mean()
+            scores["box_recall"] = (both / torch.stack([boxes[i].sum() for i in boxed]).clamp(min=1)).mean()
+        overlaps = []
+        for i in boxed:
+            for j in boxed:
+                scene = inputs.samples[i].scene
+                if i < j and scene and scene == inputs.samples[j].scene and not (boxes[i] & boxes[j]).any():
+                    overlaps.append((rows[i] & rows[j]).sum() / (rows[i] | rows[j]).sum().clamp(min=1))
+        if overlaps:
+            scores["mask_overlap"] = torch.stack(overlaps).mean()
+    return scores

@@ -1,0 +1,387 @@
+"""Stage 2, GlimpsePrune+: reinforce the language model on its own pruned sequences (method.md §3).
+
+A step: every prompt of the batch runs through layers < K once; each of its G rollouts draws a keep mask from the gate
+and an answer on the pruned cache; reward = task score + alpha x pruning ratio; advantages are relative to the group.
+Then the policy loss over tokens and over keep decisions, two terms with weights, clips and normalisations of their own,
+because there are V decisions to every few tokens. The log-probabilities are recomputed from exactly the distribution
+that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in micro-batches;
+loss weights are fixed before, so neither gradient nor memory depends on how they are cut.
+
+What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP. A pruner without a gate (oracle,
+none) is reinforced with its own masks, which is the published recipe. Gradients of all processes are averaged here,
+once an update, since ranks may have different numbers of rollouts worth a backward pass.
+
+Left out: gradients through the prompt's hidden states into the gate (the mask's term trains glimpse, VIP, and what
+the glimpse itself passes through); a replay buffer of old rollouts.
+"""
+
+from __future__ import annotations
+
+import html
+from collections import defaultdict
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from glimpseprune import decoder, lora, losses, rewards
+from glimpseprune.config import UserError
+from glimpseprune.rollout import answer, at_columns, sample_keep, score
+from glimpseprune.training._stage import StageModule, mask_scores
+from glimpseprune.training.options import TrainConfig
+from glimpseprune.types import Encoded, Inputs, Prefill
+
+
+@dataclass
+class Actions:
+    """What R rollouts did, how likely that was, and what it earned."""
+
+    index: Tensor  # [R] row of the batch of prompts that each rollout belongs to
+    keep: Tensor  # [R, S] bool over the prompt's columns, True on text
+    keep_log_probs: Tensor  # [R, S], 0 where nothing was drawn
+    tokens: Tensor  # [R, T] right-padded, end of turn included
+    log_probs: Tensor  # [R, T], 0 on padding
+    mask: Tensor  # [R, T] bool
+    ended: Tensor  # [R] bool, False where the answer was cut
+    pruned: Tensor  # [R] fraction of the visual tokens that was pruned
+    values: Tensor  # [R, F] each reward function, NaN where it does not apply
+    reward: Tensor  # [R]
+    valid: Tensor  # [R] bool, False where a verdict is missing
+
+    def replace_rows(self, where: Tensor, other: Actions) -> None:
+        """Put the rollouts of ``other`` in place of those at ``where`` [R'], widening T if need be."""
+        width = max(self.tokens.shape[1], other.tokens.shape[1])
+        for name, mine in vars(self).items():
+            theirs = getattr(other, name)
+            if name in ("tokens", "log_probs", "mask"):
+                mine, theirs = (nn.functional.pad(x, (0, width - x.shape[1])) for x in (mine, theirs))
+            setattr(self, name, mine.index_copy(0, where, theirs))
+
+
+@dataclass
+class Batch:
+    """A batch of prompts with its rollouts, waiting for updates."""
+
+    encoded: Encoded
+    state: Prefill  # unpruned, at depth K
+    actions: Actions
+    advantages: Tensor  # [R]
+    mask: Tensor  # [R, T] tokens that count
+
+
+class GRPOModule(StageModule):
+    """Group-relative policy optimisation; names of options and metrics are TRL's."""
+
+    def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
+        super().__init__(config, backbone, pruner)
+        self.automatic_optimization = False
+        self.rewards = rewards.build(config.rewards.functions, config.rewards.judge)
+        self.gated = hasattr(pruner, "logits")
+        self.samples_keep = self.gated and config.grpo.sample_keep
+        self.trains_keep = self.samples_keep and any(p.requires_grad for p in pruner.parameters())
+        below = backbone.text_model.layers[: self.depth]
+        self.trains_below = any(p.requires_grad for p in below.parameters())
+        self.pending: list[Batch] = []
+        self.said: list[tuple[str, ...]] = []
+        self.ends = ends(backbone)
+        if config.grpo.beta and config.lora is None:
+            raise UserError("grpo.beta > 0 compares with the policy without adapters: give lora={}, or beta=0")
+        if config.grpo.num_generations < 2:
+            raise UserError(f"grpo.num_generations={config.grpo.num_generations}: a group has at least 2 rollouts")
+
+    def train(self, mode: bool = True) -> GRPOModule:
+        super().train(mode)
+        self.pruner.eval()  # dropout on the glimpse would update another gate than the one that drew the masks
+        return self
+
+    # --------------------------------------------------------------------------------------------------- rollouts
+
+    @torch.no_grad()
+    def collect(self, inputs: Inputs) -> Batch:
+        """Roll out a batch of prompts, judge the answers, and compare each with its group."""
+        options = self.config.grpo
+        encoded, state = self.prompt(inputs)
+        index = torch.arange(len(inputs.samples), device=self.device).repeat_interleave(options.num_generations)
+        actions = self.roll_out(inputs, encoded, state, index)
+        for _ in range(options.resample_tries if options.zero_variance == "resample" else 0):
+            same = self.advantages(actions)[1] < 1e-6  # [P]
+            again = same[index].nonzero()[:, 0]
+            if not len(again):
+                break
+            actions.replace_rows(again, self.roll_out(inputs, encoded, state, index[again]))
+        advantages, std = self.advantages(actions)
+        mask = actions.mask & actions.valid[:, None]
+        if options.mask_truncated_completions:
+            mask = mask & actions.ended[:, None]
+        self.report(inputs, encoded, state, actions, std)
+        return Batch(encoded, state, actions, advantages, mask)
+
+    def roll_out(self, inputs: Inputs, encoded: Encoded, state: Prefill, index: Tensor) -> Actions:
+        """A mask and an answer for each prompt of ``index`` [R], and their reward."""
+        options, view = self.config.grpo, self.view(encoded, state)
+        if self.samples_keep:
+            keep, keep_log_probs = sample_keep(state, self.pruner.logits(view), index, options.keep_temperature)
+        else:
+            keep = (self.pruner.keep(view) | ~state.visual)[index]
+            keep_log_probs = torch.zeros(keep.shape, device=self.device)
+        tokens, log_probs, mask, ended = answer(
+            self.backbone,
+            decoder.fan_out(state, index, keep),
+            options.max_completion_length,
+            self.ends,
+            temperature=options.temperature,
+            synced=self.is_sharded,
+        )
+        visual = state.visual[index]
+        pruned = 1 - (keep & visual).sum(1) / visual.sum(1)
+        rows = [inputs.samples[i] for i in index.tolist()]
+        texts = self.backbone.processor.tokenizer.batch_decode(tokens.where(mask, self.pad), skip_special_tokens=True)
+        scores = self.rewards(
+            texts,
+            samples=rows,
+            answers=[row.answers for row in rows],
+            questions=[row.question for row in rows],
+            kinds=[row.kind for row in rows],
+            truncated=(~ended).tolist(),
+        )
+        task, valid, values = (x.to(self.device) for x in (scores.total, scores.valid, scores.values))
+        reward = task + self.pruning_reward(pruned, task)
+        self.said = [
+            (row.question, text, row.answers[0], f"{1 - p:.1%}", f"{r:.3f}")
+            for row, text, p, r in zip(rows, texts, pruned.tolist(), reward.tolist())
+        ]
+        return Actions(
+            index, keep, keep_log_probs, tokens, log_probs, mask, ended, pruned, values, reward, valid
+        )  # fmt: skip
+
+    def pruning_reward(self, pruned: Tensor, task: Tensor) -> Tensor:
+        """alpha x pruning ratio, for each of R rollouts."""
+        options = self.config.rewards
+        alpha = options.pruning * min(1.0, self.progress / options.pruning_ramp if options.pruning_ramp else 1.0)
+        if options.pruning_target is not None:
+            pruned = pruned.clamp(max=options.pruning_target)
+        return alpha * pruned * (task.clamp(0, 1) if options.pruning_when == "correct" else 1.0)
+
+    def advantages(self, actions: Actions) -> tuple[Tensor, Tensor]:
+        options = self.config.grpo
+        return losses.group_advantages(
+            actions.reward, actions.index, actions.valid, options.scale_rewards, options.std_floor
+        )
+
+    # ---------------------------------------------------------------------------------------------------- updates
+
+    def training_step(self, inputs: Inputs, index: int) -> None:
+        self.pending.append(self.collect(inputs))
+        if len(self.pending) < self.config.trainer.accumulate:
+            return
+        pending, self.pending = self.pending, []
+        optimizer = self.optimizers()
+        for iteration in range(self.config.grpo.num_iterations):
+            with self.trainer.strategy.block_backward_sync() if dist.is_initialized() else nullcontext():
+                self.backward_all(pending, iteration)
+            self.average_gradients()
+            if self.config.optim.clip:
+                self.clip_gradients(optimizer, self.config.optim.clip, "norm")
+            optimizer.step()
+            optimizer.zero_grad()
+        self.lr_schedulers().step()
+
+    def backward_all(self, pending: list[Batch], iteration: int = 0) -> None:
+        """Gradients of the loss over all rollouts of the pending batches, micro-batch by micro-batch."""
+        options = self.config.grpo
+        width = max(batch.mask.shape[1] for batch in pending)
+        masks = [nn.functional.pad(batch.mask, (0, width - batch.mask.shape[1])) for batch in pending]
+        weights = losses.token_weights(torch.cat(masks), options.loss_type, options.max_completion_length)
+        if options.loss_type == "dapo" and dist.is_initialized():
+            count = sum(mask.sum() for mask in masks).float()
+            everyone = count.clone()
+            dist.all_reduce(everyone)
+            weights = weights * count.clamp(min=1) * dist.get_world_size() / everyone.clamp(min=1)
+        meter: dict[str, list[Tensor]] = defaultdict(list)
+        rollouts = sum(int(batch.actions.valid.sum()) for batch in pending)
+        for batch, weight in zip(pending, weights.split([len(mask) for mask in masks])):
+            if iteration and self.trains_below:
+                batch.state = decoder.run_layers(self.backbone, decoder.start(batch.encoded), self.depth)
+            if self.trains_keep and options.keep_weight:
+                self.manual_backward(self.keep_loss(batch, max(rollouts, 1), meter))
+            worth = batch.mask.any(1)
+            if not options.beta and not options.entropy_coef:
+                worth = worth & (batch.advantages != 0)  # the others have no gradient
+            if any(p.requires_grad for p in self.lvlm.parameters()):
+                for part in self.parts(worth.nonzero()[:, 0]):
+                    self.manual_backward(self.token_loss(batch, part, weight, meter))
+        self.log_dict({f"train/{name}": torch.stack(values).sum() for name, values in meter.items()})
+
+    def parts(self, chosen: Tensor) -> list[Tensor]:
+        """``chosen`` rollouts in micro-batches; as many on every rank where the ranks share the weights."""
+        parts = list(chosen.split(self.config.grpo.micro_batch)) if len(chosen) else []
+        if self.is_sharded:
+            most = torch.tensor(len(parts), device=self.device)
+            dist.all_reduce(most, dist.ReduceOp.MAX)
+            spare = chosen[:1] if len(chosen) else torch.zeros(1, dtype=torch.long, device=self.device)
+            parts += [spare[:1]] * (int(most) - len(parts))  # repeated below with weight 0
+        return parts
+
+    def token_loss(self, batch: Batch, part: Tensor, weights: Tensor, meter: dict[str, list[Tensor]]) -> Tensor:
+        """The policy loss over the tokens of the rollouts ``part`` [r], one micro-batch."""
+        options, actions = self.config.grpo, batch.actions
+        length = int(batch.mask[part].sum(1).max())
+        tokens, old, mask = (x[part, : max(length, 1)] for x in (actions.tokens, actions.log_probs, batch.mask))
+        weight = weights[part, : tokens.shape[1]]
+        index, keep = actions.index[part], actions.keep[part]
+        log_probs, entropy = self.score(batch, index, keep, tokens, mask)
+        per_token, clipped = losses.policy_loss(
+            log_probs, old, batch.advantages[part, None], options.epsilon, options.epsilon_high
+        )
+        meter["entropy"].append((weight * entropy.detach()).sum())
+        meter["clip_ratio/low_mean"].append((weight * (clipped < 0)).sum())
+        meter["clip_ratio/high_mean"].append((weight * (clipped > 0)).sum())
+        meter["clip_ratio/region_mean"].append((weight * (clipped != 0)).sum())
+        if options.beta:
+            with torch.no_grad(), lora.disabled(self.lvlm):
+                reference, _ = self.score(batch, index, keep, tokens, mask)
+            kl = losses.k3(log_probs, reference)
+            meter["kl"].append((weight * kl.detach()).sum())
+            per_token = per_token + options.beta * kl
+        if options.entropy_coef:
+            per_token = per_token - options.entropy_coef * entropy
+        loss = (weight * per_token).sum()
+        meter["policy_loss"].append(loss.detach())
+        return loss
+
+    def score(self, batch: Batch, index: Tensor, keep: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`glimpseprune.rollout.score` on the shared prefix, which runs again if anything below K trains."""
+        state = batch.state
+        if self.trains_below:
+            prompts, index = index.unique(return_inverse=True)
+            start = decoder.rows(decoder.start(batch.encoded), prompts)
+            state, keep = decoder.run_layers(self.backbone, start, self.depth), keep
+        return score(self.backbone, state, index, keep, tokens, mask, self.config.grpo.temperature)
+
+    def keep_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:
+        """The policy loss over the keep decisions of all rollouts."""
+        options, actions = self.config.grpo, batch.actions
+        visual = batch.state.visual[actions.index]  # [R, S]
+        logits = at_columns(batch.state, self.pruner.logits(self.view(batch.encoded, batch.state)))
+        logits = logits[actions.index] / options.keep_temperature
+        per_decision, clipped = losses.policy_loss(
+            losses.keep_log_probs(logits, actions.keep) * visual,
+            actions.keep_log_probs,
+            batch.advantages[:, None],
+            options.keep_epsilon,
+        )
+        entropy = losses.bernoulli_entropy(logits)
+        share = visual / visual.sum(1, keepdim=True) / rollouts  # weights that average over decisions
+        meter["mask_entropy"].append((share * entropy).sum().detach())
+        meter["mask_clip_ratio"].append((share * (clipped != 0)).sum())
+        power = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}[options.keep_norm]
+        weight = visual / visual.sum(1, keepdim=True) ** power / rollouts
+        loss = options.keep_weight * (weight * per_decision).sum()
+        if options.keep_entropy_coef:
+            loss = loss - options.keep_entropy_coef * (share * entropy).sum()
+        meter["mask_loss"].append(loss.detach())
+        return loss
+
+    def average_gradients(self) -> None:
+        """Mean over the processes, where each has gradients of its own."""
+        if not dist.is_initialized() or self.is_sharded:
+            return
+        for parameter in self.trainable():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the weights for each other (ZeRO)."""
+        return "deepspeed" in type(self.trainer.strategy).__name__.lower()
+
+    @property
+    def pad(self) -> Tensor:
+        tokenizer = self.backbone.processor.tokenizer
+        return torch.tensor(tokenizer.pad_token_id or tokenizer.eos_token_id or 0, device=self.device)
+
+    # ---------------------------------------------------------------------------------------------------- reports
+
+    def report(self, inputs: Inputs, encoded: Encoded, state: Prefill, actions: Actions, std: Tensor) -> None:
+        valid, lengths = actions.valid, actions.mask.sum(1).float()
+        metrics = {
+            "reward": actions.reward[valid].mean() if valid.any() else torch.zeros(()),
+            "reward_std": std.mean(),
+            "frac_reward_zero_std": (std < 1e-6).float().mean(),
+            "invalid_rollouts": (~valid).float().mean(),
+            "completions/mean_length": lengths.mean(),
+            "completions/min_length": lengths.min(),
+            "completions/max_length": lengths.max(),
+            "completions/clipped_ratio": (~actions.ended).float().mean(),
+            "completions/empty_ratio": torch.tensor([not said[1].strip() for said in self.said]).float().mean(),
+            "keep_ratio/sampled": 1 - actions.pruned.mean(),
+        }
+        for name, column in zip(self.rewards.functions, actions.values.unbind(1)):
+            known = column[~column.isnan()]
+            if len(known):
+                metrics[f"rewards/{name}/mean"] = known.mean()
+                metrics[f"rewards/{name}/std"] = known.std() if len(known) > 1 else torch.zeros(())
+        if self.gated:
+            keep = self.pruner.keep(self.view(encoded, state))[state.visual]
+            metrics["keep_ratio/greedy"] = torch.stack([x.float().mean() for x in keep.split(encoded.counts)]).mean()
+            targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
+            scores = mask_scores(keep, targets, inputs, encoded.counts)
+            metrics |= {name: scores[name] for name in ("box_recall", "box_iou") if name in scores}
+        shown = ("reward", "keep_ratio/sampled")
+        size = len(inputs.samples)
+        self.log_dict({f"train/{k}": v for k, v in metrics.items() if k not in shown}, batch_size=size)
+        self.log_dict({f"train/{k}": v for k, v in metrics.items() if k in shown}, prog_bar=True, batch_size=size)
+
+    @torch.no_grad()
+    def validation_step(self, inputs: Inputs, index: int) -> None:
+        """Greedy masks and greedy answers, as at inference."""
+        rollout = self.answers(inputs, self.pruner, self.config.grpo.max_completion_length)
+        samples = inputs.samples
+        scores = self.rewards(
+            self.texts(rollout),
+            samples=samples,
+            answers=[sample.answers for sample in samples],
+            questions=[sample.question for sample in samples],
+            kinds=[sample.kind for sample in samples],
+            truncated=[False] * len(samples),
+        )
+        metrics = {
+            "score": scores.total[scores.valid].mean() if scores.valid.any() else torch.zeros(()),
+            "keep_ratio": torch.stack([keep.float().mean() for keep in rollout.keep]).mean(),
+        }
+        targets = torch.cat(inputs.targets) if inputs.targets else None
+        keep = torch.cat(rollout.keep).cpu()
+        metrics |= mask_scores(keep, targets, inputs, [len(row) for row in rollout.keep])
+        self.log_dict({f"val/{k}": v for k, v in metrics.items()}, batch_size=len(samples), sync_dist=True)
+        self.remember(inputs)
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        board = getattr(self.logger, "experiment", None)
+        if board is not None and self.said:
+            rows = [("question", "completion", "answer", "kept", "reward"), ("---",) * 5, *self.said[:32]]
+            table = "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+            board.add_text("train/completions", table, self.global_step)
+
+
+def _cell(text: str) -> str:
+    """Text that stays in its cell of a Markdown table, whatever a model said."""
+    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+
+
+def ends(backbone: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the tokenizer's and the model's own."""
+    config = getattr(backbone.model, "generation_config", None)
+    ids = getattr(config, "eos_token_id", None)
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if (own := backbone.processor.tokenizer.eos_token_id) is not None:
+        ids.append(own)
+    return sorted(set(ids))
+
+
+Stage = GRPOModule
