@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from glimpseprune import config, judge
+from glimpseprune import config, judge, rewards
 from glimpseprune.config import MISSING, UserError
 from glimpseprune.judge import Judge, JudgeOptions, parse_score
 
@@ -152,6 +152,18 @@ def test_verdicts_in_order_equal_rows_once_empty_ones_never(serve):
     assert ask(judge, "0.9") == [0.9]  # in another event loop
     with pytest.raises(ValueError, match="zip"):
         asyncio.run(judge.verdicts(["q"], [], ["p"]))
+
+
+def test_as_a_reward(serve):
+    server = serve(lambda graded, attempt: (400, {}) if graded["prediction"] == "bad" else completion("score: 0.5"))
+    score = rewards.build({"judge": 2.0}, make(server).options)
+
+    async def within_a_loop():
+        return score(["good", "bad"], questions=["q"] * 2, answers=[("a",)] * 2)
+
+    for scores in (asyncio.run(within_a_loop()), score(["good", "bad"], questions=["q"] * 2, answers=[("a",)] * 2)):
+        assert scores.total[0] == 1.0 and scores.valid.tolist() == [True, False]
+    assert score.judge.failures == {"HTTP 400": 2} and score.judge.coverage == 0.5
 
 
 def test_concurrency_is_bounded(serve):

@@ -15,9 +15,10 @@ relation   is red left of blue?            yes      both tags
 ``colour`` is not asked by default: the shipped base cannot answer it (it would have to find a tag by both its digits,
 see experiments/tiny-base).
 
-Train, validation and test share neither a digit sample nor a region of a photograph. With 8 to 12 tags a budget of
-5% of the 144 visual tokens of a 336-px image (7 tokens) cannot hold one token of each, so a mask that ignores the
-question loses. Left out: other fonts, rotation of whole tags, tags that overlap.
+Train, validation and test share neither a digit sample nor a region of a photograph. With 8 to 12 tags a budget of 5%
+of the 144 visual tokens of a 336-px image (7 tokens) cannot hold one token of each, so a mask that ignores the question
+loses. ``wear`` and ``size`` make a harder task of the same kind (experiments/plus). Left out: other fonts, rotation of
+whole tags, tags that overlap.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ TAG_WIDTH, TAG_HEIGHT, FRAME = 60, 32, 4  # pixels
 GLYPH_WIDTH, GLYPH_HEIGHT = 26, 24  # pixels per digit
 SNAP, JITTER = 14, 2  # tag corners lie on the patch grid, give or take this many pixels
 MAX_SIZE = 1344
+WORN_ANGLE, WORN_SHEAR, WORN_INK, WORN_SPECKLE = 0.35, 0.35, 0.75, 60.0  # radians, -, fraction, grey levels at wear 1
 MIN_COLUMN_GAP = 20  # pixels between the centres of two tags that are compared
 
 _DIGIT_SPLITS = {"train": slice(0, 1200), "val": slice(1200, 1400), "test": slice(1400, 1797)}
@@ -73,6 +75,7 @@ class Options:
     questions: int = option(3, "questions per image, dealt over the kinds in turn")
     kinds: list[str] = option(["number", "pair", "relation"], f"kinds to ask, of {KINDS}")
     count: dict[str, int] = option({"train": 8192, "val": 512, "test": 2048}, "questions per split")
+    wear: float = option(0.0, "worse handwriting, 0 to 1: tilted, faded and speckled digits, on any split")
     seed: int = option(0, "seed of the scenes; every split has its own stream")
 
 
@@ -115,7 +118,7 @@ def _photographs(split: str) -> list[Image.Image]:
     return [Image.fromarray(np.ascontiguousarray(photo[rows, columns])) for photo in load_sample_images().images]
 
 
-def _handwriting(rng: np.random.Generator, digit: int, split: str) -> np.ndarray:
+def _handwriting(rng: np.random.Generator, digit: int, split: str, wear: float = 0.0) -> np.ndarray:
     """One handwritten sample, upscaled smoothly: ink in 0..1, [GLYPH_HEIGHT, GLYPH_WIDTH]. Train varies the hand."""
     pool = _digits(split)[digit]
     glyph = pool[rng.integers(len(pool))]
@@ -125,6 +128,10 @@ def _handwriting(rng: np.random.Generator, digit: int, split: str) -> np.ndarray
     zoom = rng.uniform(0.9, 1.12) if vary else rng.uniform(0.95, 1.05)
     contrast = rng.uniform(0.85, 1.4) if vary else 1.15
     shift = rng.uniform((-1.5, -1.0), (1.5, 1.0)) if vary else rng.uniform(-1.0, 1.0, 2)
+    if wear:
+        angle += rng.normal(0, WORN_ANGLE * wear)
+        shear += rng.normal(0, WORN_SHEAR * wear)
+        contrast *= 1 - rng.uniform(0, WORN_INK * wear)
     scale = 8 / (23.0 * zoom)  # output pixels to source pixels
     cos, sin = np.cos(angle) * scale, np.sin(angle) * scale
     matrix = np.array([[cos, -sin + shear * cos], [sin, cos + shear * sin]])
@@ -180,7 +187,9 @@ def _place(rng: np.random.Generator, size: int, tags: int, crowd: bool) -> np.nd
             return np.array(boxes)
 
 
-def scene(rng: np.random.Generator, size: int, tags: int, split: str, *, crowd: bool = False) -> Scene:
+def scene(
+    rng: np.random.Generator, size: int, tags: int, split: str, *, crowd: bool = False, wear: float = 0.0
+) -> Scene:
     """Draw one scene of ``tags`` tags with distinct numbers and (unless ``crowd``) distinct colours.
 
     ``crowd`` is for dense supervision of the vision tower only: as many tags as fit, colours repeated.
@@ -199,10 +208,12 @@ def scene(rng: np.random.Generator, size: int, tags: int, split: str, *, crowd: 
         pixels[y + FRAME : y1 - FRAME, x + FRAME : x1 - FRAME] = 238 + rng.normal(0, 6)
         ink = rng.uniform(10, 60)
         for place, digit in enumerate(pair):
-            alpha = _handwriting(rng, int(digit), split)[..., None]
+            alpha = _handwriting(rng, int(digit), split, wear)[..., None]
             px, py = x + FRAME + GLYPH_WIDTH * place, y + FRAME
             patch = pixels[py : py + GLYPH_HEIGHT, px : px + GLYPH_WIDTH]
             patch[:] = patch * (1 - alpha) + ink * alpha
+            if wear:
+                patch += rng.normal(0, WORN_SPECKLE * wear, patch.shape[:2])[..., None]
             centre[place] = (px + GLYPH_WIDTH // 2, py + GLYPH_HEIGHT // 2)
     return Scene(pixels.clip(0, 255).astype(np.uint8), boxes, colours, digits, centres)
 
@@ -251,6 +262,8 @@ def check(options: Options) -> None:
     unknown = [kind for kind in options.kinds if kind not in KINDS]
     if unknown or not options.kinds:
         raise UserError(f"options.kinds is {options.kinds}: choose from {', '.join(KINDS)}")
+    if not 0 <= options.wear <= 1:
+        raise UserError(f"options.wear is {options.wear}: give 0 to 1")
     if options.questions < 1:
         raise UserError(f"options.questions is {options.questions}: at least 1 question per image")
 
@@ -265,7 +278,8 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     stop = total if stop is None else min(stop, total)
     for index in range(start // options.questions, -(-stop // options.questions)):
         rng = np.random.default_rng([options.seed, splits.index(split), index])
-        view = scene(rng, options.size, int(rng.integers(options.min_tags, options.max_tags + 1)), split)
+        tags = int(rng.integers(options.min_tags, options.max_tags + 1))
+        view = scene(rng, options.size, tags, split, wear=options.wear)
         image = Image.fromarray(view.image)
         for serial in range(index * options.questions, (index + 1) * options.questions):
             kind = options.kinds[serial % len(options.kinds)]
