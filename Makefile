@@ -17,7 +17,7 @@ BIN         := .venv/bin
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo demo-plus test test-slurm lint format clean
 
 # glibc gives every large activation back to the kernel and faults it in again; keeping it makes torch on a CPU up to
 # ten times faster. Read when a process starts, so it cannot be set from Python.
@@ -26,15 +26,23 @@ export MALLOC_TRIM_THRESHOLD_ ?= 2147483647
 export MALLOC_TOP_PAD_        ?= 268435456
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 install: .venv/.ok ## Make .venv with everything that is needed here
 
 demo: .venv/.ok ## Prepare data, train the glimpse on the shipped tiny model, evaluate: ten minutes on two cores
 	$(BIN)/python -m src.demo $(ARGS)
 
+demo-plus: .venv/.ok ## Reinforce the demo's model on a harder task (trains the demo first if it is not there)
+	$(BIN)/python -m src.demo plus=true $(ARGS)
+
 test: .venv/.ok ## Run the tests (ARGS="-k decoder" for some of them, TEST_JOBS for processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) $(ARGS)
+
+test-slurm: .venv/.ok ## Run slurm/ on a throw-away SLURM of two nodes (as root, who may install it from Debian's packages)
+	@command -v slurmctld slurmd sbatch munged > /dev/null || { apt-get -qq update; \
+	apt-get -qq install -y --no-install-recommends slurm-wlm munge; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm tests/slurm $(ARGS)
 
 lint: .venv/.ok ## Check style and formatting
 	$(BIN)/ruff check .

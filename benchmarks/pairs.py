@@ -24,7 +24,12 @@ def compare(title: str, sides: dict[str, Callable[[], object]], rounds: int = 15
             began = time.perf_counter()
             run()
             seconds[name].append(time.perf_counter() - began)
-    first = seconds[next(iter(sides))]
+    return ratios(title, seconds)
+
+
+def ratios(title: str, seconds: dict[str, list[float]]) -> dict[str, float]:
+    """Print the quartiles of each side's ratio to the first side, round by round; returns the medians."""
+    first = seconds[next(iter(seconds))]
     table = Table("side", "ms (median)", "ratio: quartile", "median", "quartile", title=title)
     medians = {}
     for name, times in seconds.items():

@@ -19,6 +19,7 @@ from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
 from glimpseprune.decoder import prefill
 from glimpseprune.pruners import build
+from glimpseprune.training import slurm
 from glimpseprune.training.glimpse import GlimpseModule, mask_scores
 from glimpseprune.training.options import BackboneOptions, DataOptions, LossOptions, TrainConfig
 from glimpseprune.types import Inputs, Sample
@@ -224,6 +225,32 @@ def test_resume_continues_where_the_run_stopped(world):
     assert any(not torch.equal(again[name], further[name]) for name in again)
     steps = [line["step"] for line in read(f"{folder}/long", "metrics.jsonl")]
     assert steps == [2, 4, 6]
+
+
+def test_a_requeued_job_ends_as_if_never_interrupted(world, monkeypatch, tmp_path):
+    """srun with one task: stopped by SIGUSR1 after the first step, and started again by SLURM with the same command."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    scontrol.chmod(0o755)
+    task = {"JOB_ID": 17, "JOB_NAME": "stage1", "NTASKS": 1, "PROCID": 0, "LOCALID": 0, "NODEID": 0, "STEP_ID": 0}
+    for name, value in (task | {"STEP_NUM_NODES": 1}).items():
+        monkeypatch.setenv(f"SLURM_{name}", str(value))
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    args = [*world["args"], f"out={world['folder']}/requeued"]
+    with monkeypatch.context() as told:
+        told.setattr(slurm.Requeue, "on_fit_start", lambda self, *_: self.listen())
+        with pytest.raises(SystemExit) as stop:
+            train.main(args)
+    assert stop.value.code == slurm.EXIT_CODE and (tmp_path / "asked").read_text() == "requeue 17\n"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    train.main(args)
+    whole, again = weights(world["folder"], "run"), weights(world["folder"], "requeued")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["step"] for line in read(f"{world['folder']}/requeued", "metrics.jsonl")] == [2, 4]
+    log = EventAccumulator(f"{world['folder']}/requeued/tensorboard").Reload()
+    assert [event.step for event in log.Scalars("train/kl")] == [0, 1, 2, 3]
 
 
 def weights(folder: str, run: str) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 trainable.safetensors holds the pruner's tensors by their names, and those of the LVLM that are not its checkpoint's
 (adapters, fine-tuned layers) with ``lvlm.`` before them. A run folder (ours) and a published folder (``config.json`` +
-``new_modules_gp.pt``, local or on the hub) load alike. Both are untrusted: safetensors, or
+``new_modules_gp.pt``, local or on the hub) load alike. In a run folder that holds its own LVLM (``src.export`` writes
+them) ``backbone.path`` is ``.``, wherever the folder is moved. Both are untrusted: safetensors, or
 ``torch.load(weights_only=True)``; every tensor is checked against the shape that the backbone asks for before any is
 copied.
 """
@@ -28,6 +29,8 @@ from .types import Rollout
 
 CONFIG, TRAINABLE, PUBLISHED = "config.yaml", "trainable.safetensors", "new_modules_gp.pt"
 LVLM_PREFIX = "lvlm."
+HERE = "."
+"""``backbone.path`` of a run folder that is its own backbone's folder, too."""
 
 
 class GlimpsePrune:
@@ -69,7 +72,7 @@ def load(
         ckpt: run folder (``config.yaml`` + ``trainable.safetensors``) or published folder (``new_modules_gp.pt``).
         backbone: replaces the backbone that ``ckpt`` names; needed where there is no ``ckpt``.
         pruner: replaces the pruner of ``ckpt``, as name or options; default without ``ckpt``: ``none``.
-        lora: fresh adapters, where ``ckpt`` has none.
+        lora: adapters, fresh where ``ckpt`` has none; default: those of ``ckpt``.
 
     Raises:
         UserError: no checkpoint there, damaged weights, or weights of another backbone (the tensor is named).
@@ -90,7 +93,7 @@ def load(
     )
     module = pruners.build(method.name, method.options, model).to(device).eval()
     tuned = {name.removeprefix(LVLM_PREFIX): x for name, x in (weights or {}).items() if name.startswith(LVLM_PREFIX)}
-    adapters = saved.lora if saved is not None and saved.lora is not None else lora
+    adapters = saved.lora if lora is None and saved is not None else lora
     if adapters is not None:
         from .lora import inject
 
@@ -102,9 +105,26 @@ def load(
     return GlimpsePrune(model, module, method.name)
 
 
+def load_pruner(ckpt: str | Path, backbone: LVLM) -> tuple[str, nn.Module]:
+    """Name and pruner of a run folder or a published folder, on a ``backbone`` that is there already.
+
+    Raises:
+        UserError: as :func:`load`; or ``ckpt`` holds no weights of a pruner, or also those of a language model, without
+            which its pruner would not be what it was.
+    """
+    saved, weights = _read(ckpt)
+    if not weights:
+        raise UserError(f"'{ckpt}' holds no weights of a pruner ('{saved.pruner.name}')")
+    if any(name.startswith(LVLM_PREFIX) for name in weights):
+        raise UserError(f"the pruner of '{ckpt}' belongs to a language model that was trained, too")
+    module = pruners.build(saved.pruner.name, saved.pruner.options, backbone).to(backbone.device).eval()
+    restore(module, weights, str(ckpt))
+    return saved.pruner.name, module
+
+
 def read_config(ckpt: str | Path) -> TrainConfig:
     """What a run folder or a published folder says of itself; raises as :func:`load`."""
-    return _read(ckpt)[0]
+    return _read(ckpt, weights=False)[0]
 
 
 def restore(pruner: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -157,14 +177,16 @@ def save(folder: str | Path, cfg: TrainConfig, pruner: nn.Module, backbone: LVLM
     os.replace(partial, folder / TRAINABLE)
 
 
-def _read(ckpt: str | Path) -> tuple[TrainConfig, dict[str, Tensor] | None]:
-    """The configuration and weights of a run folder or of published weights."""
+def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:
+    """The configuration and weights (None where there are none) of a run folder or of published weights."""
     folder = Path(ckpt)
     if not folder.is_dir() and _looks_like_hub_id(str(ckpt)):
         folder = _download(str(ckpt))
     if (folder / CONFIG).is_file():
         saved = config.read(TrainConfig, folder / CONFIG)
-        return saved, _tensors(folder / TRAINABLE) if (folder / TRAINABLE).is_file() else None
+        if saved.backbone.path == HERE and (folder / "config.json").is_file():
+            saved.backbone.path = str(folder)
+        return saved, _tensors(folder / TRAINABLE) if weights and (folder / TRAINABLE).is_file() else None
     if (folder / PUBLISHED).is_file():
         return _published(folder)
     if folder.is_dir():
@@ -218,6 +240,6 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.yaml", "*.safetensors", PUBLISHED]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.jinja", "*.yaml", "*.safetensors", PUBLISHED]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise UserError(f"no checkpoint at '{name}': no such folder, and the hub says {type(error).__name__}") from None

@@ -1,10 +1,21 @@
 """Evaluate: ``python -m src.evaluate ckpt=runs/demo``.
 
-Scores a pruner beside its controls, all on the same samples: ``none`` (unpruned), ``random`` (as many tokens as the
-pruner kept, sample by sample), ``oracle`` (the ground-truth boxes) and ``zero`` (no visual token survives). Prints one
-table and writes ``scores.json`` (a row per method and kind of question) and ``predictions.jsonl`` (a line per method
-and sample). ``ckpt`` is a run folder, or a published pruner (folder or hub id); then ``backbone.path`` and
-``data.path`` may be needed.
+Scores a pruner beside its controls, all on the same samples. Prints one table and writes ``scores.json`` (a row per
+method and kind of question) and ``predictions.jsonl`` (a line per method, sample and draw). ``ckpt`` is a run folder,
+or a published pruner (folder or hub id); then ``backbone.path`` and ``data.path`` may be needed.
+
+Methods of a stage-1 run: ``none`` (unpruned), the pruner by its name, ``random`` (as many tokens as the pruner kept,
+sample by sample), ``oracle`` (the ground-truth boxes) and ``zero`` (no visual token survives).
+
+A run that trained the language model, or reinforced the pruner of another run, has a ``+`` behind its name. Then
+``none`` and what ``relative`` divides by is the *base*, which is the language model as it was before: without the run's
+adapters, or read once more from its folder if the run tuned its own weights. ``glimpse`` is the pruner that the run
+started from (``init_from``), on the base. ``random`` (at the count of ``glimpse+``), ``oracle`` and ``zero`` are run on
+the trained language model, and so is ``none+``, the unpruned one, if ``controls`` names it. Adapters are not merged
+here, which costs a little time to the first token; ``src.export`` merges them.
+
+``samples=8 temperature=1`` and ``sample_keep=true`` are about the pruner alone: it answers k times, its accuracy is the
+mean over the k, and ``pass_at_k`` is that of the best of them (at least one is right).
 """
 
 from __future__ import annotations
@@ -12,9 +23,13 @@ from __future__ import annotations
 import json
 import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import TYPE_CHECKING, Any, TextIO
 
 from glimpseprune import config
@@ -22,11 +37,12 @@ from glimpseprune.config import MISSING, UserError, option
 from glimpseprune.training.options import PrunerOptions, TrainConfig
 
 if TYPE_CHECKING:
+    from glimpseprune.backbones import LVLM
     from glimpseprune.checkpoint import GlimpsePrune
     from glimpseprune.cost import Vip
-    from glimpseprune.types import Encoded, Inputs, Rollout
+    from glimpseprune.types import Encoded, Inputs, Prefill, Rollout, Sample
 
-CONTROLS = ("none", "random", "oracle", "zero")
+CONTROLS = ("none", "glimpse", "random", "oracle", "zero")
 
 
 @dataclass
@@ -57,12 +73,31 @@ class EvaluateConfig:
     limit: int | None = option(None, "score only so many samples")
     metric: str = option("exact_match", "a function of metrics.py")
     max_new_tokens: int = option(64, "tokens per answer at most")
-    controls: list[str] = option(list(CONTROLS), f"methods to run beside the pruner, of {CONTROLS}")
+    controls: list[str] = option(list(CONTROLS), f"methods beside the pruner, of {(*CONTROLS, 'none+')}")
+    samples: int = option(1, "answers of the pruner per sample, k")
+    temperature: float = option(0.0, "of the pruner's answers; 0 is greedy")
+    sample_keep: bool = option(False, "draw the pruner's keep masks from its gate instead of by threshold")
+    seed: int = option(0, "of what is drawn")
     device: str = option("auto", "auto, cpu, cuda")
     pictures: int = option(8, "samples drawn into kept.png")
     pruner: PrunerChoice = option(PrunerChoice)
     backbone: BackboneChoice = option(BackboneChoice)
     data: DataChoice = option(DataChoice)
+
+    @property
+    def draws(self) -> bool:
+        """Whether anything about the pruner's answers is random."""
+        return self.temperature > 0 or self.sample_keep
+
+
+@dataclass
+class Method:
+    """A row of the table: a pruner on a language model, which is ``backbone`` within ``context``."""
+
+    name: str
+    pruner: Any
+    backbone: LVLM
+    context: Callable[[], AbstractContextManager] = nullcontext
 
 
 @dataclass
@@ -71,6 +106,7 @@ class Tally:
 
     n: int = 0
     score: float = 0.0
+    best: float = 0.0  # of the k answers to a sample
     kept: float = 0.0
     kept_tokens: float = 0.0
     mean_tokens: float = 0.0
@@ -88,25 +124,29 @@ def main(cfg: EvaluateConfig) -> None:
 
 def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
     """Evaluate, print the table, write the files; the rows of scores.json."""
+    check(cfg)
+
+    import torch
+
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataset, ShardLoader
     from glimpseprune.lookup import function
     from glimpseprune.pictures import grid
 
-    score = function("glimpseprune.metrics", cfg.metric, "prediction")
-    if wrong := [name for name in cfg.controls if name not in CONTROLS]:
-        raise UserError(f"controls={wrong}: choose from {', '.join(CONTROLS)}")
+    metric = function("glimpseprune.metrics", cfg.metric, "prediction")
     saved = checkpoint_config(cfg)
     path = cfg.data.path or saved.data.path
     if path == MISSING:
         raise UserError(f"'{cfg.ckpt}' does not name its data: give data.path=<folder of shards>")
     dataset = ShardDataset(path, cfg.data.split, limit=cfg.limit)
     model = load_model(cfg, saved)
+    methods, own = line_up(cfg, saved, model)
     loader = ShardLoader(dataset, Collator(model.backbone), cfg.data.batch_size, workers=cfg.data.workers)
     out = Path(cfg.out or (cfg.ckpt if (Path(cfg.ckpt) / "config.yaml").is_file() else "runs/evaluate"))
     out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(cfg.seed)
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as stream:
-        evaluation = Evaluation(cfg, model, score, stream)
+        evaluation = Evaluation(cfg, methods, own, metric, stream)
         evaluation.over(loader)
     rows = evaluation.rows()
     (out / "scores.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -116,14 +156,28 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
     if summary := over_needing_kinds(rows):
         (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print(f"over the kinds that need the tokens ({', '.join(summary['kinds'])}):")
-        for name, mean in summary["methods"].items():
-            print(f"  {name:8} {mean['accuracy']:6.1%} = {mean['relative']:6.1%} of unpruned, {mean['kept']:.1%} kept")
+        for name, scores in summary["methods"].items():
+            print(
+                f"  {name:8} {scores['accuracy']:6.1%} = {scores['relative']:6.1%} of unpruned, "
+                f"{scores['kept']:.1%} kept"
+            )
     print(f"scores.json, predictions.jsonl and kept.png are in {out}")
     return rows
 
 
-def checkpoint_config(cfg: EvaluateConfig) -> TrainConfig:
-    """The checkpoint's configuration with what the command line replaces."""
+def check(cfg: EvaluateConfig) -> None:
+    """Raises UserError where options contradict each other."""
+    choices = (*CONTROLS, "none+")
+    if wrong := [name for name in cfg.controls if name not in choices]:
+        raise UserError(f"controls={wrong}: choose from {', '.join(choices)}")
+    if cfg.samples < 1 or cfg.temperature < 0:
+        raise UserError(f"samples={cfg.samples} temperature={cfg.temperature}: give at least 1 and at least 0")
+    if cfg.samples > 1 and not cfg.draws:
+        raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
+
+
+def checkpoint_config(cfg: Any) -> TrainConfig:
+    """The configuration of ``cfg.ckpt`` with what ``cfg.backbone`` (a :class:`BackboneChoice`) replaces."""
     from glimpseprune.checkpoint import read_config
 
     saved = read_config(cfg.ckpt)
@@ -142,21 +196,91 @@ def load_model(cfg: EvaluateConfig, saved: TrainConfig) -> GlimpsePrune:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     pruner = None
     if cfg.pruner.name not in (None, saved.pruner.name):
-        depth = {"prune_layer": saved.pruner.options["prune_layer"]} if cfg.pruner.name != "none" else {}
+        shared = () if cfg.pruner.name == "none" else ("prune_layer",)
+        depth = {name: saved.pruner.options[name] for name in shared if name in saved.pruner.options}
         pruner = PrunerOptions(cfg.pruner.name, depth | cfg.pruner.options)
     elif cfg.pruner.options:
         pruner = PrunerOptions(saved.pruner.name, saved.pruner.options | cfg.pruner.options)
-    return checkpoint.load(cfg.ckpt, backbone=saved.backbone, pruner=pruner, device=device)
+    model = checkpoint.load(cfg.ckpt, backbone=saved.backbone, pruner=pruner, device=device)
+    if cfg.sample_keep and not hasattr(model.pruner, "logits"):
+        raise UserError(f"sample_keep=true: the pruner '{model.name}' has no gate to draw from, as glimpse has")
+    return model
+
+
+def line_up(cfg: EvaluateConfig, saved: TrainConfig, model: GlimpsePrune) -> tuple[list[Method], Method]:
+    """The methods in the order in which they run, and the one that is evaluated.
+
+    Those on the base come first, so that a batch is encoded once per backbone; ``random`` comes after the pruner whose
+    counts it takes.
+
+    Raises:
+        UserError: as ``checkpoint.load`` on the base; or ``none+`` where no language model was trained.
+    """
+    from glimpseprune import pruners
+
+    plus = bool(model.backbone.restored) or (saved.stage == "grpo" and saved.init_from is not None)
+    if "none+" in cfg.controls and not plus:
+        raise UserError(f"controls: there is no none+, for '{cfg.ckpt}' is not a stage-2 run (none is the same)")
+    base, context = base_of(saved, model)
+    own = Method(model.name + "+" * plus, model.pruner, model.backbone)
+    methods = []
+
+    def control(name: str, pruner: str, options: dict[str, Any], where: LVLM, within: Any = nullcontext) -> None:
+        if name in cfg.controls and name != own.name:
+            methods.append(Method(name, pruners.build(pruner, options, where), where, within))
+
+    control("none", "none", {}, base, context)
+    if plus and "glimpse" in cfg.controls and (first := first_stage(saved, base)):
+        methods.append(Method(*first, base, context))
+    control("none+", "none", {}, model.backbone)
+    methods.append(own)
+    if model.pruner.layers:
+        layer = {"prune_layer": model.pruner.layers[0] - 1}
+        control("random", "random", layer, model.backbone)
+        control("oracle", "oracle", layer, model.backbone)
+        control("zero", "random", layer | {"keep": 0.0, "min_keep": 0}, model.backbone)
+    return methods, own
+
+
+def base_of(saved: TrainConfig, model: GlimpsePrune) -> tuple[LVLM, Callable[[], AbstractContextManager]]:
+    """The language model as it was before the run, and the context in which it is that."""
+    trained = model.backbone.restored
+    if saved.lora is not None:
+        from glimpseprune import lora
+
+        if all(map(lora.is_adapter, trained)):
+            return model.backbone, partial(lora.disabled, model.backbone.model)
+    if not trained:
+        return model.backbone, nullcontext
+
+    from glimpseprune import checkpoint
+
+    return checkpoint.load(backbone=saved.backbone, device=str(model.device)).backbone, nullcontext
+
+
+def first_stage(saved: TrainConfig, base: LVLM) -> tuple[str, Any] | None:
+    """Name and pruner of the run that this one started from; None, and a line that says why, where it has gone."""
+    from glimpseprune.checkpoint import load_pruner
+
+    try:
+        if saved.init_from is None:
+            raise UserError("this run started from no other (init_from=null)")
+        if not Path(saved.init_from).is_dir():  # a folder that has gone is not to be looked for on the hub
+            raise UserError(f"there is no folder '{saved.init_from}' (init_from)")
+        return load_pruner(saved.init_from, base)
+    except UserError as error:
+        print(f"the stage-1 pruner is left out: {error}")
+        return None
 
 
 class Evaluation:
-    """The pruner and its controls over a stream of batches; every method sees the same encoded batch."""
+    """Methods over a stream of batches; all that share a backbone see the same encoded batch."""
 
-    def __init__(self, cfg: EvaluateConfig, model: GlimpsePrune, score: Any, stream: TextIO):
+    def __init__(self, cfg: EvaluateConfig, methods: list[Method], own: Method, metric: Any, stream: TextIO):
         from glimpseprune.cost import Shapes
 
-        self.cfg, self.model, self.score, self.stream = cfg, model, score, stream
-        self.shapes = Shapes.from_config(model.backbone.model.config)
+        self.cfg, self.methods, self.own, self.metric, self.stream = cfg, methods, own, metric, stream
+        self.shapes = Shapes.from_config(own.backbone.model.config)
         self.tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
         self.seconds: dict[str, list[float]] = defaultdict(list)  # time to first token per batch
         self.panels: list[Any] = []
@@ -166,87 +290,126 @@ class Evaluation:
         import torch
         from rich.progress import track
 
-        methods = None
-        for inputs in track(loader, description="evaluating", total=len(loader)):
-            methods = methods or self.methods(any(sample.boxes is not None for sample in inputs.samples))
+        for number, inputs in enumerate(track(loader, description="evaluating", total=len(loader))):
+            if number == 0 and all(sample.boxes is None for sample in inputs.samples):
+                self.methods = [method for method in self.methods if method is self.own or method.name != "oracle"]
             with torch.inference_mode():
-                began = time.perf_counter()
-                encoded = self.model.backbone.encode(inputs.prompt, self.model.pruner.vision_layers, inputs.targets)
-                seconds = time.perf_counter() - began
-                counts = None
-                for name, pruner in methods.items():
-                    if name == "random":
-                        pruner.counts = counts
-                    rollout = self.answer(name, pruner, inputs, encoded, seconds)
-                    if pruner is self.model.pruner:
-                        counts = [int(keep.sum()) for keep in rollout.keep]
+                self.batch(inputs)
 
-    def methods(self, boxes: bool) -> dict[str, Any]:
-        """Name -> pruner, in the order in which they run: ``random`` takes the counts of the pruner before it."""
-        from glimpseprune import pruners
+    def batch(self, inputs: Inputs) -> None:
+        """Answer one batch by every method."""
+        counts = None
+        for backbone, group in groupby(self.methods, key=lambda method: method.backbone):
+            methods = list(group)
+            layers = sorted({layer for method in methods for layer in method.pruner.vision_layers})
+            began = time.perf_counter()
+            encoded = backbone.encode(inputs.prompt, layers, inputs.targets)
+            seconds = time.perf_counter() - began
+            for method in methods:
+                if method.name == "random" and method is not self.own:
+                    method.pruner.counts = counts
+                with method.context():
+                    rollout = self.answer(method, encoded, seconds)
+                times = len(rollout.keep) // len(inputs.samples)
+                kept = [int(keep.sum()) for keep in rollout.keep]
+                if method is self.own:
+                    counts = [round(mean(kept[row : row + times])) for row in range(0, len(kept), times)]
+                self.account(method, inputs, encoded, rollout, kept)
 
-        model, controls = self.model, self.cfg.controls
-        layer = {"prune_layer": model.pruner.layers[0] - 1} if model.pruner.layers else None
-        specs: dict[str, tuple[str, dict[str, Any]] | None] = {}
-        if "none" in controls:
-            specs["none"] = ("none", {})
-        specs[model.name] = None
-        if layer and "random" in controls:
-            specs["random"] = ("random", layer)
-        if layer and boxes and "oracle" in controls:
-            specs["oracle"] = ("oracle", layer)
-        if layer and "zero" in controls:
-            specs["zero"] = ("random", layer | {"keep": 0.0, "min_keep": 0})
-        return {name: pruners.build(*spec, model.backbone) if spec else model.pruner for name, spec in specs.items()}
-
-    def answer(self, name: str, pruner: Any, inputs: Inputs, encoded: Encoded, seconds: float) -> Rollout:
-        """Prefill and decode one batch by one method; count, score and write down every sample."""
+    def answer(self, method: Method, encoded: Encoded, seconds: float) -> Rollout:
+        """Prefill and decode a batch; the rows of one prompt are next to each other, k of them for the pruner."""
         from glimpseprune.decoder import prefill
         from glimpseprune.generate import continue_from
+
+        cfg, backbone, own = self.cfg, method.backbone, method is self.own
+        options: dict[str, Any] = {"do_sample": False}
+        if own and cfg.temperature:
+            options = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
+        if own and cfg.sample_keep:
+            encoded, state = self.draw(encoded)
+        else:
+            options["num_return_sequences"] = cfg.samples if own else 1
+            began = time.perf_counter()
+            state = prefill(backbone, encoded, method.pruner)
+            backbone.logits(state.hidden[:, -1]).argmax(-1).tolist()  # waits for the device
+            self.seconds[method.name].append(seconds + time.perf_counter() - began)
+        return continue_from(backbone, encoded, state, max_new_tokens=cfg.max_new_tokens, **options)
+
+    def draw(self, encoded: Encoded) -> tuple[Encoded, Prefill]:
+        """Every prompt k times, each with a keep mask of its own, which is drawn from the gate: [B k, S]."""
+        import torch
+
+        from glimpseprune.decoder import View, fan_out, run_layers, start
+        from glimpseprune.rollout import sample_keep
+
+        backbone, pruner = self.own.backbone, self.own.pruner
+        state = run_layers(backbone, start(encoded), pruner.layers[0])
+        index = torch.arange(len(encoded.mask), device=backbone.device).repeat_interleave(self.cfg.samples)  # [B k]
+        keep, _ = sample_keep(state, pruner.logits(View(state, encoded, backbone)), index)
+        state = run_layers(backbone, fan_out(state, index, keep), backbone.num_layers)
+        return replace(  # decoding asks no more than this of the prompts
+            encoded,
+            input_ids=encoded.input_ids[index],
+            mask=encoded.mask[index],
+            visual=encoded.visual[index],
+            grids=[encoded.grids[row] for row in index.tolist()],
+        ), state
+
+    def scores(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+        """How right each answer to its sample is, 0 to 1. A judge, who wants many at once, belongs here."""
+        return [float(self.metric(text, sample.answers)) for text, sample in zip(texts, samples)]
+
+    def account(self, method: Method, inputs: Inputs, encoded: Encoded, rollout: Rollout, kept: list[int]) -> None:
+        """Score, count and write down every sample of a batch; each row of the rollout ``kept`` so many tokens."""
         from glimpseprune.pictures import panel
 
-        backbone = self.model.backbone
-        began = time.perf_counter()
-        state = prefill(backbone, encoded, pruner)
-        backbone.logits(state.hidden[:, -1]).argmax(-1).tolist()  # waits for the device
-        self.seconds[name].append(seconds + time.perf_counter() - began)
-        rollout = continue_from(backbone, encoded, state, max_new_tokens=self.cfg.max_new_tokens, do_sample=False)
-        texts = backbone.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
-        for row, (sample, text, keep) in enumerate(zip(inputs.samples, texts, rollout.keep)):
+        own, times = method is self.own, len(kept) // len(inputs.samples)
+        texts = method.backbone.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
+        scores = self.scores(texts, [sample for sample in inputs.samples for _ in range(times)])
+        for row, sample in enumerate(inputs.samples):
             if sample.stands_in:
-                self.skipped += name == self.model.name
+                self.skipped += own
                 continue
-            score = float(self.score(text, sample.answers))
-            tally = self.cost(pruner, encoded, row, int(keep.sum()))
-            tally.score = score
+            draws = range(row * times, (row + 1) * times)
+            tally = self.cost(method.pruner, encoded, row, [kept[draw] for draw in draws])
+            tally.score, tally.best = mean(scores[draw] for draw in draws), max(scores[draw] for draw in draws)
             for kind in {"all", sample.kind}:
-                self.tallies[name, kind].add(tally)
-            record = {
-                "method": name,
-                "key": sample.key,
-                "kind": sample.kind,
-                "question": sample.question,
-                "prediction": text,
-                "answers": list(sample.answers),
-                "score": score,
-                "kept": int(keep.sum()),
-                "visual": len(keep),
-            }
-            self.stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if pruner is self.model.pruner and len(self.panels) < self.cfg.pictures:
-                lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {keep.float().mean():.1%}"]
-                self.panels.append(panel(sample, rollout.keep_maps()[row], lines))
-        return rollout
+                self.tallies[method.name, kind].add(tally)
+            for draw in draws:
+                record = {
+                    "method": method.name,
+                    "key": sample.key,
+                    "kind": sample.kind,
+                    "question": sample.question,
+                    "prediction": texts[draw],
+                    "answers": list(sample.answers),
+                    "score": scores[draw],
+                    "kept": kept[draw],
+                    "visual": encoded.counts[row],
+                }
+                self.stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+            if own and len(self.panels) < self.cfg.pictures:
+                text, ratio = texts[draws[0]], kept[draws[0]] / encoded.counts[row]
+                lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {ratio:.1%}"]
+                self.panels.append(panel(sample, rollout.keep_maps()[draws[0]], lines))
 
-    def cost(self, pruner: Any, encoded: Encoded, row: int, kept: int) -> Tally:
-        """What one sample cost, without its score."""
+    def cost(self, pruner: Any, encoded: Encoded, row: int, kept: list[int]) -> Tally:
+        """What one sample cost, without its score: the mean over its draws, which ``kept`` so many visual tokens."""
         from glimpseprune import cost
 
         layers, visual = self.shapes.decoder.layers, encoded.counts[row]
-        schedule = cost.stages(layers, visual, [(depth, kept) for depth in pruner.layers])
         text = int(encoded.mask[row].sum()) - visual
-        account = cost.account(self.shapes, text, encoded.grids[row], schedule, cost_of_vip(pruner))
-        return Tally(1, 0.0, kept / visual, kept, account.mean_tokens, account.ratio)
+        accounts = []
+        for number in kept:
+            schedule = cost.stages(layers, visual, [(depth, number) for depth in pruner.layers])
+            accounts.append(cost.account(self.shapes, text, encoded.grids[row], schedule, cost_of_vip(pruner)))
+        return Tally(
+            n=1,
+            kept=mean(kept) / visual,
+            kept_tokens=mean(kept),
+            mean_tokens=mean(account.mean_tokens for account in accounts),
+            flops=mean(account.ratio for account in accounts),
+        )
 
     def rows(self) -> list[dict[str, Any]]:
         """scores.json: one row per method and kind of question, ``all`` first."""
@@ -269,7 +432,9 @@ class Evaluation:
                     "prefill_flops": round(tally.flops / tally.n, 4),
                     "n": tally.n,
                 }
-                if kind == "all":
+                if method == self.own.name and self.cfg.draws:
+                    row |= {"pass_at_k": round(tally.best / tally.n, 4), "k": self.cfg.samples}
+                if kind == "all" and self.seconds[method]:
                     row["time_to_first_token"] = round(median(self.seconds[method]), 4)
                 rows.append(row)
         return rows
@@ -294,9 +459,9 @@ def over_needing_kinds(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         chosen = [by[method, kind] for kind in kinds]
         total = sum(row["n"] for row in chosen)
         means[method] = {key: sum(row[key] * row["n"] for row in chosen) / total for key in ("accuracy", "kept")}
-    for mean in means.values():
-        mean["relative"] = mean["accuracy"] / means["none"]["accuracy"]
-        mean.update({key: round(value, 4) for key, value in mean.items()})
+    for scores in means.values():
+        scores["relative"] = scores["accuracy"] / means["none"]["accuracy"]
+        scores.update({key: round(value, 4) for key, value in scores.items()})
     return {"kinds": kinds, "methods": means}
 
 
@@ -321,7 +486,8 @@ def print_table(rows: list[dict[str, Any]], skipped: int = 0) -> None:
     )
     for heading in ("kind", "method"):
         table.add_column(heading)
-    for heading in ("accuracy", "relative", "kept", "mean tokens", "prefill FLOPs", "first token", "samples"):
+    passed = [f"pass@{k}" for k in {row["k"] for row in rows if "k" in row}]
+    for heading in ("accuracy", *passed, "relative", "kept", "mean tokens", "prefill FLOPs", "first token", "samples"):
         table.add_column(heading, justify="right")
     last = None
     for row in rows:
@@ -332,6 +498,7 @@ def print_table(rows: list[dict[str, Any]], skipped: int = 0) -> None:
             row["kind"] if row["kind"] != last else "",
             row["method"],
             f"{row['accuracy']:.1%}",
+            *(f"{row['pass_at_k']:.1%}" if "k" in row else "" for _ in passed),
             "-" if relative is None else f"{relative:.1%}",
             f"{row['kept']:.1%} ({row['kept_tokens']:.1f})",
             f"{row['mean_tokens']:.1f}",
@@ -340,4 +507,4 @@ def print_table(rows: list[dict[str, Any]], skipped: int = 0) -> None:
             str(row["n"]),
         )
         last = row["kind"]
-    Console(width=max(112, Console().width)).print(table)
+    Console(width=max(128, Console().width)).print(table)

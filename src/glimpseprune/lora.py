@@ -43,6 +43,9 @@ def inject(backbone: LVLM, options: LoraOptions, prune_depth: int) -> None:
         layers_pattern="layers",
     )
     inject_adapter_in_model(config, backbone.text_model)
+    for name, parameter in backbone.model.named_parameters():
+        if is_adapter(name):  # float32 beside weights in half precision, in which small steps would be lost
+            parameter.data = parameter.data.float()
     set_trainable(backbone.model, False)
 
 

@@ -97,19 +97,19 @@ def group_advantages(
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"unknown scale '{scale}': choices are group, batch, none")
     valid = torch.ones_like(rewards, dtype=torch.bool) if valid is None else valid
-    weight, groups = valid.float(), int(group.max()) + 1
-    rewards = rewards.float().masked_fill(~valid, 0.0)
+    weight, groups = valid.double(), int(group.max()) + 1
+    rewards = rewards.double().masked_fill(~valid, 0.0)  # the mean of equal float32 values is then exactly that value
 
     def total(values: Tensor) -> Tensor:
-        return torch.zeros(groups, device=rewards.device).index_add(0, group, values)  # [P]
+        return torch.zeros(groups, dtype=values.dtype, device=values.device).index_add(0, group, values)  # [P]
 
     count = total(weight)
     centred = (rewards - (total(rewards) / count.clamp(min=1))[group]) * weight
     std = (total(centred**2) / (count - 1).clamp(min=1)).sqrt()
-    if scale == "none":
-        return centred, std
-    by = std[group] if scale == "group" else rewards[valid].std() if int(valid.sum()) > 1 else torch.zeros(())
-    return centred / (by + std_floor), std
+    if scale != "none":
+        by = std[group] if scale == "group" else rewards[valid].std() if int(valid.sum()) > 1 else torch.zeros(())
+        centred = centred / (by + std_floor)
+    return centred.float(), std.float()
 
 
 def policy_loss(

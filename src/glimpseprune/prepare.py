@@ -11,7 +11,7 @@ import inspect
 import multiprocessing
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -158,6 +158,25 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return entries
+
+
+def described(out: str, wanted: Mapping[str, Any] | None) -> PrepareConfig | None:
+    """The command that makes the shards ``out`` as ``data.prepare`` of a training describes them, None if it does not.
+
+    Raises:
+        UserError: what is described is no such command.
+    """
+    if wanted is None:
+        return None
+    return config.merge_options(PrepareConfig, {**wanted, "out": out}, "data.prepare")
+
+
+def make_missing(out: str, wanted: Mapping[str, Any] | None) -> None:
+    """Make the shards ``out`` if they are :func:`described` and not there. Not for two processes at a time."""
+    command = described(out, wanted)
+    if command is not None and not Path(out).exists():
+        print(f"{out} is not there: making it as data.prepare says")
+        prepare(command)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

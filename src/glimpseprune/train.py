@@ -2,11 +2,13 @@
 
 Reads a config, loads the frozen LVLM, streams shards and fits a LightningModule of ``training/``. The run folder then
 holds config.yaml, trainable.safetensors, metrics.jsonl, a TensorBoard log and Lightning's checkpoints; it can be
-resumed (``resume=true``), evaluated (``python -m src.evaluate ckpt=<out>``) and started from (``init_from=<out>``).
+resumed (``resume=true``; a job that SLURM starts again resumes by itself), evaluated (``python -m src.evaluate
+ckpt=<out>``) and started from (``init_from=<out>``).
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -15,15 +17,24 @@ from typing import Any
 
 from glimpseprune import config
 from glimpseprune.config import UserError
+from glimpseprune.prepare import make_missing
 from glimpseprune.training.options import TrainConfig
+
+LAST = Path("checkpoints", "last.ckpt")
+JOB = "slurm-job"
+"""File of a run folder: number of the SLURM job that wrote it last."""
 
 
 def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run takes over from the run folder it starts from, unless told otherwise."""
     source = Path(str(given.get("init_from"))) / "config.yaml"
     if not source.is_file():
+        if given.get("init_from") is not None and "path" not in given.get("backbone", {}):
+            raise UserError(f"init_from={given['init_from']} is no run folder, which would say what backbone it has")
         return {}
     saved = config.read(TrainConfig, source)
+    if saved.backbone.path == "." and source.with_name("config.json").is_file():
+        saved.backbone.path = str(source.parent)  # an export, whose model lies beside it
     pruner = given.get("pruner", {}).get("name", saved.pruner.name) == saved.pruner.name
     return {
         "backbone": vars(saved.backbone),
@@ -35,9 +46,12 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
-    last = _check_out(cfg)
+    last = last_checkpoint(cfg)
+    if is_first_process():
+        make_missing(cfg.data.path, cfg.data.prepare)
 
     import lightning as L
+    import torch
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -45,6 +59,7 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.lookup import find
+    from glimpseprune.training import slurm
     from glimpseprune.training.callbacks import GuardRails, RunFolder
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
@@ -64,13 +79,20 @@ def main(cfg: TrainConfig) -> None:
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
 
-    if last is None and Path(cfg.out).is_dir():
-        shutil.rmtree(cfg.out)  # only now, when nothing that the user wrote can be wrong any more
-    config.save(cfg, Path(cfg.out) / checkpoint.CONFIG)
+    out = Path(cfg.out)
+    if is_first_process():
+        if last is None and out.is_dir():
+            shutil.rmtree(out)  # only now, when nothing that the user wrote can be wrong any more
+        out.mkdir(parents=True, exist_ok=True)
+        if "SLURM_JOB_ID" in os.environ:
+            (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
+        config.save(cfg, out / checkpoint.CONFIG)
+    # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
+    again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
+    placement = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
-        devices=cfg.trainer.devices,
-        num_nodes=cfg.trainer.nodes,
+        **(slurm.placement() if slurm.launched() else placement),
         strategy=cfg.trainer.strategy,
         precision=cfg.trainer.precision,
         max_steps=cfg.trainer.max_steps,
@@ -80,34 +102,55 @@ def main(cfg: TrainConfig) -> None:
         check_val_every_n_epoch=None,
         log_every_n_steps=cfg.trainer.log_every,
         num_sanity_val_steps=0,
-        logger=TensorBoardLogger(cfg.out, name=None, version="tensorboard"),
+        logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=again),
         callbacks=[
             RichProgressBar(leave=True),
             LearningRateMonitor("step"),
             *([] if cfg.stage != "grpo" else [GuardRails(cfg.guard)]),
             RunFolder(cfg),
             ModelCheckpoint(
-                Path(cfg.out) / "checkpoints", every_n_train_steps=cfg.trainer.val_every, save_top_k=0, save_last=True
+                out / "checkpoints",
+                every_n_train_steps=cfg.trainer.val_every,
+                save_top_k=0,
+                save_last=True,
+                enable_version_counter=False,  # there is one last.ckpt, whoever wrote the one before
             ),
+            *([slurm.Requeue(out / LAST)] if slurm.launched() else []),
         ],
     )
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     if data.damaged:
         print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")
-    print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
+    if trainer.is_global_zero:
+        print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
 
 
-def _check_out(cfg: TrainConfig) -> Path | None:
+def is_first_process() -> bool:
+    """Whether this process, of those that train together, takes care of the run folder; launchers say so."""
+    rank = next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), "0")
+    return int(rank) == int(os.environ.get("NODE_RANK", "0")) == 0
+
+
+def last_checkpoint(cfg: TrainConfig) -> Path | None:
     """The checkpoint to resume from, if any; UserError where two runs would mix in one folder. Changes nothing."""
     out = Path(cfg.out)
-    last = out / "checkpoints" / "last.ckpt"
+    last = out / LAST
+    again = _is_own_work(out)
+    if again and last.is_file():
+        return last
     if cfg.resume:
         if not last.is_file():
             raise UserError(f"resume=true, but '{out}' has no checkpoint ({last} is missing)")
         return last
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(out.iterdir()) and is_first_process() and not again:
         if not cfg.overwrite:
             raise UserError(f"out={out} is not empty: give resume=true, overwrite=true, or another folder")
         if not (out / "config.yaml").is_file():
             raise UserError(f"out={out} is not a run folder: overwrite=true would delete what is not ours")
     return None
+
+
+def _is_own_work(out: Path) -> bool:
+    """Whether SLURM has started this job again (a requeue, a dead node), and ``out`` is what it wrote before."""
+    job, file = os.environ.get("SLURM_JOB_ID"), out / JOB
+    return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and file.is_file() and file.read_text() == job

@@ -4,10 +4,18 @@ The folder is ``GLIMPSEPRUNE_RECORDINGS`` (default: the copy beside this file) w
 case found there is run with its own overrides. Tolerance: 1e-4 on logits, exact on masks, positions and tokens. The
 recordings come from HVision-NKU/GlimpsePrune@091a3d5. Its batched decoding puts every row at the last row's position;
 recordings named FIXEDPOS have that repaired, and in the others the rows it went wrong for are not decoded.
+
+``grpo_*`` record a step of its reinforcement: four rollouts on a prompt pruned to the evidence box, with adapters
+(``grpo_lora_state.pt``) and without. Its log-probabilities are not those of one distribution. The policy's first token
+is scored as it was sampled, on the prompt pruned after K layers; its later tokens, and those of the policy without
+adapters, on a prompt in which the pruned tokens are missing from every layer; the first token of the policy without
+adapters, on the unpruned prompt. Training here knows only the first of these (method.md §1, §3); the others are asked
+for explicitly, and then all numbers agree, gradients too.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from functools import cache
@@ -26,20 +34,24 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from glimpseprune import losses
+from glimpseprune import lora, losses
 from glimpseprune.backbones import LVLM, llava1_5, qwen2_5_vl
-from glimpseprune.decoder import View, append, branch, prefill, run_layers, start
+from glimpseprune.decoder import View, append, branch, fan_out, prefill, run_layers, start
 from glimpseprune.generate import continue_from
 from glimpseprune.pruners import build, glimpse
+from glimpseprune.rollout import score
+from glimpseprune.training.options import LoraOptions
+from glimpseprune.types import Encoded
 
 RECORDINGS = Path(os.environ.get("GLIMPSEPRUNE_RECORDINGS") or Path(__file__).parent / "recordings")
 SHARED = {"images.pt", "le_vectors.pt", "new_modules_gp.pt"}
+ADAPTERS = "grpo_lora_state.pt"
 PLACEHOLDER = -200
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
 
 
 def cases(train: bool) -> list:
-    """Every case file; the grpo_* recordings are about another stage."""
+    """Every case file but those of the RL stage, see :func:`grpo_cases`."""
     files = [file for family in ("qwen", "llava") for file in sorted((RECORDINGS / family).glob("*.pt"))]
     files = [file for file in files if file.name not in SHARED and not file.name.startswith("grpo_")]
     return [
@@ -47,6 +59,11 @@ def cases(train: bool) -> list:
         for file in files
         if file.name.startswith("train_") == train
     ]
+
+
+def grpo_cases() -> list:
+    files = [file for family in ("qwen", "llava") for file in sorted((RECORDINGS / family).glob("grpo_*.pt"))]
+    return [pytest.param(file, id=f"{file.parent.name}-{file.stem}") for file in files if file.name != ADAPTERS]
 
 
 def test_there_are_recordings() -> None:
@@ -136,6 +153,70 @@ def test_training(file: Path) -> None:
         if key in case:
             check_gradients(pruner, loss, case[key], case.get("grads", {}) if key == "grad_norm" else {})
     assert not any(parameter.grad is not None for parameter in backbone.model.parameters())
+
+
+@pytest.mark.parametrize("file", grpo_cases())
+def test_reinforcement(file: Path) -> None:
+    """One step: log-probabilities of policy and reference, advantages, both losses, the gradient of every adapter."""
+    case = load(file)
+    backbone, adapters = adapted(file, case)
+    prompt = {"input_ids": case["prompt_input_ids"], "attention_mask": torch.ones_like(case["prompt_input_ids"])}
+    grids = load(file.parent / "images.pt")["grid_thw"]
+    prompt |= {"images": case["images"], "image_grid_thw": torch.stack([grids[x].view(3) for x in case["images"]])}
+    oracle = build("oracle", {"prune_layer": glimpse.options_from_published(published(file)).prune_layer}, backbone)
+    encoded = backbone.encode(prompt_of(file, prompt, backbone), (), [case["ref_token_mask"].flatten()])
+    keep = (oracle.keep(View(start(encoded), encoded, backbone)) | ~encoded.visual).expand(len(case["sampled"]), -1)
+    lengths = torch.tensor([len(row) for row in case["completion_logps"]])
+    mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [R, T]
+    check_columns(case, encoded, keep, mask)
+
+    def log_probs(depth: int, keep: Tensor, columns: slice) -> Tensor:
+        """Of some columns of the rollouts, on prompts pruned to ``keep`` when ``depth`` layers have run."""
+        state, index = run_layers(backbone, start(encoded), depth), torch.zeros(len(keep), dtype=torch.long)
+        return score(backbone, state, index, keep, case["sampled"][:, : mask.shape[1]], mask)[0][:, columns]
+
+    first, later = slice(0, 1), slice(1, None)
+    policy = torch.cat([log_probs(oracle.layers[0], keep, first), log_probs(0, keep, later)], 1)
+    with torch.no_grad(), lora.disabled(backbone.model):
+        reference = torch.cat([log_probs(0, torch.ones_like(keep), first), log_probs(0, keep, later)], 1)
+    for ours, name in ((policy, "completion_logps"), (reference, "ref_completion_logps")):
+        close(ours, torch.nn.utils.rnn.pad_sequence(list(case[name]), batch_first=True), name)
+
+    advantages, _ = losses.group_advantages(case["scores"], torch.zeros(len(mask), dtype=torch.long), std_floor=1e-4)
+    close(advantages, case["advantages"])
+    weights = losses.token_weights(mask, "grpo", mask.shape[1])
+    per_token, _ = losses.policy_loss(policy, policy.detach(), advantages[:, None])
+    reward_loss, kd_loss = (weights * per_token).sum(), 0.04 * (weights * losses.k3(policy, reference)).sum()
+    close(reward_loss, case["reward_loss"])
+    close(kd_loss, case["kd_loss"])
+    (reward_loss + kd_loss).backward()
+    for name, norm in case["grad_norm"].items():
+        assert adapters[name].grad.norm().item() == pytest.approx(float(norm), abs=1e-4, rel=1e-4), name
+
+
+def adapted(file: Path, case: dict) -> tuple[LVLM, dict[str, torch.nn.Parameter]]:
+    """The backbone with the recorded adapters on all layers, ready to train, and those by their recorded names."""
+    backbone, recorded = copy.deepcopy(load_backbone(file)), load(file.parent / ADAPTERS)
+    lora.inject(backbone, LoraOptions(rank=int(case["lora_r"]), alpha=float(case["lora_alpha"]), first_layer=0), 0)
+    lora.set_trainable(backbone.model, True)
+    named = {f"base_model.model.model.{name}": p for name, p in backbone.text_model.named_parameters()}
+    adapters = {name: parameter for name, parameter in named.items() if lora.is_adapter(name)}
+    assert adapters.keys() == recorded.keys()
+    for name, parameter in adapters.items():
+        parameter.data.copy_(recorded[name])
+    return backbone, adapters
+
+
+def check_columns(case: dict, encoded: Encoded, keep: Tensor, mask: Tensor) -> None:
+    """The pruned prompts with the rollouts behind them: which tokens, at which positions."""
+    columns = case["conv_in"]
+    state = fan_out(start(encoded), torch.zeros(len(keep), dtype=torch.long), keep)
+    size = state.mask.shape[1]
+    full = append(state, torch.zeros(*mask.shape, encoded.embeds.shape[-1]), mask)
+    assert torch.equal(full.mask, columns["attention_mask"].bool())
+    ids = encoded.input_ids.expand(len(keep), -1).gather(1, state.source)
+    assert torch.equal(ids, columns["input_ids"][:, :size])
+    same_columns(full.positions, full.mask, columns["position_ids"])
 
 
 def check_glimpse(file: Path, case: dict, view: View, pruner: glimpse.Pruner) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from glimpseprune import checkpoint
@@ -53,7 +54,9 @@ class GuardRails(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         names = {"reward": "train/reward", "keep": "train/keep_ratio/sampled", "empty": "train/completions/empty_ratio"}
-        found = {short: float(trainer.callback_metrics[name]) for short, name in names.items()}
+        own = [float(trainer.callback_metrics[name]) for name in names.values()]
+        everyone = trainer.strategy.reduce(torch.tensor(own, device=module.device), reduce_op="mean")  # stop together
+        found = dict(zip(names, everyone.tolist()))
         first = not self.means
         a = self.options.smoothing
         self.means = {name: a * self.means.get(name, value) + (1 - a) * value for name, value in found.items()}

@@ -7,9 +7,10 @@ because there are V decisions to every few tokens. The log-probabilities are rec
 that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in micro-batches;
 loss weights are fixed before, so neither gradient nor memory depends on how they are cut.
 
-What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP. A pruner without a gate (oracle,
-none) is reinforced with its own masks, which is the published recipe. Gradients of all processes are averaged here,
-once an update, since ranks may have different numbers of rollouts worth a backward pass.
+What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP. ``grpo.keep: boxes`` prunes by the
+ground truth, as the published recipe does; a pruner without a gate (none, random) is reinforced with its own masks.
+Gradients of all processes are averaged here, once an update, since ranks may have different numbers of rollouts worth a
+backward pass.
 
 Left out: gradients through the prompt's hidden states into the gate (the mask's term trains glimpse, VIP, and what
 the glimpse itself passes through); a replay buffer of old rollouts.
@@ -27,12 +28,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from glimpseprune import decoder, lora, losses, rewards
+from glimpseprune import decoder, lora, losses, pruners, rewards
 from glimpseprune.config import UserError
 from glimpseprune.rollout import answer, at_columns, sample_keep, score
 from glimpseprune.training._stage import StageModule, mask_scores
 from glimpseprune.training.options import TrainConfig
 from glimpseprune.types import Encoded, Inputs, Prefill
+
+PER_TOKEN = {"entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}
+"""Metrics that are means over the tokens whose loss was computed, whatever the loss itself divides by."""
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Actions:
     log_probs: Tensor  # [R, T], 0 on padding
     mask: Tensor  # [R, T] bool
     ended: Tensor  # [R] bool, False where the answer was cut
+    empty: Tensor  # [R] bool, True where there is nothing to read in it
     pruned: Tensor  # [R] fraction of the visual tokens that was pruned
     values: Tensor  # [R, F] each reward function, NaN where it does not apply
     reward: Tensor  # [R]
@@ -80,8 +85,11 @@ class GRPOModule(StageModule):
         self.automatic_optimization = False
         self.rewards = rewards.build(config.rewards.functions, config.rewards.judge)
         self.gated = hasattr(pruner, "logits")
-        self.samples_keep = self.gated and config.grpo.sample_keep
+        self.samples_keep = self.gated and config.grpo.keep == "sampled"
+        boxes = {"prune_layer": self.depth - 1}
+        self.greedy = pruners.build("oracle", boxes, backbone) if config.grpo.keep == "boxes" else pruner
         self.trains_keep = self.samples_keep and any(p.requires_grad for p in pruner.parameters())
+        self.trains_lvlm = any(p.requires_grad for p in self.lvlm.parameters())
         below = backbone.text_model.layers[: self.depth]
         self.trains_below = any(p.requires_grad for p in below.parameters())
         self.pending: list[Batch] = []
@@ -104,28 +112,33 @@ class GRPOModule(StageModule):
         """Roll out a batch of prompts, judge the answers, and compare each with its group."""
         options = self.config.grpo
         encoded, state = self.prompt(inputs)
+        logits = self.pruner.logits(self.view(encoded, state)) if self.gated else None  # [N]
         index = torch.arange(len(inputs.samples), device=self.device).repeat_interleave(options.num_generations)
-        actions = self.roll_out(inputs, encoded, state, index)
+        actions = self.roll_out(inputs, encoded, state, index, logits)
         for _ in range(options.resample_tries if options.zero_variance == "resample" else 0):
             same = self.advantages(actions)[1] < 1e-6  # [P]
             again = same[index].nonzero()[:, 0]
-            if not len(again):
+            if not self.most(len(again)):
                 break
-            actions.replace_rows(again, self.roll_out(inputs, encoded, state, index[again]))
+            fresh = self.roll_out(inputs, encoded, state, index[again] if len(again) else index[:1], logits)
+            if len(again):
+                actions.replace_rows(again, fresh)
         advantages, std = self.advantages(actions)
         mask = actions.mask & actions.valid[:, None]
         if options.mask_truncated_completions:
             mask = mask & actions.ended[:, None]
-        self.report(inputs, encoded, state, actions, std)
+        self.report(inputs, encoded, logits, actions, std)
         return Batch(encoded, state, actions, advantages, mask)
 
-    def roll_out(self, inputs: Inputs, encoded: Encoded, state: Prefill, index: Tensor) -> Actions:
-        """A mask and an answer for each prompt of ``index`` [R], and their reward."""
-        options, view = self.config.grpo, self.view(encoded, state)
+    def roll_out(
+        self, inputs: Inputs, encoded: Encoded, state: Prefill, index: Tensor, logits: Tensor | None
+    ) -> Actions:
+        """A mask and an answer for each prompt of ``index`` [R], and their reward; ``logits`` [N] of the gate."""
+        options = self.config.grpo
         if self.samples_keep:
-            keep, keep_log_probs = sample_keep(state, self.pruner.logits(view), index, options.keep_temperature)
+            keep, keep_log_probs = sample_keep(state, logits, index, options.keep_temperature)
         else:
-            keep = (self.pruner.keep(view) | ~state.visual)[index]
+            keep = (self.greedy.keep(self.view(encoded, state)) | ~state.visual)[index]
             keep_log_probs = torch.zeros(keep.shape, device=self.device)
         tokens, log_probs, mask, ended = answer(
             self.backbone,
@@ -153,8 +166,9 @@ class GRPOModule(StageModule):
             (row.question, text, row.answers[0], f"{1 - p:.1%}", f"{r:.3f}")
             for row, text, p, r in zip(rows, texts, pruned.tolist(), reward.tolist())
         ]
+        empty = torch.tensor([not text.strip() for text in texts], device=self.device)
         return Actions(
-            index, keep, keep_log_probs, tokens, log_probs, mask, ended, pruned, values, reward, valid
+            index, keep, keep_log_probs, tokens, log_probs, mask, ended, empty, pruned, values, reward, valid
         )  # fmt: skip
 
     def pruning_reward(self, pruned: Tensor, task: Tensor) -> Tensor:
@@ -183,11 +197,14 @@ class GRPOModule(StageModule):
             with self.trainer.strategy.block_backward_sync() if dist.is_initialized() else nullcontext():
                 self.backward_all(pending, iteration)
             self.average_gradients()
-            if self.config.optim.clip:
-                self.clip_gradients(optimizer, self.config.optim.clip, "norm")
+            clip = self.config.optim.clip or float("inf")
+            self.log("train/grad_norm", nn.utils.clip_grad_norm_(list(self.trainable()), clip))
             optimizer.step()
             optimizer.zero_grad()
-        self.lr_schedulers().step()
+            self.lr_schedulers().step()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """The gradient's norm has been logged before it was clipped."""
 
     def backward_all(self, pending: list[Batch], iteration: int = 0) -> None:
         """Gradients of the loss over all rollouts of the pending batches, micro-batch by micro-batch."""
@@ -204,26 +221,36 @@ class GRPOModule(StageModule):
         rollouts = sum(int(batch.actions.valid.sum()) for batch in pending)
         for batch, weight in zip(pending, weights.split([len(mask) for mask in masks])):
             if iteration and self.trains_below:
-                batch.state = decoder.run_layers(self.backbone, decoder.start(batch.encoded), self.depth)
+                with torch.no_grad():
+                    batch.state = decoder.run_layers(self.backbone, decoder.start(batch.encoded), self.depth)
             if self.trains_keep and options.keep_weight:
                 self.manual_backward(self.keep_loss(batch, max(rollouts, 1), meter))
             worth = batch.mask.any(1)
             if not options.beta and not options.entropy_coef:
                 worth = worth & (batch.advantages != 0)  # the others have no gradient
-            if any(p.requires_grad for p in self.lvlm.parameters()):
-                for part in self.parts(worth.nonzero()[:, 0]):
-                    self.manual_backward(self.token_loss(batch, part, weight, meter))
-        self.log_dict({f"train/{name}": torch.stack(values).sum() for name, values in meter.items()})
+            if self.trains_lvlm:
+                for part, factor in self.parts(worth.nonzero()[:, 0]):
+                    self.manual_backward(self.token_loss(batch, part, factor * weight, meter))
+        totals = {name: torch.stack(values).sum() for name, values in meter.items()}
+        tokens = totals.pop("tokens", None)
+        for name in totals.keys() & PER_TOKEN:
+            totals[name] = totals[name] / tokens.clamp(min=1)
+        self.log_dict({f"train/{name}": value for name, value in totals.items()})
 
-    def parts(self, chosen: Tensor) -> list[Tensor]:
-        """``chosen`` rollouts in micro-batches; as many on every rank where the ranks share the weights."""
-        parts = list(chosen.split(self.config.grpo.micro_batch)) if len(chosen) else []
-        if self.is_sharded:
-            most = torch.tensor(len(parts), device=self.device)
-            dist.all_reduce(most, dist.ReduceOp.MAX)
-            spare = chosen[:1] if len(chosen) else torch.zeros(1, dtype=torch.long, device=self.device)
-            parts += [spare[:1]] * (int(most) - len(parts))  # repeated below with weight 0
-        return parts
+    def parts(self, chosen: Tensor) -> list[tuple[Tensor, float]]:
+        """``chosen`` rollouts in micro-batches, each with a factor for its loss. Ranks that hold parts of the weights
+        for each other need equally many, so the others repeat a rollout with factor 0."""
+        parts = [(part, 1.0) for part in chosen.split(self.config.grpo.micro_batch)] if len(chosen) else []
+        spare = chosen[:1] if len(chosen) else torch.zeros(1, dtype=torch.long, device=self.device)
+        return parts + [(spare, 0.0)] * (self.most(len(parts)) - len(parts))
+
+    def most(self, count: int) -> int:
+        """The largest ``count`` of the ranks, where they must run the model equally often (:attr:`is_sharded`)."""
+        if not self.is_sharded:
+            return count
+        found = torch.tensor(count, device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def token_loss(self, batch: Batch, part: Tensor, weights: Tensor, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the tokens of the rollouts ``part`` [r], one micro-batch."""
@@ -236,15 +263,17 @@ class GRPOModule(StageModule):
         per_token, clipped = losses.policy_loss(
             log_probs, old, batch.advantages[part, None], options.epsilon, options.epsilon_high
         )
-        meter["entropy"].append((weight * entropy.detach()).sum())
-        meter["clip_ratio/low_mean"].append((weight * (clipped < 0)).sum())
-        meter["clip_ratio/high_mean"].append((weight * (clipped > 0)).sum())
-        meter["clip_ratio/region_mean"].append((weight * (clipped != 0)).sum())
+        scored = (weight > 0).float()
+        meter["tokens"].append(scored.sum())
+        meter["entropy"].append((scored * entropy.detach()).sum())
+        meter["clip_ratio/low_mean"].append((scored * (clipped < 0)).sum())
+        meter["clip_ratio/high_mean"].append((scored * (clipped > 0)).sum())
+        meter["clip_ratio/region_mean"].append((scored * (clipped != 0)).sum())
         if options.beta:
             with torch.no_grad(), lora.disabled(self.lvlm):
                 reference, _ = self.score(batch, index, keep, tokens, mask)
             kl = losses.k3(log_probs, reference)
-            meter["kl"].append((weight * kl.detach()).sum())
+            meter["kl"].append((scored * kl.detach()).sum())
             per_token = per_token + options.beta * kl
         if options.entropy_coef:
             per_token = per_token - options.entropy_coef * entropy
@@ -307,7 +336,7 @@ class GRPOModule(StageModule):
 
     # ---------------------------------------------------------------------------------------------------- reports
 
-    def report(self, inputs: Inputs, encoded: Encoded, state: Prefill, actions: Actions, std: Tensor) -> None:
+    def report(self, inputs: Inputs, encoded: Encoded, logits: Tensor | None, actions: Actions, std: Tensor) -> None:
         valid, lengths = actions.valid, actions.mask.sum(1).float()
         metrics = {
             "reward": actions.reward[valid].mean() if valid.any() else torch.zeros(()),
@@ -318,7 +347,7 @@ class GRPOModule(StageModule):
             "completions/min_length": lengths.min(),
             "completions/max_length": lengths.max(),
             "completions/clipped_ratio": (~actions.ended).float().mean(),
-            "completions/empty_ratio": torch.tensor([not said[1].strip() for said in self.said]).float().mean(),
+            "completions/empty_ratio": actions.empty.float().mean(),
             "keep_ratio/sampled": 1 - actions.pruned.mean(),
         }
         for name, column in zip(self.rewards.functions, actions.values.unbind(1)):
@@ -326,8 +355,8 @@ class GRPOModule(StageModule):
             if len(known):
                 metrics[f"rewards/{name}/mean"] = known.mean()
                 metrics[f"rewards/{name}/std"] = known.std() if len(known) > 1 else torch.zeros(())
-        if self.gated:
-            keep = self.pruner.keep(self.view(encoded, state))[state.visual]
+        if logits is not None:
+            keep = self.decide(logits, encoded.counts)
             metrics["keep_ratio/greedy"] = torch.stack([x.float().mean() for x in keep.split(encoded.counts)]).mean()
             targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
             scores = mask_scores(keep, targets, inputs, encoded.counts)
@@ -340,7 +369,7 @@ class GRPOModule(StageModule):
     @torch.no_grad()
     def validation_step(self, inputs: Inputs, index: int) -> None:
         """Greedy masks and greedy answers, as at inference."""
-        rollout = self.answers(inputs, self.pruner, self.config.grpo.max_completion_length)
+        rollout = self.answers(inputs, self.greedy, self.config.grpo.max_completion_length)
         samples = inputs.samples
         scores = self.rewards(
             self.texts(rollout),

@@ -31,6 +31,7 @@ class PrunerOptions:
 @dataclass
 class DataOptions:
     path: str = option(MISSING, "folder of shards, as `python -m src.prepare` writes it")
+    prepare: dict[str, Any] | None = option(None, "what `python -m src.prepare` is given if `path` is not there")
     batch_size: int = option(16, "samples per device and step")
     val_samples: int = option(128, "samples per validation")
     workers: int = option(1, "loader processes per device")
@@ -83,7 +84,9 @@ class GRPOOptions:
     std_floor: float = option(0.1, "added to that std; a tiny one makes pruning run away")
     mask_truncated_completions: bool = option(False, "leave answers without an end out of the loss")
     entropy_coef: float = option(0.0, "bonus for the entropy of the tokens")
-    sample_keep: bool = option(True, "sample the keep masks; false: as at inference (as without glimpse and VIP)")
+    keep: Literal["sampled", "greedy", "boxes"] = option(
+        "sampled", "masks: drawn from the gate, as at inference, or the ground-truth boxes (the published recipe)"
+    )
     keep_temperature: float = option(1.0, "of the sampled keep masks")
     keep_weight: float = option(1.0, "weight of the masks' policy loss")
     keep_norm: Literal["sum", "sqrt", "mean"] = option("sqrt", "its decisions on V tokens are divided by 1, sqrt(V), V")
@@ -135,8 +138,8 @@ class TrainerOptions:
 
     max_steps: int = option(1000, "optimiser steps")
     accelerator: str = option("auto", "auto, cpu, gpu")
-    devices: str = option("auto", "devices per node")
-    nodes: int = option(1, "nodes")
+    devices: str = option("auto", "devices per node (under srun: one per task)")
+    nodes: int = option(1, "nodes (under srun: those of the job)")
     strategy: str = option("auto", "auto, ddp, deepspeed_stage_2, ...")
     precision: str = option("32-true", "32-true, bf16-mixed, ...")
     accumulate: int = option(1, "batches per optimiser step")
@@ -149,7 +152,7 @@ class TrainConfig:
     stage: str = option("glimpse", "what to train: a file of training/ that defines `Stage`")
     out: str = option(MISSING, "run folder")
     init_from: str | None = option(None, "run folder or published folder whose glimpse and VIP to start from")
-    resume: bool = option(False, "continue the run in `out` from its last checkpoint")
+    resume: bool = option(False, "continue the run in `out` from its last checkpoint (a requeued job does so unasked)")
     overwrite: bool = option(False, "replace the run in `out`")
     seed: int = option(0, "seed of initialisation, data order and dropout")
     backbone: BackboneOptions = option(BackboneOptions)

@@ -1,0 +1,115 @@
+"""Before a job is queued: ``python -m src.preflight train conf/stage1.yaml ...``, with the arguments of src.train.
+
+Says on a login node, in seconds, what would otherwise fail when the job has started at last: a typo,
+missing data or weights, a run folder in use. ``evaluate`` in place of ``train`` takes the arguments of src.evaluate.
+Nothing is loaded: whether weights fit, and whether there is enough memory for them, is left to the run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from glimpseprune import config, lookup
+from glimpseprune.config import UserError, option
+from glimpseprune.data.shards import Shards
+from glimpseprune.evaluate import EvaluateConfig
+from glimpseprune.evaluate import check as check_options
+from glimpseprune.prepare import described, make_missing
+from glimpseprune.train import inherited, last_checkpoint
+from glimpseprune.training.options import TrainConfig
+
+
+@dataclass
+class TrainCheck(TrainConfig):
+    make_data: bool = option(False, "make the shards that data.prepare describes, if they are missing")
+
+
+@dataclass
+class EvaluateCheck(EvaluateConfig):
+    planned: bool = option(False, "ckpt is still to be trained: look at the other arguments only")
+
+
+@config.entry(TrainCheck, inherited)
+def train(cfg: TrainCheck) -> None:
+    """What a training needs; raises UserError where it is not there."""
+    from glimpseprune.pruners import options_of  # which imports torch; an evaluation needs none
+
+    last = last_checkpoint(cfg)
+    lookup.choose(cfg.stage, lookup.names("glimpseprune.training"), "glimpseprune.training")
+    options_of(cfg.pruner.name, cfg.pruner.options)
+    check_weights(cfg.backbone.path, "backbone.path")
+    if cfg.init_from is not None:
+        check_checkpoint(cfg.init_from, "init_from")
+    if cfg.make_data:
+        make_missing(cfg.data.path, cfg.data.prepare)
+    if described(cfg.data.path, cfg.data.prepare) and not Path(cfg.data.path).exists():
+        samples = "will be made"
+    else:
+        samples = ", ".join(f"{len(Shards(cfg.data.path, split))} {split}" for split in ("train", "val"))
+    begin = f"continues from {last}" if last else f"starts in {cfg.out}"
+    print(f"preflight: {cfg.stage} {begin}; backbone {cfg.backbone.path}; data {cfg.data.path} ({samples})")
+
+
+@config.entry(EvaluateCheck)
+def evaluate(cfg: EvaluateCheck) -> None:
+    """What an evaluation needs; raises UserError where it is not there."""
+    check_options(cfg)
+    if cfg.planned:
+        return
+    check_checkpoint(cfg.ckpt, "ckpt")
+    path, backbone = cfg.data.path, cfg.backbone.path
+    if (Path(cfg.ckpt) / "config.yaml").is_file():
+        saved = config.read(TrainConfig, Path(cfg.ckpt) / "config.yaml")
+        path = path or saved.data.path
+        backbone = backbone or (cfg.ckpt if saved.backbone.path == "." else saved.backbone.path)
+    if path is not None:
+        Shards(path, cfg.data.split)
+    if backbone is not None:
+        check_weights(backbone, "backbone.path")
+    print(f"preflight: evaluates {cfg.ckpt} on the split {cfg.data.split} of {path}")
+
+
+def check_weights(path: str, key: str) -> Path:
+    """The folder with the weights of an LVLM, all of them; ``path`` is a folder or a hub id that was downloaded."""
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, key)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if missing := [name for name in files if not (folder / name).is_file()]:
+            raise UserError(f"{key}={path}: {len(missing)} of {len(files)} files are missing in {folder}: {missing[0]}")
+    elif not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        raise UserError(f"{key}={path}: there are no weights in {folder} (model.safetensors)")
+    return folder
+
+
+def check_checkpoint(path: str, key: str) -> None:
+    """A run folder or a published folder with its weights."""
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, key)
+    weights = ("trainable.safetensors", "new_modules_gp.pt")
+    if not any((folder / name).is_file() for name in weights):
+        raise UserError(f"{key}={path} holds no weights: neither {weights[0]} (a run folder) nor {weights[1]}")
+
+
+def _downloaded(path: str, key: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, local_files_only=True))
+    except Exception:  # not in the cache, or no name that the hub could know
+        raise UserError(
+            f"{key}={path}: there is no such folder, and it was not downloaded; "
+            f"if it is a hub id: `hf download {path}` where there is a network"
+        ) from None
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
+    commands = {"train": train, "evaluate": evaluate}
+    if command not in commands:
+        print(f"error: give {' or '.join(commands)}, then the arguments of that command", file=sys.stderr)
+        raise SystemExit(2)
+    commands[command](arguments)

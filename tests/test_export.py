@@ -1,0 +1,113 @@
+"""An exported folder is the trained model: for transformers, and for us, wherever it is moved."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration
+
+import glimpseprune
+from conftest import prompts, tiny_llava
+from glimpseprune import checkpoint, config, export
+from glimpseprune.backbones.qwen2_5_vl import load_processor
+from glimpseprune.training.options import TrainConfig
+from test_evaluate import data, save_run, scored  # noqa: F401  (data is a fixture)
+
+
+def exported(ckpt: str, out: Path, *args: str) -> Path:
+    export.main([f"ckpt={ckpt}", f"out={out}", *args])
+    return out
+
+
+def answers(model: checkpoint.GlimpsePrune) -> tuple[Tensor, list[Tensor]]:
+    rollout = model.generate(**prompts(model.backbone), max_new_tokens=8)
+    return rollout.tokens, rollout.keep
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module, prompt: dict[str, Tensor]) -> Tensor:
+    return model(**prompt).logits[prompt["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("trained", ["lora", "decoder", None])
+def test_round_trip(trained, tiny_folder, tmp_path, monkeypatch):
+    run = save_run(tmp_path / "run", tiny_folder, 4, stage="grpo", init_from="gone", trained=trained)
+    before, base = checkpoint.load(run), checkpoint.load(backbone=tiny_folder)
+    out = exported(run, tmp_path / "out")
+    prompt = prompts(before.backbone)
+    plain, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert torch.allclose(logits(plain, prompt), logits(before.backbone.model, prompt), atol=1e-5)
+    changed = not torch.allclose(logits(plain, prompt), logits(base.backbone.model, prompt), atol=1e-2)
+    assert changed == (trained is not None)
+
+    shutil.move(out, tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    tokens, keep = answers(glimpseprune.load("moved"))
+    wanted, masks = answers(before)
+    assert torch.equal(tokens, wanted) and all(map(torch.equal, keep, masks))
+    assert any(0 < mask.float().mean() < 1 for mask in masks)
+
+
+def test_folder_holds_no_trace_of_how_it_was_made(tiny_folder, tmp_path):
+    run = save_run(tmp_path / "run", tiny_folder, 4, stage="grpo", init_from="gone", trained="lora")
+    out = exported(run, tmp_path / "out")
+    texts = [path.read_text() for path in out.iterdir() if path.suffix in (".json", ".jinja", ".yaml")]
+    assert not any("probed_" in text or "windows_like" in text or tiny_folder in text for text in texts)
+    base = load_file(f"{tiny_folder}/model.safetensors")
+    merged = load_file(out / "model.safetensors")
+    assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in base.items()}
+    assert not any(name.startswith("lvlm.") for name in load_file(out / "trainable.safetensors"))
+    saved = config.read(TrainConfig, out / "config.yaml")
+    assert saved.backbone.path == "." and saved.lora is None and saved.init_from is None
+    ours, theirs = load_processor(out), load_processor(tiny_folder)
+    assert ours.image_processor.to_dict() == theirs.image_processor.to_dict()
+    assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab() and ours.chat_template == theirs.chat_template
+
+
+def test_exported_run_can_be_evaluated(tiny_folder, data, tmp_path):  # noqa: F811
+    run = save_run(tmp_path / "run", tiny_folder, 4, data, stage="grpo", trained="lora")
+    _, before = scored(run, tmp_path / "before", "controls=[none+]")
+    rows, after = scored(str(exported(run, tmp_path / "out")), tmp_path / "after")
+    assert list(rows) == ["none", "glimpse", "random", "oracle", "zero"]
+    assert after["glimpse"] == before["glimpse+"] and after["none"] == before["none+"]
+
+
+def test_llava(tmp_path):
+    backbone = tiny_llava()
+    for part in (backbone.model, backbone.processor):
+        part.save_pretrained(tmp_path / "base")
+    run = save_run(tmp_path / "run", str(tmp_path / "base"), 4, trained="lora")
+    out, before = exported(run, tmp_path / "out"), checkpoint.load(run)
+    plain, prompt = LlavaForConditionalGeneration.from_pretrained(out), prompts(before.backbone)
+    assert torch.allclose(logits(plain, prompt), logits(before.backbone.model, prompt), atol=1e-5)
+    assert torch.equal(answers(checkpoint.load(out))[0], answers(before)[0])
+    assert LlavaProcessor.from_pretrained(out).to_dict() == before.processor.to_dict()
+
+
+def test_weights_in_another_dtype(tiny_folder, tmp_path):
+    run = save_run(tmp_path / "run", tiny_folder, 4, trained="lora")
+    out = exported(run, tmp_path / "out", "dtype=bfloat16")
+    assert {x.dtype for x in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    described = json.loads((out / "config.json").read_text())
+    sections = [described, described["text_config"], described["vision_config"]]
+    assert {section.get("dtype", "bfloat16") for section in sections} == {"bfloat16"}
+    assert checkpoint.load(out).backbone.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("taken", ["folder", "file"])
+def test_what_is_there_is_not_overwritten(taken, tmp_path, capsys):
+    out = tmp_path / "out"
+    precious = out / "precious" if taken == "folder" else out
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("here before")
+    with pytest.raises(SystemExit):
+        export.main(["ckpt=whatever", f"out={out}"])
+    assert "give another one" in capsys.readouterr().err
+    assert precious.read_text() == "here before" and len(list(tmp_path.iterdir())) == 1
