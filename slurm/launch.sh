@@ -78,6 +78,7 @@ run_train() {
         [ "$gpus" = 0 ] || options+=("--gpus-per-node=$gpus")
         nvidia-smi > /dev/null 2>&1 || gpus=0
         tasks=${TASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+        unset SLURM_CPUS_PER_TASK SLURM_TRES_PER_TASK # the job's, against which newer versions of srun would hold ours
         options+=("--cpus-per-task=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))")
     fi
     options=("--ntasks-per-node=${tasks:-GPUS}" "${options[@]}")
@@ -88,7 +89,7 @@ run_train() {
 
 check_evaluate() { "${PYTHON[@]}" -m src.preflight evaluate "$@"; }
 
-run_evaluate() { run srun --ntasks=1 "${PYTHON[@]}" -m src.evaluate "$@"; }
+run_evaluate() { run srun --ntasks=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${PYTHON[@]}" -m src.evaluate "$@"; }
 
 check_prepare() { :; }
 

@@ -121,7 +121,9 @@ def test_data_are_made_before_the_ranks_start(bash, tmp_path):
 
 def test_other_commands(bash):
     assert "src.preflight evaluate ckpt=x" in bash("evaluate", "ckpt=x")
-    assert "srun --ntasks=1 python -m src.evaluate ckpt=x" in bash("evaluate", "ckpt=x", **job())
+    assert "srun --ntasks=1 --cpus-per-task=4 python -m src.evaluate ckpt=x" in bash(
+        "evaluate", "ckpt=x", **job(CPUS_PER_TASK=4)
+    )
     said = bash("prepare", "source=tags", "out=x", **job(CPUS_PER_TASK=16))
     assert "--cpus-per-task=16 python -m src.prepare workers=16 source=tags out=x" in said
     said = bash("judge", "org/model", "--max-model-len", "4096", **job(GPUS_PER_NODE=4))

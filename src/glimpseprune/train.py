@@ -63,6 +63,7 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.training.callbacks import GuardRails, RunFolder
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
+    warnings.filterwarnings("ignore", ".*Using ModelCheckpoint with manual optimization.*")  # after the step is right
     stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
     if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
         raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse or grpo")
@@ -78,6 +79,8 @@ def main(cfg: TrainConfig) -> None:
     model = checkpoint.load(cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora)
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
+    if cfg.lora is not None and cfg.lora.first_layer is None:
+        cfg.lora.first_layer = module.depth  # where they are, whatever pruner loads them
 
     out = Path(cfg.out)
     if is_first_process():

@@ -25,7 +25,11 @@ class RunFolder(L.Callback):
         self.config = config
         self.folder = Path(config.out)
 
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        flush(trainer)  # the checkpoint of this step was just written: after a crash, the curves reach as far
+
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        flush(trainer)
         if trainer.sanity_checking or not trainer.is_global_zero or collapsed(trainer):
             return
         checkpoint.save(self.folder, self.config, module.pruner, module.backbone)
@@ -87,3 +91,9 @@ class GuardRails(L.Callback):
 
 def collapsed(trainer: L.Trainer) -> bool:
     return any(isinstance(callback, GuardRails) and callback.reason for callback in trainer.callbacks)
+
+
+def flush(trainer: L.Trainer) -> None:
+    """Write what the loggers still hold."""
+    for logger in trainer.loggers:
+        logger.save()

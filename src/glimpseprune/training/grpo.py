@@ -97,6 +97,13 @@ class GRPOModule(StageModule):
         self.ends = ends(backbone)
         if config.grpo.beta and config.lora is None:
             raise UserError("grpo.beta > 0 compares with the policy without adapters: give lora={}, or beta=0")
+        if len(pruner.layers) > 1 or pruner.renumber or not pruner.prune_cache:
+            raise UserError(
+                f"stage=grpo prunes once, in place, cache included: not as pruner '{config.pruner.name}' does"
+            )
+        for name in ("temperature", "keep_temperature", "micro_batch", "max_completion_length", "num_iterations"):
+            if not (value := getattr(config.grpo, name)) > 0:
+                raise UserError(f"grpo.{name}={value}: it must be above 0")
         if config.grpo.num_generations < 2:
             raise UserError(f"grpo.num_generations={config.grpo.num_generations}: a group has at least 2 rollouts")
 

@@ -16,6 +16,8 @@ import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
+from glimpseprune.training.callbacks import flush
+
 EXIT_CODE = 75
 """Of a training that was interrupted: not 0, or what waits for its end would start."""
 
@@ -51,21 +53,22 @@ class Requeue(L.Callback):
         self.told = True
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # SIGTERM (a requeue, a dead node, scancel) may end us at once: what is not saved is lost anyway, and the handler
+        # of Lightning would wait for the other ranks, who may have gone.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         stepped, self.step = trainer.global_step > self.step, trainer.global_step  # else gradients are accumulating
         if stepped and self.step < trainer.max_steps and trainer.strategy.reduce_boolean_decision(self.told, all=False):
-            trainer.save_checkpoint(self.file)
+            trainer.save_checkpoint(self.file, weights_only=False)
             self.saved = True
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if not self.saved:
             return
-        for logger in trainer.loggers:
-            logger.save()
+        flush(trainer)
         rank_zero_info(f"SIGUSR1: stopped after step {self.step}, saved {self.file}")
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # with which the requeue ends us; Lightning's handler would wait
         if trainer.is_global_zero:
             requeue()
         trainer.strategy.barrier()  # a rank that has gone would take the others with it before the job is in the queue
