@@ -530,7 +530,7 @@ class Side:
         self.process.join()
 
 
-def compare_speed(setting: Setting) -> None:
+def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> None:
     settings = {
         "ours": setting,
         "ours (A/A)": setting,
@@ -539,7 +539,7 @@ def compare_speed(setting: Setting) -> None:
         "TRL": replace(setting, side="TRL"),
         "TRL, per group": replace(setting, side="TRL", per_group=True),
     }
-    sides = {name: Side(of) for name, of in settings.items()}
+    sides = {name: Side(of) for name, of in settings.items() if name in (only or settings)}
     log: dict[str, list] = {name: [] for name in sides}
     for round_ in range(setting.all_steps):
         for name in list(sides)[:: 1 if round_ % 2 else -1]:

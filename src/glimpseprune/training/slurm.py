@@ -53,7 +53,7 @@ class Requeue(L.Callback):
         self.told = True
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        # SIGTERM (a requeue, a dead node, scancel) may end us at once: what is not saved is lost anyway, and the handler
+        # SIGTERM (a requeue, a dead node, scancel) may end us at once: what is unsaved is lost anyway, and the handler
         # of Lightning would wait for the other ranks, who may have gone.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.step = trainer.global_step
