@@ -566,7 +566,7 @@ def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> None:
     for name, steps in log.items():
         facts = {k: mean(f[k] for _, f in steps if k in f) for k in steps[0][1] if k != "rss"}
         Console().print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in facts.items()))
-    breakdown({name: [spent for spent, _ in log[name]] for name in ("ours", "no pruning", "TRL")})
+    breakdown({name: [spent for spent, _ in log[name]] for name in ("ours", "no pruning", "TRL") if name in log})
 
 
 def breakdown(spent: dict[str, list[dict]]) -> None:
@@ -584,11 +584,11 @@ def breakdown(spent: dict[str, list[dict]]) -> None:
     Console().print(table)
 
 
-def compare_memory(setting: Setting) -> None:
+def compare_memory(setting: Setting, groups: tuple[int, ...] = (8, 16)) -> None:
     table = Table(
         "side", "G", "peak RSS", "peak of tensors", "CPU s", title=f"MiB above the loaded model, {setting.model}"
     )
-    for group in (8, 16):
+    for group in groups:
         one = replace(setting, generations=group, steps=2, warm_up=0, profile=True)
         variants = {
             f"ours, micro-batch {one.micro}": one,

@@ -123,20 +123,20 @@ def test_smoke_from_submission_to_evaluated_run_folder(slurm):
 
 
 def test_usr1_saves_requeues_and_continues(slurm):
-    number = slurm.sbatch(*smoke(slurm, "requeued", "trainer.max_steps=48"))
+    number = slurm.sbatch(*smoke(slurm, "requeued", "trainer.max_steps=36"))
     slurm.until(lambda: metrics(slurm, "requeued") or slurm.job(number)["JobState"] == "FAILED", number)
     slurm.run("scancel", "--signal=USR1", number)  # as --signal=USR1@600 does
     job = slurm.wait(number, "COMPLETED")
     log = slurm.log(number)
     stopped = int(re.search(r"SIGUSR1: stopped after step (\d+)", log)[1])
-    assert job["Restarts"] == "1" and 12 <= stopped < 48
+    assert job["Restarts"] == "1" and 12 <= stopped < 36
     assert BEGUN.findall(log) == ["starts in", "continues from"]
-    assert metrics(slurm, "requeued") == [12, 24, 36, 48]
-    assert logged(slurm, "requeued") == list(range(3, 48, 4))  # one curve, without a gap or a step twice
+    assert metrics(slurm, "requeued") == [12, 24, 36]
+    assert logged(slurm, "requeued") == list(range(3, 36, 4))  # one curve, without a gap or a step twice
 
 
 def test_a_node_that_dies_requeues_and_continues(slurm):
-    number, (_, node) = slurm.sbatch(*smoke(slurm, "died", "trainer.max_steps=48")), slurm.nodes
+    number, (_, node) = slurm.sbatch(*smoke(slurm, "died", "trainer.max_steps=36")), slurm.nodes
     slurm.until(lambda: metrics(slurm, "died") or slurm.job(number)["JobState"] == "FAILED", number)
     # Like a node without power: its daemon is silent, its tasks neither answer nor hang up.
     lost = slurm.processes(number, node)
@@ -149,8 +149,8 @@ def test_a_node_that_dies_requeues_and_continues(slurm):
     slurm.cluster("node", node)
     slurm.wait(number, "COMPLETED")
     assert BEGUN.findall(slurm.log(number)) == ["starts in", "continues from"]
-    assert metrics(slurm, "died") == [12, 24, 36, 48]
-    assert logged(slurm, "died") == list(range(3, 48, 4))  # what was logged after the checkpoint is not shown twice
+    assert metrics(slurm, "died") == [12, 24, 36]
+    assert logged(slurm, "died") == list(range(3, 36, 4))  # what was logged after the checkpoint is not shown twice
 
 
 def test_pipeline_runs_three_stages_in_order(slurm):
