@@ -19,6 +19,7 @@ torchvision. Left out: vLLM, which TRL users have on a GPU for the rollouts, and
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
@@ -470,6 +471,7 @@ def worker(setting: Setting, line: Connection) -> None:
         spent = clock.collect()
         if not state["steps"]:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
             state["rss"] = _status("VmRSS")
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # the peak starts here

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,7 @@ def test_a_requeued_job_ends_as_if_never_interrupted(world, monkeypatch, tmp_pat
     assert stop.value.code == slurm.EXIT_CODE and (tmp_path / "asked").read_text() == "requeue 17\n"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     train.main(args)
+    assert signal.signal(signal.SIGUSR1, signal.SIG_DFL) is signal.SIG_IGN  # one that comes now must not kill
     whole, again = weights(world["folder"], "run"), weights(world["folder"], "requeued")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert [line["step"] for line in read(f"{world['folder']}/requeued", "metrics.jsonl")] == [2, 4]

@@ -49,6 +49,10 @@ class Requeue(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signal.signal(signal.SIGUSR1, self.listen)
 
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        # While Python shuts down it forgets its handlers, and the signal would kill a run that has all but ended well.
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+
     def listen(self, *_: Any) -> None:
         self.told = True
 
