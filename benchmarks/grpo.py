@@ -481,7 +481,10 @@ def worker(setting: Setting, line: Connection) -> None:
             state["profiler"] = None
         facts |= {"rss": _status("VmHWM") - state["rss"]}
         line.send((spent, facts))
-        line.recv()
+        try:
+            line.recv()
+        except EOFError:  # the parent is gone
+            os._exit(1)
         state["steps"] += 1
         if setting.profile and state["steps"] == setting.all_steps:
             state["profiler"] = torch.profiler.profile(
