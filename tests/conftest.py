@@ -198,3 +198,31 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     backbone.processor.tokenizer.save_pretrained(folder)
     backbone.processor.image_processor.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory) -> list[str]:
+    """Arguments of a training of stage 1 on a tiny base of its own and a few tags."""
+    from glimpseprune import prepare
+    from glimpseprune.training import pretrain
+
+    folder = tmp_path_factory.mktemp("recipe")
+    tiny = pretrain.TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=4, vision_hidden=32)
+    module = pretrain.PretrainModule(pretrain.PretrainConfig(model=tiny))
+    module.save(str(folder / "base"))
+    count = "{train: 48, val: 8, test: 8}"
+    small = ["options.size=224", "options.min_tags=4", "options.max_tags=4"]
+    prepare.main(["source=tags", f"out={folder / 'data'}", f"options.count={count}", *small])
+    return [
+        "conf/demo.yaml",
+        f"backbone.path={folder / 'base'}",
+        f"data.path={folder / 'data'}",
+        "pruner.options.prune_layer=1",
+        "pruner.options.probe_layers=[0,1]",
+        "pruner.options.width=16",
+        "pruner.options.cond_width=16",
+        "data.batch_size=4",
+        "data.val_samples=8",
+        "data.workers=0",
+        "trainer.log_every=1",
+    ]

@@ -62,7 +62,7 @@ def save_run(folder: Path, base: str, seed: int, data: str = "unused", **options
             if trained == "decoder" or (trained == "lora" and lora.is_adapter(name)):
                 parameter += 0.1 * torch.randn_like(parameter)
                 parameter.requires_grad_(True)  # what training would save
-    checkpoint.save(folder, cfg, model.pruner, model.backbone)
+    checkpoint.save(folder, cfg, checkpoint.trained(model.pruner, model.backbone))
     return str(folder)
 
 

@@ -610,13 +610,15 @@ def test_what_was_trained_is_what_is_loaded(train, tiny_folder, tmp_path) -> Non
         step(module, collect(module, inputs, seed), rate=0.01)
     ours = generate(module.backbone, module.pruner.eval(), questions, **settings)
     assert not torch.equal(ours.tokens, before.tokens)
-    checkpoint.save(tmp_path, module.config, module.pruner, module.backbone)
+    checkpoint.save(tmp_path, module.config, checkpoint.trained(module.pruner, module.backbone))
     loaded = checkpoint.load(tmp_path)
     theirs = loaded.generate(**questions, **settings)
     assert torch.equal(theirs.tokens, ours.tokens)
     assert torch.equal(theirs.extra["logits"], ours.extra["logits"])
     assert all(torch.equal(mine, his) for mine, his in zip(ours.keep, theirs.keep))
-    checkpoint.save(tmp_path / "again", checkpoint.read_config(tmp_path), loaded.pruner, loaded.backbone)  # carried
+    checkpoint.save(
+        tmp_path / "again", checkpoint.read_config(tmp_path), checkpoint.trained(loaded.pruner, loaded.backbone)
+    )  # carried
     again = checkpoint.load(tmp_path / "again").generate(**questions, **settings)
     assert torch.equal(again.tokens, ours.tokens)
 
@@ -624,11 +626,11 @@ def test_what_was_trained_is_what_is_loaded(train, tiny_folder, tmp_path) -> Non
 def test_adapters_of_another_rank_are_refused(tiny_folder, tmp_path) -> None:
     module, _ = stage()
     module.config.backbone.path = tiny_folder
-    checkpoint.save(tmp_path, module.config, module.pruner, module.backbone)
+    checkpoint.save(tmp_path, module.config, checkpoint.trained(module.pruner, module.backbone))
     with pytest.raises(UserError, match=r"'lvlm\..*lora_A.*' of shape \[4, .*\] is \[6, .*\]"):
         checkpoint.load(tmp_path, lora=LoraOptions(rank=6, alpha=8))
     wrong = replace(module.config, lora=LoraOptions(rank=4, alpha=8, modules=["q_proj"]))
-    checkpoint.save(tmp_path, wrong, module.pruner, module.backbone)
+    checkpoint.save(tmp_path, wrong, checkpoint.trained(module.pruner, module.backbone))
     with pytest.raises(UserError, match=r"lvlm\..*not in this backbone"):
         checkpoint.load(tmp_path)
 
@@ -649,6 +651,8 @@ def test_ranks_that_share_weights_run_the_model_equally_often(monkeypatch) -> No
     alone, logs = gradients(module, batch), module.logs
     values[:G] = [0.0, 1.0] * (G // 2)
     monkeypatch.setattr(Untrained, "is_sharded", True)
+    expected: list[bool] = []
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(expect_step=expected.append))
     monkeypatch.setattr(
         grpo,
         "dist",
@@ -658,6 +662,7 @@ def test_ranks_that_share_weights_run_the_model_equally_often(monkeypatch) -> No
     )
     same(gradients(module, batch), alone)
     assert module.backwards == 5 and module.logs == pytest.approx(logs)
+    assert expected == [False] * 4 + [True]
     batch.advantages.zero_()
     assert not any(value.any() for value in gradients(module, batch).values()) and module.backwards == 5
     asked.clear()
@@ -696,7 +701,8 @@ def test_two_ranks_have_the_gradient_of_one_with_all_rollouts(monkeypatch) -> No
     for half, count in zip(halves, reversed(counts)):
         monkeypatch.setattr(grpo, "dist", Ranks([count]))
         found.append(gradients(module, half))
-    monkeypatch.setattr(grpo, "dist", Ranks([found[0][name] for name, _ in trainable(module)]))
+    flat = torch.cat([found[0][name].flatten() for name, _ in trainable(module)])
+    monkeypatch.setattr(grpo, "dist", Ranks([flat]))
     module.average_gradients()
     same({name: p.grad for name, p in trainable(module)}, expected)
 

@@ -1,5 +1,6 @@
 """What is missing is told in one line before a job is queued, and what is there is not complained about."""
 
+import hashlib
 import json
 
 import pytest
@@ -71,7 +72,7 @@ def test_a_run_folder_in_use(arguments, capsys, tmp_path):
 
 
 def test_a_job_that_slurm_started_again_goes_on_by_itself(arguments, capsys, tmp_path, monkeypatch):
-    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last = tmp_path / "run" / "checkpoints" / "step-00000004.ckpt"
     last.parent.mkdir(parents=True)
     (tmp_path / "run" / "slurm-job").write_text("17")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -79,6 +80,8 @@ def test_a_job_that_slurm_started_again_goes_on_by_itself(arguments, capsys, tmp
     preflight.main(["train", *arguments])
     assert "starts in" in capsys.readouterr().out  # it came to no checkpoint
     last.touch()
+    nothing = hashlib.sha256().hexdigest()
+    (last.parent / "checkpoints.json").write_text(json.dumps({last.name: {"sha256": nothing, "step": 4}}))
     preflight.main(["train", *arguments, "overwrite=true"])
     assert f"continues from {last}" in capsys.readouterr().out
     monkeypatch.setenv("SLURM_JOB_ID", "18")  # the run of another job, even if this one was requeued, too

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from conftest import TINY, picture, tiny_qwen
-from glimpseprune import checkpoint, evaluate, losses, prepare, train
+from glimpseprune import checkpoint, evaluate, losses, train
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
@@ -155,34 +155,14 @@ def test_learns_to_keep_the_box_of_one_sample():
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory) -> dict[str, str]:
-    """A tiny base, tags shards and a run of four steps."""
-    from glimpseprune.training import pretrain
-
+def world(recipe, tmp_path_factory) -> dict[str, str]:
+    """A run of four steps."""
     folder = tmp_path_factory.mktemp("world")
-    tiny = pretrain.TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=4, vision_hidden=32)
-    module = pretrain.PretrainModule(pretrain.PretrainConfig(model=tiny))
-    module.save(str(folder / "base"))
-    count = "{train: 48, val: 8, test: 8}"
-    small = ["options.size=224", "options.min_tags=4", "options.max_tags=4"]
-    prepare.main(["source=tags", f"out={folder / 'data'}", f"options.count={count}", *small])
-    args = [
-        "conf/demo.yaml",
-        f"backbone.path={folder / 'base'}",
-        f"data.path={folder / 'data'}",
-        "pruner.options.prune_layer=1",
-        "pruner.options.probe_layers=[0,1]",
-        "pruner.options.width=16",
-        "pruner.options.cond_width=16",
-        "data.batch_size=4",
-        "data.val_samples=8",
-        "data.workers=0",
-        "trainer.max_steps=4",
-        "trainer.val_every=2",
-        "trainer.log_every=1",
-    ]
+    args = [*recipe, "trainer.max_steps=4", "trainer.val_every=2"]
     train.main([*args, f"out={folder / 'run'}"])
-    return {"args": args, "run": str(folder / "run"), "folder": str(folder)}
+    given = dict(argument.partition("=")[::2] for argument in recipe)
+    paths = {"base": given["backbone.path"], "data": given["data.path"]}
+    return paths | {"args": args, "run": str(folder / "run"), "folder": str(folder)}
 
 
 def test_run_folder_holds_what_it_promises(world):
@@ -202,8 +182,12 @@ def test_run_folder_holds_what_it_promises(world):
         "val/box_iou",
     }
     assert wanted <= set(lines[-1])
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    saved = torch.load(run / "checkpoints" / "step-00000004.ckpt", weights_only=True)
     assert not any(name.startswith("lvlm") for name in saved["state_dict"])
+    best = min(lines, key=lambda line: line["val/loss"])["step"]
+    kept = json.loads((run / "checkpoints" / "checkpoints.json").read_text())
+    assert min((entry["score"], entry["step"]) for entry in kept.values())[1] == best
+    assert checkpoint.load(run / "best").name == "glimpse"
 
 
 def test_tensorboard_has_pictures(world):
@@ -313,7 +297,7 @@ def test_library_api_loads_and_generates(world):
     rollout = model.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert rollout.tokens.shape[0] == 1 and rollout.tokens.shape[1] <= 3
     assert [m.shape for m in rollout.keep_maps()[0]] == [(4, 5)]
-    plain = glimpseprune.load(backbone=f"{world['folder']}/base")
+    plain = glimpseprune.load(backbone=world["base"])
     assert plain.generate(**inputs, max_new_tokens=3).keep[0].all()
 
 
@@ -327,8 +311,8 @@ def test_a_published_folder_can_be_evaluated(world, tmp_path):
     publish(weights(world["folder"], "run"), saved.pruner.options | {"num_hidden_layers": 3}, tmp_path / "published")
     args = [
         f"ckpt={tmp_path / 'published'}",
-        f"backbone.path={world['folder']}/base",
-        f"data.path={world['folder']}/data",
+        f"backbone.path={world['base']}",
+        f"data.path={world['data']}",
     ]
     evaluate.main([*args, f"out={tmp_path / 'out'}", "data.workers=0", "max_new_tokens=6", "controls=[none]"])
     evaluate.main(

@@ -164,13 +164,19 @@ def restore_lvlm(backbone: LVLM, weights: Mapping[str, Tensor], source: str) -> 
     backbone.restored |= set(weights)
 
 
-def save(folder: str | Path, cfg: TrainConfig, pruner: nn.Module, backbone: LVLM | None = None) -> None:
-    """Write ``config.yaml`` and ``trainable.safetensors``; a kill meanwhile leaves the previous weights whole."""
-    folder = Path(folder)
-    config.save(cfg, folder / CONFIG)
-    tensors = pruner.state_dict()
+def trained(pruner: nn.Module, backbone: LVLM | None = None) -> dict[str, Tensor]:
+    """What trainable.safetensors holds of them, by its names there: the parameters themselves, and buffers."""
+    tensors = pruner.state_dict(keep_vars=True)
     if backbone is not None:
         tensors |= {LVLM_PREFIX + name: tensor for name, tensor in backbone.changed().items()}
+    return tensors
+
+
+def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``config.yaml`` and ``trainable.safetensors`` (with what :func:`trained` names); a kill meanwhile leaves
+    the previous weights whole."""
+    folder = Path(folder)
+    config.save(cfg, folder / CONFIG)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = folder / (TRAINABLE + ".partial")
     save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})

@@ -71,6 +71,15 @@ class Vip:
     window: bool = False
     """Attend within the vision tower's windows only."""
 
+    @classmethod
+    def of(cls, pruner: Any) -> Vip | None:
+        """That of a pruner; None for a method without one."""
+        if not hasattr(pruner, "vip"):
+            return None
+        options = pruner.options
+        probes, blocks = len(options.probe_layers), len(options.vision_layers)
+        return cls(options.width, options.cond_width, blocks, probes, window=options.window)
+
 
 @dataclass(frozen=True)
 class Shapes:

@@ -39,7 +39,6 @@ from glimpseprune.training.options import PrunerOptions, TrainConfig
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM
     from glimpseprune.checkpoint import GlimpsePrune
-    from glimpseprune.cost import Vip
     from glimpseprune.types import Encoded, Inputs, Prefill, Rollout, Sample
 
 CONTROLS = ("none", "glimpse", "random", "oracle", "zero")
@@ -402,7 +401,7 @@ class Evaluation:
         accounts = []
         for number in kept:
             schedule = cost.stages(layers, visual, [(depth, number) for depth in pruner.layers])
-            accounts.append(cost.account(self.shapes, text, encoded.grids[row], schedule, cost_of_vip(pruner)))
+            accounts.append(cost.account(self.shapes, text, encoded.grids[row], schedule, cost.Vip.of(pruner)))
         return Tally(
             n=1,
             kept=mean(kept) / visual,
@@ -463,18 +462,6 @@ def over_needing_kinds(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         scores["relative"] = scores["accuracy"] / means["none"]["accuracy"]
         scores.update({key: round(value, 4) for key, value in scores.items()})
     return {"kinds": kinds, "methods": means}
-
-
-def cost_of_vip(pruner: Any) -> Vip | None:
-    """The predictor's shape for the cost model; None for a method without one."""
-    from glimpseprune.cost import Vip
-
-    if not hasattr(pruner, "vip"):
-        return None
-    options = pruner.options
-    return Vip(
-        options.width, options.cond_width, len(options.vision_layers), len(options.probe_layers), window=options.window
-    )
 
 
 def print_table(rows: list[dict[str, Any]], skipped: int = 0) -> None:

@@ -63,7 +63,7 @@ def run(cfg: ExportConfig) -> None:
     # stores its weights in the very dtype that it wants.
     where = replace(saved.backbone, path=checkpoint.HERE, dtype="auto")
     alone = replace(saved, out=str(out), init_from=None, resume=False, overwrite=False, lora=None, backbone=where)
-    checkpoint.save(out, alone, model.pruner)
+    checkpoint.save(out, alone, checkpoint.trained(model.pruner))
     print(f"exported to {out}   evaluate it: python -m src.evaluate ckpt={out}")
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
@@ -30,6 +31,7 @@ def generate(
     *,
     targets: list[Tensor] | None = None,
     generation_config: GenerationConfig | None = None,
+    synced: bool = False,
     **kwargs: Any,
 ) -> Rollout:
     """Answer a batch of prompts on their pruned caches.
@@ -37,6 +39,7 @@ def generate(
     Args:
         prompt: what ``backbone.prepare`` or the processor returns.
         targets: box targets per row, for pruners that want them.
+        synced: other processes hold parts of the weights, so all go on until the last of them has finished.
         generation_config, kwargs: as for transformers' ``generate``: ``max_new_tokens``, ``do_sample``,
             ``temperature``, ``num_return_sequences`` (they share one prefill), ``stop_strings`` (with ``tokenizer``,
             default: the processor's), ``streamer``, ``logits_processor``, ``stopping_criteria``, ``output_logits``,
@@ -50,7 +53,8 @@ def generate(
         UserError: as ``backbone.encode`` and the pruner; or a decoding mode other than greedy and sampling.
     """
     encoded = backbone.encode(prompt, pruner.vision_layers, targets)
-    return continue_from(backbone, encoded, prefill(backbone, encoded, pruner), generation_config, **kwargs)
+    state = prefill(backbone, encoded, pruner)
+    return continue_from(backbone, encoded, state, generation_config, synced, **kwargs)
 
 
 @torch.no_grad()
@@ -59,6 +63,7 @@ def continue_from(
     encoded: Encoded,
     state: Prefill,
     generation_config: GenerationConfig | None = None,
+    synced: bool = False,
     **kwargs: Any,
 ) -> Rollout:
     """:func:`generate` for a prompt that has been prefilled; ``state``'s cache is left as it is."""
@@ -88,6 +93,7 @@ def continue_from(
         first = state if len(index) == len(state.mask) else rows(state, index)
         running = torch.ones(len(index), dtype=torch.bool, device=backbone.device)
         current, size = branch(first), input_ids.shape[1]
+        end = size
         while True:
             logits = backbone.logits(current.hidden[:, -1]).float()  # [B, vocabulary]
             scores = logits_processor(input_ids, logits)
@@ -103,13 +109,14 @@ def continue_from(
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)
             if streamer is not None:
                 streamer.put(tokens.cpu())
+            end = input_ids.shape[1] if running.any() else end
             running = running & ~stopping_criteria(input_ids, None)
-            if not running.any():
+            if not anyone(running, synced):
                 break
             current = run_layers(backbone, append(current, backbone.embed(tokens[:, None])), backbone.num_layers)
         if streamer is not None:
             streamer.end()
-        return first, input_ids[:, size:]
+        return first, input_ids[:, size:end]
 
     mask = encoded.mask.long()
     first, tokens = backbone.model.generate(
@@ -128,6 +135,15 @@ def continue_from(
         prefill=state if times == 1 else first,
         extra={name: torch.stack(values, 1) for name, values in extra.items()},
     )
+
+
+def anyone(running: Tensor, synced: bool) -> bool:
+    """Whether any row ([B] bool) goes on, here or (``synced``) in any other process."""
+    if not (synced and dist.is_initialized()):
+        return bool(running.any())
+    found = running.any().long()
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return bool(found)
 
 
 def kept(encoded: Encoded, state: Prefill) -> list[Tensor]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .backbones import LVLM
 from .decoder import append, fan_out, follow, rows, run_layers
+from .generate import anyone
 from .losses import keep_log_probs
 from .types import Prefill
 
@@ -73,11 +73,7 @@ def answer(
         length = step + 1 if len(live) else length
         running = running & ~torch.isin(drawn[:, 0], ending)
         left = running.sum()
-        anyone = left > 0
-        if synced and dist.is_initialized():
-            anyone = anyone.long()
-            dist.all_reduce(anyone, dist.ReduceOp.MAX)
-        if not anyone or step + 1 == max_new_tokens:
+        if not anyone(running, synced) or step + 1 == max_new_tokens:
             break
         if 2 * left <= len(running):
             kept = running.nonzero()[:, 0] if left else torch.zeros(1, dtype=torch.long, device=device)

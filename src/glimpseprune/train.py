@@ -12,6 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from glimpseprune.config import UserError
 from glimpseprune.prepare import make_missing
 from glimpseprune.training.options import TrainConfig
 
-LAST = Path("checkpoints", "last.ckpt")
 JOB = "slurm-job"
 """File of a run folder: number of the SLURM job that wrote it last."""
 
@@ -52,21 +52,27 @@ def main(cfg: TrainConfig) -> None:
 
     import lightning as L
     import torch
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from glimpseprune import checkpoint
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.lookup import find
-    from glimpseprune.training import slurm
+    from glimpseprune.training import slurm, strategies
     from glimpseprune.training.callbacks import GuardRails, RunFolder
+    from glimpseprune.training.checkpoints import Checkpoints
+    from glimpseprune.training.watch import Stall, StopOnNonFinite, Throughput
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
-    warnings.filterwarnings("ignore", ".*Using ModelCheckpoint with manual optimization.*")  # after the step is right
+    warnings.filterwarnings("ignore", ".*when logging on epoch level.*")  # means were taken over ranks before
     stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
     if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
         raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse or grpo")
+    strategies.read(cfg.trainer.strategy)  # a typo is answered before a model is loaded
+    own = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}
+    placement = slurm.placement() if slurm.launched() else own
+    devices = strategies.devices(cfg.trainer.accelerator, placement["devices"])
     data = ShardDataModule(
         cfg.data.path,
         batch_size=cfg.data.batch_size,
@@ -76,7 +82,9 @@ def main(cfg: TrainConfig) -> None:
         verify=cfg.data.verify,
     )
     L.seed_everything(cfg.seed, workers=True)
-    model = checkpoint.load(cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora)
+    model = checkpoint.load(
+        cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, device=strategies.mine(devices)
+    )
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
     if cfg.lora is not None and cfg.lora.first_layer is None:
@@ -90,35 +98,40 @@ def main(cfg: TrainConfig) -> None:
         if "SLURM_JOB_ID" in os.environ:
             (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
         config.save(cfg, out / checkpoint.CONFIG)
+    checkpoints = Checkpoints(out, cfg.trainer.val_every, cfg.trainer.keep_checkpoints, module.best)
+    strategy = strategies.choose(
+        cfg.trainer.strategy,
+        processes=len(devices) * placement["num_nodes"],
+        cuda=devices[0] != "cpu",
+        deepspeed=find_spec("deepspeed") is not None,
+        trained=sum(p.numel() for p in module.trainable()),
+    )
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
-    again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
-    placement = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}
+    again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"]
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
-        **(slurm.placement() if slurm.launched() else placement),
-        strategy=cfg.trainer.strategy,
+        **placement,
+        strategy=strategies.build(strategy, cfg.optim.clip),
         precision=cfg.trainer.precision,
         max_steps=cfg.trainer.max_steps,
         accumulate_grad_batches=cfg.trainer.accumulate if module.automatic_optimization else 1,
         gradient_clip_val=(cfg.optim.clip or None) if module.automatic_optimization else None,
-        val_check_interval=cfg.trainer.val_every * cfg.trainer.accumulate,
+        val_check_interval=module.batches(cfg.trainer.val_every),
         check_val_every_n_epoch=None,
         log_every_n_steps=cfg.trainer.log_every,
         num_sanity_val_steps=0,
+        enable_checkpointing=False,  # Lightning's; ours is below
         logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=again),
         callbacks=[
             RichProgressBar(leave=True),
             LearningRateMonitor("step"),
+            Throughput(cfg.watch, cfg.trainer.log_every),
+            StopOnNonFinite(out, cfg.watch),
             *([] if cfg.stage != "grpo" else [GuardRails(cfg.guard)]),
             RunFolder(cfg),
-            ModelCheckpoint(
-                out / "checkpoints",
-                every_n_train_steps=cfg.trainer.val_every,
-                save_top_k=0,
-                save_last=True,
-                enable_version_counter=False,  # there is one last.ckpt, whoever wrote the one before
-            ),
-            *([slurm.Requeue(out / LAST)] if slurm.launched() else []),
+            checkpoints,
+            *([slurm.Requeue(checkpoints)] if slurm.launched() else []),
+            *([Stall(out / "heartbeats", cfg.watch.stall_minutes)] if cfg.watch.stall_minutes else []),
         ],
     )
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
@@ -137,14 +150,14 @@ def is_first_process() -> bool:
 def last_checkpoint(cfg: TrainConfig) -> Path | None:
     """The checkpoint to resume from, if any; UserError where two runs would mix in one folder. Changes nothing."""
     out = Path(cfg.out)
-    last = out / LAST
     again = _is_own_work(out)
-    if again and last.is_file():
-        return last
+    if again or cfg.resume:
+        from glimpseprune.training.checkpoints import newest
+
+        if (last := newest(out)) is not None:
+            return last
     if cfg.resume:
-        if not last.is_file():
-            raise UserError(f"resume=true, but '{out}' has no checkpoint ({last} is missing)")
-        return last
+        raise UserError(f"resume=true, but '{out}' has no checkpoint (in {out / 'checkpoints'})")
     if out.is_dir() and any(out.iterdir()) and is_first_process() and not again:
         if not cfg.overwrite:
             raise UserError(f"out={out} is not empty: give resume=true, overwrite=true, or another folder")

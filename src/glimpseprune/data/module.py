@@ -21,6 +21,8 @@ reported once.
 from __future__ import annotations
 
 import os
+import threading
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -159,6 +161,7 @@ class ShardLoader:
     Attributes:
         deal: the place, see :class:`Deal`.
         damaged: place and reason -> how often a stand-in came instead, in this process and all its workers.
+        waited: seconds that whoever iterates has waited for batches.
 
     Raises:
         UserError: too few samples for one step, and what ``collate`` raises.
@@ -182,6 +185,7 @@ class ShardLoader:
         self.dataset, self.collate, self.workers = dataset, collate, workers
         self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, window, rank, world)
         self.damaged: Counter[str] = Counter()
+        self.waited = 0.0
         self._loader: DataLoader | None = None
         self._batches: Iterator[Any] | None = None
         self._begun = False
@@ -205,7 +209,7 @@ class ShardLoader:
         self._loader = self._loader or self._start()
         self._batches = batches = iter(self._loader)
         try:
-            while (item := _next(batches)) is not None:
+            while (item := self._fetch(batches)) is not None:
                 batch, damages = item
                 self._report(damages)
                 deal.consumed += deal.stride  # before the yield: while a batch is worked on, it counts as dealt
@@ -251,6 +255,13 @@ class ShardLoader:
             generator=torch.Generator(),  # its own, or every new iterator would draw from the global one
         )
 
+    def _fetch(self, batches: Iterator[Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return _next(batches)
+        finally:
+            self.waited += time.perf_counter() - start
+
     def _report(self, damages: Sequence[str]) -> None:
         for damage in damages:
             if damage not in self.damaged and len(self.damaged) <= _WARNINGS:
@@ -265,6 +276,14 @@ def _collate(collate: Callable[[list[Sample]], Any], samples: list[Sample]) -> t
 
 def _start_worker(_: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked after use, tokenizers would warn of a deadlock
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """torch's workers end after their parent, too, unless a batch that nobody will read does not fit into the pipe."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 def _next(batches: Iterator[Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning as L
@@ -19,6 +19,7 @@ from glimpseprune.generate import generate
 from glimpseprune.pictures import grid, panel
 from glimpseprune.pruners.glimpse import decide
 from glimpseprune.training.options import TrainConfig
+from glimpseprune.training.strategies import Zero
 from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
 
 PARTS = ("glimpse", "vip", "lora", "decoder")
@@ -27,6 +28,11 @@ PARTS = ("glimpse", "vip", "lora", "decoder")
 class StageModule(L.LightningModule):
     """The LVLM and the very pruner that inference uses; ``config.train`` says which parts of them train."""
 
+    scores: tuple[str, ...] = ()
+    """What a validation may log, as val/<name>; the same on every rank, whatever its samples have to say."""
+    best: tuple[str, str]
+    """Metric of the validation that says which checkpoint is best, and whether its ``min`` or ``max`` is."""
+
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         super().__init__()
         self.config, self.backbone, self.pruner = config, backbone, pruner
@@ -34,6 +40,7 @@ class StageModule(L.LightningModule):
         self.unpruned = pruners.build("none", {}, backbone)
         self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
         self.pictured: list[Inputs] = []
+        self.sums: dict[str, tuple[float, int]] = {}
         self.pruner.requires_grad_(False)
         for part in config.train:
             for parameter in self.parameters_of(part):
@@ -68,6 +75,12 @@ class StageModule(L.LightningModule):
                 module.lora_dropout.train(mode)
         return self
 
+    def on_train_batch_start(self, batch: Inputs, index: int) -> None:
+        """Random numbers of a batch (masks and tokens that are sampled, dropout) are a function of the run's seed, the
+        number of the batch and the rank: a resumed run draws those it would have drawn, and no two ranks the same."""
+        place = (self.config.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+
     # ----------------------------------------------------------------------------------------------- the prompt
 
     @property
@@ -96,12 +109,52 @@ class StageModule(L.LightningModule):
 
     # ----------------------------------------------------------------------------------------------- validation
 
+    def tally(self, scores: Mapping[str, tuple[Tensor, int]]) -> None:
+        """Add to the means of this validation: per score its mean over a batch, and over how many samples (pairs,
+        tokens ...) that is. Samples that stand in for others must not be among them."""
+        for name, (mean, count) in scores.items():
+            if name not in self.scores:
+                raise ValueError(f"validation score '{name}' is not one of {', '.join(self.scores)}")
+            if count:
+                total, number = self.sums.get(name, (0.0, 0))
+                self.sums[name] = total + float(mean) * count, number + count
+
+    def log_tally(self) -> None:
+        """Log the means over everything that any rank has seen, in one exchange of a fixed size: a score that only some
+        ranks have would otherwise keep the others waiting."""
+        own = torch.tensor([self.sums.get(name, (0.0, 0)) for name in self.scores], device=self.device)
+        self.sums = {}
+        totals = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
+        means = {name: total / count for name, (total, count) in zip(self.scores, totals) if count}
+        means |= self.summary(means)
+        self.log_dict({f"val/{name}": value for name, value in means.items()})
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """What a validation's mean scores come to: the one that ``best`` names."""
+        raise NotImplementedError
+
+    def own_work_ends(self) -> None:
+        """Tell the callbacks that this rank has done what it does alone, and from now on may wait for the others. Ranks
+        call it equally often."""
+        for callback in [] if self._trainer is None else self.trainer.callbacks:
+            if hasattr(callback, "on_own_work_end"):
+                callback.on_own_work_end(self.trainer, self)
+
+    def mean_over_ranks(self, values: Tensor) -> Tensor:
+        if self._trainer is None:
+            return values
+        return self.trainer.strategy.reduce(values.clone(), reduce_op="mean")  # which works in place
+
     def remember(self, inputs: Inputs) -> None:
         """Keep the first validation batch for the pictures."""
-        if not self.pictured and self.trainer.is_global_zero:
+        if not self.pictured and (self.trainer.is_global_zero or self.is_sharded):
             self.pictured.append(inputs)
 
+    def on_validation_epoch_start(self) -> None:
+        self.sums = {}
+
     def on_validation_epoch_end(self) -> None:
+        self.log_tally()
         pictured, self.pictured = self.pictured, []
         board = getattr(self.logger, "experiment", None)
         if board is None or self.trainer.sanity_checking:
@@ -118,7 +171,19 @@ class StageModule(L.LightningModule):
     def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None) -> Rollout:
         """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference)."""
         length = inputs.answer_ids.shape[1] if length is None else length
-        return generate(self.backbone, pruner, inputs.prompt, targets=inputs.targets, max_new_tokens=length)
+        return generate(
+            self.backbone,
+            pruner,
+            inputs.prompt,
+            targets=inputs.targets,
+            synced=self.is_sharded,
+            max_new_tokens=length,
+        )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold parts of the weights for each other (ZeRO), so that all must run the model alike."""
+        return self._trainer is not None and isinstance(self.trainer.strategy, Zero)
 
     def texts(self, rollout: Rollout) -> list[str]:
         return self.backbone.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
@@ -147,36 +212,58 @@ class StageModule(L.LightningModule):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, scale)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def batches(self, steps: int) -> int:
+        """How many batches so many optimiser steps take."""
+        return steps * self.config.trainer.accumulate
+
     def trainable(self) -> Iterator[nn.Parameter]:
         return (p for p in self.parameters() if p.requires_grad)
 
+    def gradient_norm(self) -> Tensor:
+        """Of the gradients that an update is about to use, before they are clipped."""
+        if self.is_sharded:
+            return self.trainer.strategy.gradient_norm()
+        return nn.utils.get_total_norm([p.grad for p in self.trainable() if p.grad is not None])
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        grads = [p.grad for p in self.trainable() if p.grad is not None]
-        self.log("train/grad_norm", nn.utils.get_total_norm(grads))
+        self.log("train/grad_norm", self.gradient_norm())
+
+    def flops(self, inputs: Inputs) -> float | None:
+        """FLOPs of a training step on a batch, forward and backward; None where they are not counted."""
+        return None
+
+    def saved(self) -> dict[str, Tensor]:
+        """What of this module's state a checkpoint holds, by its names there: all but the LVLM's frozen weights."""
+        lvlm = [f"lvlm.{name}" for name in self.lvlm.state_dict(keep_vars=True)]
+        frozen = set(lvlm) - {f"lvlm.{name}" for name in self.backbone.changed()}
+        return {name: tensor for name, tensor in self.state_dict(keep_vars=True).items() if name not in frozen}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        frozen = {f"lvlm.{name}" for name in self.lvlm.state_dict()} - {
-            f"lvlm.{name}" for name in self.backbone.changed()
-        }
-        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name not in frozen}
+        wanted = self.saved()
+        checkpoint["state_dict"] = {name: x for name, x in checkpoint["state_dict"].items() if name in wanted}
 
 
 def mask_scores(keep: Tensor, targets: Tensor | None, inputs: Inputs, counts: list[int]) -> dict[str, Tensor]:
-    """How the keep mask [N] lies to the evidence, mean over rows.
+    """:func:`mask_values`, each as its mean."""
+    return {name: values.mean() for name, values in mask_values(keep, targets, inputs, counts).items()}
 
-    ``box_iou`` and ``box_recall`` against the boxes where there are any; ``mask_overlap``: IoU of the masks of two
-    questions on one image whose evidence has no token in common (high: the mask ignores the question).
+
+def mask_values(keep: Tensor, targets: Tensor | None, inputs: Inputs, counts: list[int]) -> dict[str, Tensor]:
+    """How the keep mask [N] lies to the evidence; samples that stand in for others are left out.
+
+    ``box_iou`` and ``box_recall`` of each row with boxes; ``mask_overlap`` of each two questions on one image whose
+    evidence has no token in common: IoU of their masks (high: the mask ignores the question). Without any, no entry.
     """
     scores: dict[str, Tensor] = {}
     rows = keep.split(counts)
     if targets is not None:
-        boxed = [i for i, sample in enumerate(inputs.samples) if sample.boxes is not None]
+        boxed = [i for i, each in enumerate(inputs.samples) if each.boxes is not None and not each.stands_in]
         boxes = targets.split(counts)
         if boxed:
             both = torch.stack([(rows[i] & boxes[i]).sum() for i in boxed]).float()
             either = torch.stack([(rows[i] | boxes[i]).sum() for i in boxed])
-            scores["box_iou"] = (both / either.clamp(min=1)).mean()
-            scores["box_recall"] = (both / torch.stack([boxes[i].sum() for i in boxed]).clamp(min=1)).mean()
+            scores["box_iou"] = both / either.clamp(min=1)
+            scores["box_recall"] = both / torch.stack([boxes[i].sum() for i in boxed]).clamp(min=1)
         overlaps = []
         for i in boxed:
             for j in boxed:
@@ -184,5 +271,5 @@ def mask_scores(keep: Tensor, targets: Tensor | None, inputs: Inputs, counts: li
                 if i < j and scene and scene == inputs.samples[j].scene and not (boxes[i] & boxes[j]).any():
                     overlaps.append((rows[i] & rows[j]).sum() / (rows[i] | rows[j]).sum().clamp(min=1))
         if overlaps:
-            scores["mask_overlap"] = torch.stack(overlaps).mean()
+            scores["mask_overlap"] = torch.stack(overlaps)
     return scores

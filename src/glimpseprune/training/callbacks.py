@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from glimpseprune import checkpoint
 from glimpseprune.config import UserError
 from glimpseprune.training.options import GuardOptions, TrainConfig
+from glimpseprune.training.strategies import whole
 
 
 class RunFolder(L.Callback):
@@ -30,16 +32,30 @@ class RunFolder(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         flush(trainer)
-        if trainer.sanity_checking or not trainer.is_global_zero or collapsed(trainer):
+        if trainer.sanity_checking or collapsed(trainer):
             return
-        checkpoint.save(self.folder, self.config, module.pruner, module.backbone)
-        scores = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"step": trainer.global_step} | scores) + "\n")
+        self.write_weights(trainer, module)
+        if trainer.is_global_zero:
+            scores = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
+            self.write_metrics({"step": trainer.global_step} | scores)
 
-    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not collapsed(trainer):
-            checkpoint.save(self.folder, self.config, module.pruner, module.backbone)
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not collapsed(trainer):
+            self.write_weights(trainer, module)
+
+    def write_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        weights = {name: whole(x) for name, x in checkpoint.trained(module.pruner, module.backbone).items()}
+        if trainer.is_global_zero:
+            checkpoint.save(self.folder, self.config, weights)
+
+    def write_metrics(self, line: dict[str, float]) -> None:
+        """Add a line; those of later steps, and of this one, were written before a crash and are done again."""
+        file = self.folder / "metrics.jsonl"
+        lines = [json.loads(old) for old in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        lines = [old for old in lines if old["step"] < line["step"]] + [line]
+        partial = file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
+        os.replace(partial, file)
 
 
 class GuardRails(L.Callback):

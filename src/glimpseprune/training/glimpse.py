@@ -11,6 +11,7 @@ where the vision tower is a large part of a step, and none at 7B).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from glimpseprune import decoder, losses
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
-from glimpseprune.training._stage import StageModule, mask_scores
+from glimpseprune.cost import Shapes, Vip
+from glimpseprune.training import flops
+from glimpseprune.training._stage import StageModule, mask_scores, mask_values
 from glimpseprune.training.options import TrainConfig
 from glimpseprune.types import Encoded, Inputs, Prefill
 
@@ -41,6 +44,9 @@ class Shared:
 
 class GlimpseModule(StageModule):
     """The frozen LVLM with its trainable glimpse and VIP."""
+
+    scores = ("kl", "accuracy", "accuracy_full", "keep_ratio", "box_iou", "box_recall", "mask_overlap")
+    best = ("val/loss", "min")
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         if not hasattr(pruner, "all_logits"):
@@ -69,34 +75,62 @@ class GlimpseModule(StageModule):
         weight = torch.ones(visual.shape, device=visual.device)
         return Gate(weight.masked_scatter(visual, shared.logits[-1].float().sigmoid()), estimator)
 
+    @property
+    def estimator(self) -> str:
+        """Of the gate's gradient, at this step."""
+        return "value" if self.progress < self.config.loss.value_until else "stc"
+
     def training_step(self, inputs: Inputs, index: int) -> Tensor:
         config, progress = self.config.loss, self.progress
         shared = self.share(inputs)
         logits, counts = shared.logits[-1], shared.counts
         ids, mask = inputs.answer_ids, inputs.answer_mask
+        # The mean of the ranks' losses is what one process would compute with the samples of all of them.
+        gates = torch.stack([row.float().sigmoid().mean() for row in logits.detach().split(counts)]).mean()
+        own = torch.stack([mask.sum().float(), gates])
+        self.own_work_ends()
+        mean = self.mean_over_ranks(own)
+        share = own[0] / mean[0].clamp(min=1)  # of all answer tokens
         terms: dict[str, tuple[float, Tensor]] = {}
         if config.kl:
             with torch.no_grad():
                 teacher = self.answer_logits(shared.state, ids, mask)
-            gate = self.gate(shared, "value" if progress < config.value_until else "stc")
-            terms["kl"] = config.kl, losses.kl(teacher, self.answer_logits(shared.state, ids, mask, gate), mask)
+            gate = self.gate(shared, self.estimator)
+            student = self.answer_logits(shared.state, ids, mask, gate)
+            terms["kl"] = config.kl, losses.kl(teacher, student, mask) * share
         if config.pressure:
             ramp = min(1.0, max(0.0, progress - config.pressure_from) / max(config.pressure_ramp, 1e-6))
-            push = losses.pressure(logits.sigmoid(), counts, config.pressure_kind, config.target)
+            others = mean[1] - own[1] if config.pressure_kind == "budget" else 0.0  # the budget is one for all
+            target = config.target - others
+            push = losses.pressure(logits.sigmoid(), counts, config.pressure_kind, target)
             terms["pressure"] = config.pressure * ramp, push
         targets = torch.cat(inputs.targets).to(logits.device) if inputs.targets else None
         if config.mask:
             boxed = losses.mask_loss(shared.logits, targets, counts, dice=config.dice, bce=config.bce)
             terms["mask"] = config.mask, boxed
         if config.answer:
-            terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask)
+            terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask) * share
         loss = sum(weight * value for weight, value in terms.values())
-        self.log_dict({f"train/{name}": value.detach() for name, (_, value) in terms.items()}, prog_bar=True)
         keep = self.decide(logits.detach(), counts)
-        self.log("train/keep_ratio", keep.float().mean(), prog_bar=True)
-        self.log("train/loss", loss.detach())
+        values = {name: value for name, (_, value) in terms.items()} | {"keep_ratio": keep.float().mean()}
+        everywhere = self.mean_over_ranks(torch.stack([*values.values(), loss]).detach())
+        self.log_dict({f"train/{name}": value for name, value in zip(values, everywhere)}, prog_bar=True)
+        self.log("train/loss", everywhere[-1])
         self.log_dict({f"train/{name}": value for name, value in mask_scores(keep, targets, inputs, counts).items()})
         return loss
+
+    def flops(self, inputs: Inputs) -> float:
+        """As :mod:`.flops` counts them."""
+        vip, trains = Vip.of(self.pruner), "decoder" in self.config.train
+        shapes, probed = Shapes.from_config(self.backbone.model.config), max(self.pruner.probe_layers) + 1
+        step = flops.Step(shapes, vip, self.depth, probed, self.config.loss, trains)
+        columns = inputs.prompt["attention_mask"].sum(1).tolist()
+        answers = inputs.answer_mask.sum(1).tolist()
+        total = 0.0
+        for length, grids, answer in zip(columns, self.backbone.grids(inputs.prompt), answers):
+            visual = sum(rows * cols for rows, cols in grids)
+            total += flops.of_sample(step, length - visual, grids, answer, self.estimator)
+        return total
 
     # ----------------------------------------------------------------------------------------------- validation
 
@@ -115,16 +149,24 @@ class GlimpseModule(StageModule):
         )
         full = self.answer_logits(shared.state, ids, mask)
         pruned = self.answer_logits(shared.state, ids, mask, Gate(weight))
-        scores = {
-            "kl": losses.kl(full, pruned, mask),
-            "accuracy": ((pruned.argmax(-1) == ids) | ~mask).all(1).float().mean(),
-            "accuracy_full": ((full.argmax(-1) == ids) | ~mask).all(1).float().mean(),
-            "keep_ratio": torch.stack([row.float().mean() for row in keep.split(counts)]).mean(),
+        real = torch.tensor([not sample.stands_in for sample in inputs.samples], device=ids.device)  # [B]
+        tokens = mask & real[:, None]
+        values = {
+            "accuracy": ((pruned.argmax(-1) == ids) | ~mask).all(1).float()[real],
+            "accuracy_full": ((full.argmax(-1) == ids) | ~mask).all(1).float()[real],
+            "keep_ratio": torch.stack([row.float().mean() for row in keep.split(counts)])[real],
         }
         targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
-        scores |= mask_scores(keep, targets, inputs, counts)
-        self.log_dict({f"val/{k}": v for k, v in scores.items()}, prog_bar=False, batch_size=len(ids), sync_dist=True)
+        values |= mask_values(keep, targets, inputs, counts)
+        scores = {name: (each.mean(), len(each)) for name, each in values.items()}
+        self.tally(scores | {"kl": (losses.kl(full, pruned, tokens), int(tokens.sum()))})
         self.remember(inputs)
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The training's loss at the masks of inference; with box targets and no KL, what they miss."""
+        config = self.config.loss
+        loss = config.kl * means["kl"] + config.pressure * max(0.0, means["keep_ratio"] - config.target)
+        return {"loss": loss + config.mask * (1 - means.get("box_iou", 1.0))}
 
 
 Stage = GlimpseModule

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import html
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from glimpseprune import decoder, lora, losses, pruners, rewards
 from glimpseprune.config import UserError
 from glimpseprune.rollout import answer, at_columns, sample_keep, score
-from glimpseprune.training._stage import StageModule, mask_scores
+from glimpseprune.training._stage import StageModule, mask_scores, mask_values
 from glimpseprune.training.options import TrainConfig
 from glimpseprune.types import Encoded, Inputs, Prefill
 
@@ -79,6 +81,9 @@ class Batch:
 
 class GRPOModule(StageModule):
     """Group-relative policy optimisation; names of options and metrics are TRL's."""
+
+    scores = ("score", "keep_ratio", "box_iou", "box_recall", "mask_overlap")
+    best = ("val/reward", "max")
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         super().__init__(config, backbone, pruner)
@@ -178,10 +183,11 @@ class GRPOModule(StageModule):
             index, keep, keep_log_probs, tokens, log_probs, mask, ended, empty, pruned, values, reward, valid
         )  # fmt: skip
 
-    def pruning_reward(self, pruned: Tensor, task: Tensor) -> Tensor:
-        """alpha x pruning ratio, for each of R rollouts."""
+    def pruning_reward(self, pruned: Tensor, task: Tensor, ramped: bool = True) -> Tensor:
+        """alpha x pruning ratio, for each of R rollouts; ``ramped``: with the alpha of this step, or the final one."""
         options = self.config.rewards
-        alpha = options.pruning * min(1.0, self.progress / options.pruning_ramp if options.pruning_ramp else 1.0)
+        ramp = min(1.0, self.progress / options.pruning_ramp) if ramped and options.pruning_ramp else 1.0
+        alpha = options.pruning * ramp
         if options.pruning_target is not None:
             pruned = pruned.clamp(max=options.pruning_target)
         return alpha * pruned * (task.clamp(0, 1) if options.pruning_when == "correct" else 1.0)
@@ -199,16 +205,28 @@ class GRPOModule(StageModule):
         if len(self.pending) < self.config.trainer.accumulate:
             return
         pending, self.pending = self.pending, []
+        self.own_work_ends()
         optimizer = self.optimizers()
         for iteration in range(self.config.grpo.num_iterations):
-            with self.trainer.strategy.block_backward_sync() if dist.is_initialized() else nullcontext():
+            alone = dist.is_initialized() and not self.is_sharded
+            with self.trainer.strategy.block_backward_sync() if alone else nullcontext():
                 self.backward_all(pending, iteration)
             self.average_gradients()
-            clip = self.config.optim.clip or float("inf")
-            self.log("train/grad_norm", nn.utils.clip_grad_norm_(list(self.trainable()), clip))
+            self.norm = super().gradient_norm()
+            if self.config.optim.clip and not self.is_sharded:  # DeepSpeed clips by itself
+                nn.utils.clip_grads_with_norm_(list(self.trainable()), self.config.optim.clip, self.norm)
+            self.log("train/grad_norm", self.norm)
             optimizer.step()
             optimizer.zero_grad()
             self.lr_schedulers().step()
+            if self.global_step >= self.config.trainer.max_steps:
+                break
+
+    def gradient_norm(self) -> Tensor:
+        return self.norm
+
+    def batches(self, steps: int) -> int:
+        return max(1, super().batches(steps) // self.config.grpo.num_iterations)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """The gradient's norm has been logged before it was clipped."""
@@ -225,19 +243,24 @@ class GRPOModule(StageModule):
             dist.all_reduce(everyone)
             weights = weights * count.clamp(min=1) * dist.get_world_size() / everyone.clamp(min=1)
         meter: dict[str, list[Tensor]] = defaultdict(list)
-        rollouts = sum(int(batch.actions.valid.sum()) for batch in pending)
+        rollouts = max(sum(int(batch.actions.valid.sum()) for batch in pending), 1)
+        terms: list[Callable[[], Tensor]] = []  # of the loss, each with a graph of its own
         for batch, weight in zip(pending, weights.split([len(mask) for mask in masks])):
             if iteration and self.trains_below:
                 with torch.no_grad():
                     batch.state = decoder.run_layers(self.backbone, decoder.start(batch.encoded), self.depth)
             if self.trains_keep and options.keep_weight:
-                self.manual_backward(self.keep_loss(batch, max(rollouts, 1), meter))
+                terms.append(partial(self.keep_loss, batch, rollouts, meter))
             worth = batch.mask.any(1)
             if not options.beta and not options.entropy_coef:
                 worth = worth & (batch.advantages != 0)  # the others have no gradient
             if self.trains_lvlm:
                 for part, factor in self.parts(worth.nonzero()[:, 0]):
-                    self.manual_backward(self.token_loss(batch, part, factor * weight, meter))
+                    terms.append(partial(self.token_loss, batch, part, factor * weight, meter))
+        for number, term in enumerate(terms, start=1):
+            if self.is_sharded:
+                self.trainer.strategy.expect_step(number == len(terms))
+            self.manual_backward(term())
         totals = {name: torch.stack(values).sum() for name, values in meter.items()}
         tokens = totals.pop("tokens", None)
         for name in totals.keys() & PER_TOKEN:
@@ -328,13 +351,12 @@ class GRPOModule(StageModule):
         for parameter in self.trainable():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether processes hold parts of the weights for each other (ZeRO)."""
-        return "deepspeed" in type(self.trainer.strategy).__name__.lower()
+        grads = [parameter.grad for parameter in self.trainable()]
+        flat = torch.cat([grad.flatten() for grad in grads])  # one exchange for all
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
+            grad.copy_(mean.view_as(grad))
 
     @property
     def pad(self) -> Tensor:
@@ -386,15 +408,21 @@ class GRPOModule(StageModule):
             kinds=[sample.kind for sample in samples],
             truncated=[False] * len(samples),
         )
-        metrics = {
-            "score": scores.total[scores.valid].mean() if scores.valid.any() else torch.zeros(()),
-            "keep_ratio": torch.stack([keep.float().mean() for keep in rollout.keep]).mean(),
+        real = torch.tensor([not sample.stands_in for sample in samples])
+        values = {
+            "score": scores.total[scores.valid & real],
+            "keep_ratio": torch.stack([keep.float().mean() for keep in rollout.keep]).cpu()[real],
         }
-        targets = torch.cat(inputs.targets) if inputs.targets else None
+        targets = torch.cat(inputs.targets).cpu() if inputs.targets else None
         keep = torch.cat(rollout.keep).cpu()
-        metrics |= mask_scores(keep, targets, inputs, [len(row) for row in rollout.keep])
-        self.log_dict({f"val/{k}": v for k, v in metrics.items()}, batch_size=len(samples), sync_dist=True)
+        values |= mask_values(keep, targets, inputs, [len(row) for row in rollout.keep])
+        self.tally({name: (each.mean(), len(each)) for name, each in values.items()})
         self.remember(inputs)
+
+    def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The reward of greedy masks and answers, once the pruning's weight is ramped up."""
+        score, pruned = torch.tensor(means.get("score", 0.0)), torch.tensor(1 - means["keep_ratio"])
+        return {"reward": float(score + self.pruning_reward(pruned, score, ramped=False))}
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()

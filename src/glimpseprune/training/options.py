@@ -120,6 +120,17 @@ class GuardOptions:
 
 
 @dataclass
+class WatchOptions:
+    """What is measured while training goes on, and what ends it; a loss that is not finite always does."""
+
+    peak_tflops: float | None = option(None, "of an accelerator, dense bf16, for perf/mfu (default: by its name)")
+    explode: float | None = option(
+        20.0, "stop when the loss (grpo: the gradient norm) is so many times what it usually is; null = never"
+    )
+    stall_minutes: float = option(30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never")
+
+
+@dataclass
 class OptimOptions:
     glimpse_lr: float = option(1e-3, "learning rate of the glimpse token")
     vip_lr: float = option(1e-3, "learning rate of the visual importance predictor")
@@ -140,11 +151,12 @@ class TrainerOptions:
     accelerator: str = option("auto", "auto, cpu, gpu")
     devices: str = option("auto", "devices per node (under srun: one per task)")
     nodes: int = option(1, "nodes (under srun: those of the job)")
-    strategy: str = option("auto", "auto, ddp, deepspeed_stage_2, ...")
+    strategy: str = option("auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed")
     precision: str = option("32-true", "32-true, bf16-mixed, ...")
     accumulate: int = option(1, "batches per optimiser step")
     val_every: int = option(200, "optimiser steps between validations and checkpoints")
     log_every: int = option(10, "optimiser steps between log lines")
+    keep_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best")
 
 
 @dataclass
@@ -164,5 +176,6 @@ class TrainConfig:
     grpo: GRPOOptions = option(GRPOOptions)
     rewards: RewardOptions = option(RewardOptions)
     guard: GuardOptions = option(GuardOptions)
+    watch: WatchOptions = option(WatchOptions)
     optim: OptimOptions = option(OptimOptions)
     trainer: TrainerOptions = option(TrainerOptions)

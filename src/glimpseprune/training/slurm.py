@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,6 +16,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from glimpseprune.training.callbacks import flush
+from glimpseprune.training.checkpoints import Checkpoints
 
 EXIT_CODE = 75
 """Of a training that was interrupted: not 0, or what waits for its end would start."""
@@ -35,15 +35,15 @@ def placement() -> dict[str, Any]:
 
 
 class Requeue(L.Callback):
-    """On SIGUSR1, whichever rank it reaches: write ``file`` after the step, put the job back in the queue, stop.
+    """On SIGUSR1, whichever rank it reaches: write a checkpoint after the step, put the job back in the queue, stop.
 
     It stops where the next batch would begin, so that what belongs to the step is logged, and a validation that is due
     still takes place: the signal must come earlier than the time limit by more than one of them.
     """
 
-    def __init__(self, file: Path):
-        self.file = file
-        self.told = self.saved = False
+    def __init__(self, checkpoints: Checkpoints):
+        self.checkpoints = checkpoints
+        self.told, self.saved = False, None
         self.step = 0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -65,14 +65,13 @@ class Requeue(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         stepped, self.step = trainer.global_step > self.step, trainer.global_step  # else gradients are accumulating
         if stepped and self.step < trainer.max_steps and trainer.strategy.reduce_boolean_decision(self.told, all=False):
-            trainer.save_checkpoint(self.file, weights_only=False)
-            self.saved = True
+            self.saved = self.checkpoints.save(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if not self.saved:
+        if self.saved is None:
             return
         flush(trainer)
-        rank_zero_info(f"SIGUSR1: stopped after step {self.step}, saved {self.file}")
+        rank_zero_info(f"SIGUSR1: stopped after step {self.step}, saved {self.saved}")
         if trainer.is_global_zero:
             requeue()
         trainer.strategy.barrier()  # a rank that has gone would take the others with it before the job is in the queue

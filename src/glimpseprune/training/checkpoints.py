@@ -1,0 +1,156 @@
+"""Checkpoints of a run: ``<out>/checkpoints/step-<step>.ckpt`` and their index, checkpoints.json.
+
+The index names every whole checkpoint with its hash. A checkpoint is written under another name, moved to its own, and
+only then entered, each at one stroke: a kill at any time leaves those before it valid, and one that is damaged later is
+found out by its hash, reported, and the one before it used. Kept are the last few and the best; the weights of the best
+are also a run folder of their own, ``<out>/best``.
+
+What is in one is Lightning's affair (loops, optimiser, schedule, callbacks, place in the data) and
+:class:`.StageModule`'s (the weights that train). Random numbers need no state, see its ``on_train_batch_start``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from glimpseprune.checkpoint import CONFIG, TRAINABLE
+from glimpseprune.config import UserError
+
+FOLDER, INDEX, BEST = "checkpoints", "checkpoints.json", "best"
+_NAME = re.compile(r"step-\d{8,}\.ckpt")
+
+
+def newest(out: str | Path) -> Path | None:
+    """The newest checkpoint of the run folder ``out`` that is whole, or None if it has none. Changes nothing.
+
+    Every process reads the file once for its hash.
+
+    Raises:
+        UserError: there are checkpoints, all of them damaged; or the index is.
+    """
+    folder = Path(out) / FOLDER
+    index = _read(folder)
+    for name, entry in sorted(index.items(), reverse=True):
+        reason = _damage(folder / name, entry["sha256"])
+        if reason is None:
+            return folder / name
+        warnings.warn(f"checkpoint {folder / name} {reason}: the one before it is used", stacklevel=2)
+    if index:
+        raise UserError(f"all {len(index)} checkpoints in {folder} are damaged: start again with overwrite=true")
+    return None
+
+
+class Checkpoints(L.Callback):
+    """Writes one every ``every`` optimiser steps, before the validation of that step.
+
+    ``keep``: how many of the last stay; ``monitor``: the validation metric that says which is best, and whether that is
+    its ``min`` or ``max``.
+    """
+
+    def __init__(self, out: str | Path, every: int, keep: int, monitor: tuple[str, str]):
+        self.out, self.folder = Path(out), Path(out) / FOLDER
+        self.every, self.keep, self.monitor = every, keep, monitor
+        self.step = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        before, self.step = self.step, trainer.global_step
+        if self.step // self.every > before // self.every or self.step >= trainer.max_steps > before:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """After :class:`.RunFolder`, which has written the weights."""
+        name, (metric, mode) = _name(trainer.global_step), self.monitor
+        if trainer.sanity_checking or not trainer.is_global_zero or metric not in trainer.callback_metrics:
+            return
+        index = _read(self.folder)
+        if name not in index:
+            return
+        index[name]["score"] = float(trainer.callback_metrics[metric])
+        best = _best(index, mode)
+        self._write(index)
+        if best == name:
+            (self.out / BEST).mkdir(exist_ok=True)
+            for file in (CONFIG, TRAINABLE):
+                shutil.copy(self.out / file, self.out / BEST / f"{file}.partial")
+                os.replace(self.out / BEST / f"{file}.partial", self.out / BEST / file)
+
+    def save(self, trainer: L.Trainer) -> Path:
+        """Write the checkpoint of this step; all ranks together."""
+        name = _name(trainer.global_step)
+        file, partial = self.folder / name, self.folder / f"{name}.partial"
+        trainer.save_checkpoint(partial, weights_only=False)
+        if trainer.is_global_zero:
+            entry = {"sha256": _hash(partial), "step": trainer.global_step, "world": trainer.world_size}
+            _sync(partial)
+            os.replace(partial, file)
+            # Later ones are damaged, or we would have gone on from them.
+            earlier = {old: there for old, there in _read(self.folder).items() if old < name}
+            self._write(earlier | {name: entry})
+        trainer.strategy.barrier()
+        return file
+
+    def _write(self, index: dict[str, dict[str, Any]]) -> None:
+        """Put ``index`` in place, less those that need not stay, then delete what it does not name."""
+        kept = set(sorted(index)[-self.keep :]) | {_best(index, self.monitor[1])}
+        index = {name: entry for name, entry in index.items() if name in kept}
+        partial = self.folder / f"{INDEX}.partial"
+        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        _sync(partial)
+        os.replace(partial, self.folder / INDEX)
+        for file in self.folder.glob("step-*.ckpt*"):
+            if file.name not in index:
+                file.unlink()
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}.ckpt"
+
+
+def _best(index: dict[str, dict[str, Any]], mode: str) -> str | None:
+    scored = {name: entry["score"] for name, entry in index.items() if "score" in entry}
+    return (min if mode == "min" else max)(scored, key=scored.__getitem__) if scored else None
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    if not (folder / INDEX).is_file():
+        return {}
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        return {name: entry for name, entry in index.items() if _NAME.fullmatch(name) and entry["sha256"]}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / INDEX} is damaged ({error}): start again with overwrite=true") from None
+
+
+def _hash(file: Path) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _damage(file: Path, sha256: str) -> str | None:
+    if not file.is_file():
+        return "is missing"
+    return None if _hash(file) == sha256 else "is damaged (its hash is not that of the index)"
+
+
+def _sync(file: Path) -> None:
+    """Have the file on the disk before it is given its name."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,68 @@
+"""FLOPs of a training step of the KL stage, forward and backward, from shapes alone: what perf/mfu is made of.
+
+Counted as :mod:`glimpseprune.cost` counts, for each sample without its padding: the prompt through tower, projector and
+the layers below K; glimpse and predictor; teacher and student behind them, or the answer behind the glimpse. Backward,
+in units of the forward: a frozen matrix 1 (the gradient of its input), one that trains 2 (and its own), attention 2 (of
+queries, keys, values and probabilities), the predictor 2. Nothing for what needs no gradient (the prompt below K, the
+teacher). The gate `stc` runs the student's attention once more, 8 channels per head wider, and half of that backward.
+Against torch's counter that is within 2%, on tiny models.
+
+Not counted, beside what ``cost`` leaves out: adapters, losses, the optimiser. Left out: the RL stage, whose cost is
+that of what it draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops
+from glimpseprune.training.options import LossOptions
+from glimpseprune.types import Grid
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step of the KL stage runs, whatever the sample."""
+
+    shapes: Shapes
+    vip: Vip
+    depth: int
+    """K."""
+    probed: int
+    """Layers that the glimpse runs through."""
+    loss: LossOptions
+    decoder_trains: bool = False
+
+
+def of_sample(step: Step, text: int, grids: Sequence[Grid], answer: int, estimator: str = "stc") -> float:
+    """FLOPs of one sample in a step: ``text`` tokens, images of ``grids``, ``answer`` tokens (end of turn included)."""
+    shapes, loss, depth, layers = step.shapes, step.loss, step.depth, step.shapes.decoder.layers
+    visual = sum(rows * cols for rows, cols in grids)
+    prompt = text + visual
+    parts = prefill_flops(shapes, text, grids, [(layers, visual)], step.vip)
+    head = answer * parts.lm_head
+    weights = 2 if step.decoder_trains else 1
+    total = parts.tower + parts.projector + _run(step, depth, prompt) + 3 * parts.vip
+    if loss.answer:  # the glimpse with the answer behind it, through every layer
+        total += _run(step, layers - depth, prompt)
+        total += _run(step, layers, answer + 1, prompt, weights=weights) + 2 * head
+    else:
+        total += _run(step, step.probed, 1, prompt, weights=weights)
+    if loss.kl:
+        follow, whole = answer - 1, prompt + answer - 1
+        total += _run(step, depth, follow, prompt) + _run(step, layers - depth, whole) + head  # the teacher
+        width = shapes.decoder.head_width
+        gate = 1.5 * (width + 8) / width if estimator == "stc" else 0.0
+        total += _run(step, depth, follow, prompt, weights=weights, gate=gate)
+        total += _run(step, layers - depth, whole, weights=weights, gate=gate) + 2 * head
+    return total
+
+
+def _run(step: Step, layers: int, new: int, cached: int = 0, *, weights: float = 0.0, gate: float = 0.0) -> float:
+    """``new`` tokens through ``layers``, forward, and backward where ``weights`` (what matrices cost there) is not 0;
+    ``gate``: what a gate adds, in units of the attention's forward."""
+    decoder = step.shapes.decoder
+    attention = 4 * new * (cached + new) * decoder.heads * decoder.head_width
+    matrices = layer_flops(decoder, new, cached) - attention
+    return layers * (matrices * (1 + weights) + attention * (1 + (2 if weights else 0) + gate))
