@@ -10,6 +10,7 @@ VENV_FLAGS  ?=
 TORCH       ?= torch==2.13.0
 EXTRAS      ?= train,demo,dev
 TEST_JOBS   ?= 2
+KILLS       ?= 20
 ARGS        ?=
 
 CPU_WHEELS  := https://download.pytorch.org/whl/cpu
@@ -17,7 +18,7 @@ BIN         := .venv/bin
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-plus test test-slurm lint format clean
+.PHONY: help install demo demo-plus test test-slurm test-faults lint format clean
 
 # glibc gives every large activation back to the kernel and faults it in again; keeping it makes torch on a CPU up to
 # ten times faster. Read when a process starts, so it cannot be set from Python.
@@ -43,6 +44,9 @@ test-slurm: .venv/.ok ## Run slurm/ on a throw-away SLURM of two nodes (as root,
 	@command -v slurmctld slurmd sbatch munged > /dev/null || { apt-get -qq update; \
 	apt-get -qq install -y --no-install-recommends slurm-wlm munge; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm tests/slurm $(ARGS)
+
+test-faults: .venv/.ok ## Kill a training 20 times and see that it ends as if nothing had happened (KILLS=100 for more)
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_faults.py $(ARGS)
 
 lint: .venv/.ok ## Check style and formatting
 	$(BIN)/ruff check .
@@ -71,4 +75,6 @@ else
 	$(BIN)/pip install -q "$(TORCH)" "$${index[@]}"
 endif
 	$(BIN)/pip install -q -e ".[$(EXTRAS)]" -c constraints.txt
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -e ".[zero]" -c constraints.txt \
+	|| echo "DeepSpeed cannot be installed here: trainer.strategy=zero1 ... zero3 will not work, and their tests are skipped"
 	touch $@

@@ -27,9 +27,9 @@ def watched(training_step):
             die()
         if "KILL_AFTER" in os.environ:
             threading.Thread(target=die, args=[float(os.environ.pop("KILL_AFTER"))], daemon=True).start()
+        entry = [self.global_rank, self.global_step, [sample.key for sample in inputs.samples]]
         loss = training_step(self, inputs, index)
-        said = [text for _, text, *_ in getattr(self, "said", [])]
-        entry = [self.global_rank, self.global_step, [sample.key for sample in inputs.samples], said]
+        entry.append([text for _, text, *_ in getattr(self, "said", [])])
         with open(os.environ["DIARY"], "a", encoding="utf-8") as stream:
             stream.write(json.dumps([*entry, None if loss is None else loss.item().hex()]) + "\n")
         return loss

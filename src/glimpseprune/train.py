@@ -98,7 +98,7 @@ def main(cfg: TrainConfig) -> None:
         if "SLURM_JOB_ID" in os.environ:
             (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
         config.save(cfg, out / checkpoint.CONFIG)
-    checkpoints = Checkpoints(out, cfg.trainer.val_every, cfg.trainer.keep_checkpoints, module.best)
+    checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, module.best)
     strategy = strategies.choose(
         cfg.trainer.strategy,
         processes=len(devices) * placement["num_nodes"],
@@ -107,7 +107,7 @@ def main(cfg: TrainConfig) -> None:
         trained=sum(p.numel() for p in module.trainable()),
     )
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
-    again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"]
+    again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **placement,

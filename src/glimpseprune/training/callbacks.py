@@ -28,7 +28,7 @@ class RunFolder(L.Callback):
         self.folder = Path(config.out)
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        flush(trainer)  # the checkpoint of this step was just written: after a crash, the curves reach as far
+        flush(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         flush(trainer)

@@ -24,6 +24,7 @@ import lightning as L
 
 from glimpseprune.checkpoint import CONFIG, TRAINABLE
 from glimpseprune.config import UserError
+from glimpseprune.training.callbacks import collapsed
 
 FOLDER, INDEX, BEST = "checkpoints", "checkpoints.json", "best"
 _NAME = re.compile(r"step-\d{8,}\.ckpt")
@@ -50,43 +51,34 @@ def newest(out: str | Path) -> Path | None:
 
 
 class Checkpoints(L.Callback):
-    """Writes one every ``every`` optimiser steps, before the validation of that step.
+    """Writes one after every validation and at the end, after :class:`.RunFolder` has written the weights.
 
+    A kill during a validation goes back to the one before: a validation that is not in a checkpoint is never lost.
     ``keep``: how many of the last stay; ``monitor``: the validation metric that says which is best, and whether that is
     its ``min`` or ``max``.
     """
 
-    def __init__(self, out: str | Path, every: int, keep: int, monitor: tuple[str, str]):
+    def __init__(self, out: str | Path, keep: int, monitor: tuple[str, str]):
         self.out, self.folder = Path(out), Path(out) / FOLDER
-        self.every, self.keep, self.monitor = every, keep, monitor
-        self.step = 0
-
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        before, self.step = self.step, trainer.global_step
-        if self.step // self.every > before // self.every or self.step >= trainer.max_steps > before:
-            self.save(trainer)
+        self.keep, self.monitor = keep, monitor
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """After :class:`.RunFolder`, which has written the weights."""
-        name, (metric, mode) = _name(trainer.global_step), self.monitor
-        if trainer.sanity_checking or not trainer.is_global_zero or metric not in trainer.callback_metrics:
+        if trainer.sanity_checking or collapsed(trainer):
             return
-        index = _read(self.folder)
-        if name not in index:
-            return
-        index[name]["score"] = float(trainer.callback_metrics[metric])
-        best = _best(index, mode)
-        self._write(index)
-        if best == name:
+        score = trainer.callback_metrics.get(self.monitor[0])
+        file = self.save(trainer, None if score is None else float(score))
+        if trainer.is_global_zero and _best(_read(self.folder), self.monitor[1]) == file.name:
             (self.out / BEST).mkdir(exist_ok=True)
-            for file in (CONFIG, TRAINABLE):
-                shutil.copy(self.out / file, self.out / BEST / f"{file}.partial")
-                os.replace(self.out / BEST / f"{file}.partial", self.out / BEST / file)
+            for name in (CONFIG, TRAINABLE):
+                shutil.copy(self.out / name, self.out / BEST / f"{name}.partial")
+                os.replace(self.out / BEST / f"{name}.partial", self.out / BEST / name)
 
-    def save(self, trainer: L.Trainer) -> Path:
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        done = trainer.strategy.broadcast(_name(trainer.global_step) in _read(self.folder))
+        if not done and not collapsed(trainer):
+            self.save(trainer)
+
+    def save(self, trainer: L.Trainer, score: float | None = None) -> Path:
         """Write the checkpoint of this step; all ranks together."""
         name = _name(trainer.global_step)
         file, partial = self.folder / name, self.folder / f"{name}.partial"
@@ -97,7 +89,7 @@ class Checkpoints(L.Callback):
             os.replace(partial, file)
             # Later ones are damaged, or we would have gone on from them.
             earlier = {old: there for old, there in _read(self.folder).items() if old < name}
-            self._write(earlier | {name: entry})
+            self._write(earlier | {name: entry | ({} if score is None else {"score": score})})
         trainer.strategy.barrier()
         return file
 

@@ -190,7 +190,7 @@ class Zero(DeepSpeedStrategy):
             groups.append({key: value for key, value in group.items() if key != "params"} | {"params": list(numbers)})
             for number, parameter in zip(numbers, parameters):
                 moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS} if steps else {}
-                states[number] = {"step": torch.as_tensor(steps[0]).cpu()} | moments if steps else {}
+                states[number] = {"step": torch.tensor(float(steps[0]))} | moments if steps else {}
         return {"state": states, "param_groups": groups}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
