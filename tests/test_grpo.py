@@ -957,6 +957,12 @@ def test_guard_rails_are_patient() -> None:
         forgetful.after(0.2, 0.0)
 
 
+def test_adapters_are_not_left_out_by_accident(args, published, capsys, tmp_path) -> None:
+    with pytest.raises(SystemExit):
+        train.main([*args, f"init_from={published}", "stage=grpo", "lora=null", f"out={tmp_path / 'run'}"])
+    assert "has adapters: leave lora out" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 SCRIPT = """
 import sys, torch
 from glimpseprune import train

@@ -59,6 +59,7 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.lookup import find
+    from glimpseprune.lora import is_adapter
     from glimpseprune.training import slurm, strategies
     from glimpseprune.training.callbacks import GuardRails, RunFolder
     from glimpseprune.training.checkpoints import Checkpoints
@@ -85,6 +86,8 @@ def main(cfg: TrainConfig) -> None:
     model = checkpoint.load(
         cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, device=strategies.mine(devices)
     )
+    if cfg.lora is None and any(is_adapter(name) for name, _ in model.backbone.model.named_parameters()):
+        raise UserError(f"lora=null, but {cfg.init_from} has adapters: leave lora out, or merge them with src.export")
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
     if cfg.lora is not None and cfg.lora.first_layer is None:

@@ -165,6 +165,8 @@ class GlimpseModule(StageModule):
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """The training's loss at the masks of inference; with box targets and no KL, what they miss."""
         config = self.config.loss
+        if not {"kl", "keep_ratio"} <= means.keys():  # all samples stood in for damaged ones
+            return {}
         loss = config.kl * means["kl"] + config.pressure * max(0.0, means["keep_ratio"] - config.target)
         return {"loss": loss + config.mask * (1 - means.get("box_iou", 1.0))}
 

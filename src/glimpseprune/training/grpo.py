@@ -421,7 +421,9 @@ class GRPOModule(StageModule):
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """The reward of greedy masks and answers, once the pruning's weight is ramped up."""
-        score, pruned = torch.tensor(means.get("score", 0.0)), torch.tensor(1 - means["keep_ratio"])
+        if not {"score", "keep_ratio"} <= means.keys():
+            return {}
+        score, pruned = torch.tensor(means["score"]), torch.tensor(1 - means["keep_ratio"])
         return {"reward": float(score + self.pruning_reward(pruned, score, ramped=False))}
 
     def on_validation_epoch_end(self) -> None:

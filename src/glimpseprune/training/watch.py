@@ -268,7 +268,16 @@ class StopOnNonFinite(L.Callback):
             "go on with resume=true"
         )
 
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.check_weights(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.check_weights(trainer, module)
+
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.check_weights(trainer, module)
+
+    def check_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         bad = not all(bool(p.isfinite().all()) for p in module.trainable())
         if trainer.strategy.reduce_boolean_decision(bad, all=False):
             raise UserError(

@@ -4,7 +4,7 @@ A question that is always answered right, or never, teaches nothing: every rollo
 questions a few times, then choose by the share of right answers::
 
     python -m src.evaluate ckpt=runs/x data.split=train controls=[] samples=4 temperature=1 sample_keep=true out=asked
-    python -m src.prepare source=mined out=data/mined options.data=data/all options.predictions=asked/predictions.jsonl
+    python -m src.prepare source=mined out=data/mined options.root=data/all options.predictions=asked/predictions.jsonl
 
 ``train`` is chosen; other splits are taken over whole, so that scores can still be compared.
 """
@@ -29,8 +29,8 @@ splits = ("train", "val", "test")
 
 @dataclass
 class Options:
-    data: str = option("", "folder of shards that was asked")
-    predictions: str = option("", "predictions.jsonl of python -m src.evaluate on its split train")
+    root: str = option(help="folder of shards that was asked")
+    predictions: str = option(help="predictions.jsonl of python -m src.evaluate on its split train")
     method: str | None = option(None, "method of the predictions to go by; null: the only one that is there")
     above: float = option(-1.0, "share of right answers must be above this; 0 leaves out what was never right")
     below: float = option(1.0, "and below this")
@@ -44,7 +44,7 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     Raises:
         UserError: there is no such folder, split or file, or the file says nothing of a question.
     """
-    shards = Shards(options.data, split)
+    shards = Shards(options.root, split)
     chosen = _chosen(options) if split == "train" else None
     return islice(_read(shards, chosen), start, stop)
 
