@@ -160,6 +160,15 @@ def test_what_auto_stands_for():
     assert choose("zero3", processes=2, cuda=False, deepspeed=True, trained=1) == "zero3"
 
 
+def test_zero_leaves_a_model_in_half_precision_as_it_is():
+    pytest.importorskip("deepspeed")
+    zero, half, whole = strategies.build("zero2"), torch.bfloat16, torch.float32
+    assert strategies.precision("32-true", zero, half) == "bf16-mixed"
+    assert strategies.precision("32-true", zero, torch.float16) == "16-mixed"
+    assert strategies.precision("32-true", zero, whole) == strategies.precision("32-true", "ddp", half) == "32-true"
+    assert strategies.precision("bf16-true", zero, half) == "bf16-true"
+
+
 @pytest.mark.parametrize("name", strategies.ZERO)
 def test_a_file_for_every_stage(name):
     config = strategies.read(name)

@@ -102,20 +102,21 @@ def main(cfg: TrainConfig) -> None:
             (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
         config.save(cfg, out / checkpoint.CONFIG)
     checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, module.best)
-    strategy = strategies.choose(
+    name = strategies.choose(
         cfg.trainer.strategy,
         processes=len(devices) * placement["num_nodes"],
         cuda=devices[0] != "cpu",
         deepspeed=find_spec("deepspeed") is not None,
         trained=sum(p.numel() for p in module.trainable()),
     )
+    strategy = strategies.build(name, cfg.optim.clip)
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
     again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **placement,
-        strategy=strategies.build(strategy, cfg.optim.clip),
-        precision=cfg.trainer.precision,
+        strategy=strategy,
+        precision=strategies.precision(cfg.trainer.precision, strategy, model.backbone.lm_head.weight.dtype),
         max_steps=cfg.trainer.max_steps,
         accumulate_grad_batches=cfg.trainer.accumulate if module.automatic_optimization else 1,
         gradient_clip_val=(cfg.optim.clip or None) if module.automatic_optimization else None,

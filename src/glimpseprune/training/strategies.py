@@ -68,6 +68,17 @@ def build(name: str, clip: float = 0.0) -> str | Strategy:
     return name if config is None else Zero(config | {"gradient_clipping": clip})
 
 
+def precision(wanted: str, strategy: str | Strategy, weights: torch.dtype) -> str:
+    """Of a training whose LVLM is loaded with ``weights``.
+
+    ZeRO has all weights in one precision. Under 32-true, the default, that would be float32 for the frozen ones, too;
+    so beside an LVLM in half precision, what trains is in half precision as well, with copies in float32 that are
+    updated and saved.
+    """
+    half = {torch.bfloat16: "bf16-mixed", torch.float16: "16-mixed"}
+    return half.get(weights, wanted) if isinstance(strategy, Zero) and wanted == "32-true" else wanted
+
+
 def read(name: str) -> dict[str, Any] | None:
     """DeepSpeed's configuration for ``name``, one of ``NAMES`` or a JSON file; None where it is not asked.
 
