@@ -101,12 +101,18 @@ def read(name: str) -> dict[str, Any] | None:
 
 
 def devices(accelerator: str, wanted: int | str) -> list[str]:
-    """The devices of this node that train, ``wanted`` as Lightning's Trainer reads it: auto, a number, a list."""
+    """The devices of this node that train, ``wanted`` as Lightning's Trainer reads it: auto, a number, a list.
+
+    Raises:
+        UserError: it is none of these.
+    """
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     numbers = [int(number) for number in re.findall(r"-?\d+", str(wanted))]
     listed = "," in str(wanted) or "[" in str(wanted)
     if wanted == "auto" or numbers == [-1]:
         numbers = list(range(torch.cuda.device_count() if cuda else 1))
+    elif not numbers or min(numbers) < 0 or numbers == [0] and not listed:
+        raise UserError(f"trainer.devices={wanted}: give auto, a number of devices, or a list such as [2,3]")
     elif not listed:
         numbers = list(range(numbers[0]))
     return [f"cuda:{number}" if cuda else "cpu" for number in numbers]
