@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -197,8 +198,9 @@ def test_ratio_is_one_until_an_update(backbone, first_layer) -> None:
         torch.testing.assert_close(found, torch.ones_like(found), atol=1e-5, rtol=0)
 
 
-def test_ratio_is_one_while_the_decoder_itself_trains() -> None:
-    module, inputs = stage(train=["decoder"], adapted=False)
+@pytest.mark.parametrize("part", ["decoder", "vision"])
+def test_ratio_is_one_while_the_lvlm_itself_trains(part) -> None:
+    module, inputs = stage(train=[part], adapted=False)
     batch = collect(module, inputs)
     assert (ratios(module, batch)[0] - 1).abs().max() < 1e-5
     step(module, batch, rate=1e-3)
@@ -206,6 +208,36 @@ def test_ratio_is_one_while_the_decoder_itself_trains() -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_gradient_of_the_vision_tower_is_that_of_what_inference_does(name) -> None:
+    """A step along it against the change of the loss, when prompts are encoded as they are for rollouts."""
+    module, inputs = stage(TINY[name]("sdpa"), train=["vision"], adapted=False, micro_batch=5)
+    module.double()
+    inputs.prompt["pixel_values"] = inputs.prompt["pixel_values"].double()
+    batch = drift(collect(module, inputs))
+    found = gradients(module, batch)
+    assert found and all(name.startswith("lvlm.") and "language_model" not in name for name in found)
+
+    def loss() -> float:
+        with torch.no_grad():
+            encoded, state = module.prompt(inputs)
+            module.trains_below, before = False, module.trains_below
+            rolled = replace(batch, encoded=encoded, state=state)
+            weights = losses.token_weights(batch.mask, module.config.grpo.loss_type, 8)
+            total = module.token_loss(rolled, torch.arange(3 * G), weights, defaultdict(list))
+            module.trains_below = before
+        return float(total)
+
+    own = dict(module.named_parameters())
+    slope = float(torch.cat([gradient.flatten() for gradient in found.values()]).norm())
+    values = []
+    for steps in (1, -2):  # of length 1e-4, in its direction
+        for key, gradient in found.items():
+            own[key].data += steps * 1e-4 * gradient / slope
+        values.append(loss())
+    assert (values[0] - values[1]) / 2e-4 == pytest.approx(slope, rel=1e-2)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import picture
-from glimpseprune import backbones, config, lora, plan
+from glimpseprune import backbones, config, lora, memory, plan
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
 from glimpseprune.pruners import build
@@ -44,7 +44,7 @@ def load(*arguments: str) -> plan.PlanConfig:
     return config.load(plan.PlanConfig, [*arguments, "out=-", "data.path=-", "image=336x336"])
 
 
-def world(cfg: plan.PlanConfig) -> tuple[Any, Inputs, plan.Model, plan.Load]:
+def world(cfg: plan.PlanConfig) -> tuple[Any, Inputs, memory.Model, memory.Load]:
     """A real module with a batch, and what the plan thinks of them."""
     backbone = backbones.load(BASE, dtype=cfg.backbone.dtype)
     pruner = build("glimpse", cfg.pruner.options, backbone)
@@ -87,8 +87,8 @@ def size_of(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def moment(name: str, *world: Any) -> plan.Peak:
-    return next(peak for peak in plan.moments(*world) if peak.moment == name)
+def moment(name: str, *world: Any) -> memory.Peak:
+    return next(peak for peak in memory.moments(*world) if peak.moment == name)
 
 
 # -------------------------------------------------------------------------------------------- against a training step
@@ -106,7 +106,7 @@ def test_a_step_of_stage_1(dtype, batch, recipe):
     loss.backward()
     optimizer = module.configure_optimizers()["optimizer"]
     optimizer.step()
-    held = plan.held("ddp", model.counts, 1)
+    held = memory.held("ddp", model.counts, 1)
     assert held.weights == size_of(module.parameters())
     assert held.gradients == size_of(p.grad for p in module.parameters() if p.grad is not None)
     moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -127,8 +127,8 @@ def test_a_step_of_stage_2(dtype, trains):
     actions, meter = batch.actions, defaultdict(list)
     rows = torch.arange(8)
     kept = int(actions.keep[rows].sum(1).max())
-    cfg = replace(cfg, keep=(kept - size.text) / size.visual)
-    size = replace(size, answer=max(int(batch.mask[rows].sum(1).max()), 1))
+    keep = (kept - size.text) / size.visual
+    size = replace(size, answer=max(int(batch.mask[rows].sum(1).max()), 1), keep=keep)
     for name, run in {
         "masks' loss": lambda: module.keep_loss(batch, 1, meter),
         "tokens' loss": lambda: module.token_loss(batch, rows, torch.ones(actions.tokens.shape), meter),
@@ -177,17 +177,17 @@ def test_visual_tokens_are_those_of_the_processor():
 
 def test_zero_splits_what_it_says():
     counts = {(False, 2): 3 * 10**9, (True, 4): 10**9}
-    full = plan.held("ddp", counts, 1)
+    full = memory.held("ddp", counts, 1)
     assert (full.weights, full.gradients, full.optimizer, full.buffers) == (10e9, 4e9, 8e9, 0)
-    assert plan.held("ddp", counts, 8).buffers == 4e9
-    first, second, third, away = (plan.held(name, counts, 8, "bf16-mixed") for name in plan.STRATEGIES[1:])
+    assert memory.held("ddp", counts, 8).buffers == 4e9
+    first, second, third, away = (memory.held(name, counts, 8, "bf16-mixed") for name in plan.STRATEGIES[1:])
     assert first.weights == second.weights == 8e9 and third.weights == 1e9 and away.weights == 0
     assert first.gradients == 2e9 and second.gradients == third.gradients == 2e9 / 8
     assert first.optimizer == second.optimizer == third.optimizer == 12e9 / 8
     assert away.host == third.weights + third.gradients + third.optimizer
-    assert third.buffers == second.buffers + 2 * (plan.LIVE + plan.BUCKET)
-    assert plan.held("ddp", counts, 1, "bf16-true").weights == 8e9
-    assert plan.held("ddp", counts, 1, "bf16-mixed") == full
+    assert third.buffers == second.buffers + 2 * (memory.LIVE + memory.BUCKET)
+    assert memory.held("ddp", counts, 1, "bf16-true").weights == 8e9
+    assert memory.held("ddp", counts, 1, "bf16-mixed") == full
 
 
 @pytest.mark.parametrize("knob", ["data.batch_size=8", "image=672x672", "answer=64", "gpus=8"])
@@ -211,6 +211,8 @@ def test_more_of_anything_is_more(knob):
         (["conf/gpu1_3b.yaml", "gpu_memory=24"], "fits: trainer.strategy=auto"),
         (["conf/node8_7b.yaml"], "fits: trainer.strategy=ddp"),
         (["conf/nodes4x8_7b.yaml"], "fits: trainer.strategy=ddp"),
+        (["conf/node8_7b.yaml", "trainer.strategy=auto"], "fits: trainer.strategy=auto (zero2)"),
+        (["conf/node8_7b.yaml", "gpu_memory=40"], "fits: trainer.strategy=zero3"),
         (["conf/gpu1_3b.yaml", "gpu_memory=24", "data.batch_size=16"], "data.batch_size=2 trainer.accumulate=64"),
         (["conf/node8_7b.yaml", "data.batch_size=1", "gpu_memory=6"], "lower backbone.max_pixels"),
         (["conf/nodes4x8_7b.yaml", "grpo.micro_batch=64", "data.batch_size=8"], "lower grpo.micro_batch=32"),
@@ -244,6 +246,7 @@ def test_verdicts(arguments, said, capsys, monkeypatch):
         ("stage=pretrain", "choices are glimpse, grpo"),
         ("train=[lora]", "there are no adapters"),
         ("keep=2", "fraction from 0 to 1"),
+        ("train=[vision]", "leave vision out"),
         ("gpus=0", "at least 1"),
         ("gpu_memory=0", "above 0"),
         ("grpo.num_generations=0", "grpo.num_generations=0"),
@@ -268,5 +271,5 @@ def test_a_pruner_without_a_gate(capsys):
 def test_a_model_of_another_kind(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     cfg = load("conf/demo.yaml", f"backbone.path={tmp_path}")
-    with pytest.raises(UserError, match="no backbone knows a 'bert' model"):
+    with pytest.raises(UserError, match="is a 'bert' model, which no backbone knows"):
         plan.skeleton(cfg, plan.architecture(str(tmp_path)))

@@ -17,7 +17,7 @@ from glimpseprune.config import UserError
 from glimpseprune.training import strategies
 
 SCRIPT = Path(__file__).with_name("training_script.py")
-SHARED = ("ddp", "zero1", "zero2", "zero3")
+SHARED = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
 REINFORCE = ["stage=grpo", "train=[lora, glimpse, vip]", "lora={rank: 4, alpha: 8}", "grpo.num_generations=4"]
 REINFORCE += ["grpo.max_completion_length=4", "rewards.functions={format: 1.0}", "rewards.pruning_when=always"]
 REINFORCE += ["grpo.micro_batch=3", "optim.lora_lr=1e-3", "data.batch_size=2"]
@@ -148,6 +148,28 @@ def test_rollouts_are_reinforced_alike(recipe, tmp_path):
     assert said[0][3] != said[1][3]
     for strategy, (text, own, tensors) in found.items():
         assert text == said and own == pytest.approx(norm, rel=1e-4) and tensors == count, strategy
+
+
+@pytest.mark.slow
+def test_no_process_holds_a_model_that_zero3_splits(tmp_path):
+    """Once it is read; where nothing is split, nothing starts and one process has it all."""
+    pytest.importorskip("deepspeed")
+    folder, out = "data/tiny-qwen2_5_vl", tmp_path / "held"
+    command = [sys.executable, Path(__file__).with_name("splitting_script.py"), folder]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    for strategy in ("zero3", "zero2"):
+        done = subprocess.run([*command, strategy, out], env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        parts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("held.*"))]
+        (held, total, embeddings), *others = parts
+        if strategy == "zero3":
+            assert others == [[held, total, embeddings]] and held == pytest.approx(total / 2, rel=0.01)
+        else:
+            assert held == total and others == [[total // 2, total, pytest.approx(embeddings)]]  # rank 1 as before
+    model = load_file(Path(folder, "model.safetensors"))
+    assert total == sum(tensor.numel() for tensor in model.values())
+    own = model["model.embed_tokens.weight"]
+    assert embeddings == pytest.approx(own.double().sum().item(), rel=1e-6)
 
 
 def test_what_auto_stands_for():

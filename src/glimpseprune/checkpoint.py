@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from . import backbones, config, pruners
+from . import backbones, config, pruners, sharded
 from .backbones import LVLM
 from .config import UserError
 from .generate import generate
@@ -105,6 +106,25 @@ def load(
     return GlimpsePrune(model, module, method.name)
 
 
+def outline(
+    architecture: PreTrainedConfig, backbone: BackboneOptions, pruner: PrunerOptions, lora: LoraOptions | None = None
+) -> GlimpsePrune:
+    """What :func:`load` would give, without numbers and without a processor: on the meta device, from no file.
+
+    Raises:
+        UserError: a backbone that is not known, or options that do not fit it.
+    """
+    options = {key: value for key, value in pruner.options.items() if key != "init_token"}  # there is no tokenizer
+    model = backbones.skeleton(architecture, backbone.dtype)
+    with torch.device("meta"):
+        module = pruners.build(pruner.name, options, model)
+        if lora is not None:
+            from .lora import inject
+
+            inject(model, lora, module.layers[0] if module.layers else 0)
+    return GlimpsePrune(model, module, pruner.name)
+
+
 def load_pruner(ckpt: str | Path, backbone: LVLM) -> tuple[str, nn.Module]:
     """Name and pruner of a run folder or a published folder, on a ``backbone`` that is there already.
 
@@ -152,15 +172,14 @@ def restore_lvlm(backbone: LVLM, weights: Mapping[str, Tensor], source: str) -> 
     """Copy fine-tuned ``weights`` into the LVLM, all or nothing; raises as :func:`restore`."""
     own = dict(backbone.model.named_parameters())
     for name, tensor in weights.items():
-        if name not in own or own[name].shape != tensor.shape:
-            there = f"{list(own[name].shape)} in this backbone" if name in own else "not in this backbone"
+        if name not in own or sharded.shape(own[name]) != tensor.shape:
+            there = f"{list(sharded.shape(own[name]))} in this backbone" if name in own else "not in this backbone"
             raise UserError(
                 f"{source}: tensor '{LVLM_PREFIX}{name}' of shape {list(tensor.shape)} is {there}: "
                 "the checkpoint belongs to another backbone or to other lora options"
             )
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            own[name].copy_(tensor)
+    for name, tensor in weights.items():
+        sharded.fill(own[name], tensor)
     backbone.restored |= set(weights)
 
 

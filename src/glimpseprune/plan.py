@@ -2,13 +2,11 @@
 
 Memory per GPU of a training under each strategy, before there are weights, data or a GPU. Parameters are counted on
 the model itself, built without storage from its config.json: the very module that would train says what is frozen, what
-trains and in which precision. Everything else is arithmetic on shapes: what is saved for the backward pass, the caches,
-the answer's logits. Takes all keys of src.train and a few of its own.
+trains and in which precision. Everything else is arithmetic on shapes (:mod:`.memory`). Takes all keys of src.train
+and a few of its own.
 
-The arithmetic follows the SDPA backend and the largest moment of a step: every prompt of the batch is as long as the
-longest, and is padded as soon as there are two. Not counted: what the allocator loses, NCCL, kernels' own workspaces;
-``MARGIN`` and ``RESERVED`` stand for them. Left out: activation checkpointing, CPU offload of anything but ZeRO-3,
-times. Bytes throughout; GiB are 2**30 bytes.
+What the allocator loses, NCCL and kernels' own workspaces are not counted: ``MARGIN`` and ``RESERVED`` stand for them.
+Left out: times. Bytes throughout; GiB are 2**30 bytes.
 """
 
 from __future__ import annotations
@@ -20,10 +18,11 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glimpseprune import config, cost, lookup
+from glimpseprune import config, cost
 from glimpseprune.config import UserError, option
+from glimpseprune.memory import Held, Load, Model, Peak, held, moments
 from glimpseprune.train import inherited
-from glimpseprune.training.options import BackboneOptions, LoraOptions, TrainConfig
+from glimpseprune.training.options import BackboneOptions, TrainConfig
 
 if TYPE_CHECKING:
     from glimpseprune.training._stage import StageModule
@@ -35,10 +34,6 @@ MARGIN = 0.08
 """Share of the GPU that is left free, for fragmentation."""
 RESERVED = GIB
 """CUDA context, NCCL and cuBLAS."""
-BUCKET = 50_000_000
-"""Numbers that ZeRO reduces or gathers at once: ``reduce_bucket_size``, ``allgather_bucket_size``, conf/deepspeed."""
-LIVE = 1_000_000_000
-"""Gathered parameters that ZeRO-3 holds on to: ``stage3_max_live_parameters``, conf/deepspeed."""
 PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
 """Least and most pixels of an image, in the preprocessor_config.json of Qwen2.5-VL."""
 TIED = ("qwen2.5-vl-3b",)
@@ -53,339 +48,6 @@ class PlanConfig(TrainConfig):
     text: int = option(96, "text tokens of a prompt, chat template included")
     answer: int | None = option(None, "tokens of an answer (default: 32; stage grpo: grpo.max_completion_length)")
     keep: float = option(0.1, "share of the visual tokens that a rollout keeps (stage grpo)")
-
-
-@dataclass(frozen=True)
-class Load:
-    """What one GPU is given: ``batch`` prompts of ``text`` + ``visual`` tokens, answers of ``answer`` tokens."""
-
-    batch: int
-    text: int
-    visual: int
-    answer: int
-    itemsize: int
-    """Bytes of a number inside the LVLM."""
-
-    @property
-    def prompt(self) -> int:
-        """Columns of a prompt."""
-        return self.text + self.visual
-
-    @property
-    def padded(self) -> bool:
-        """Whether attention needs a mask, which is saved in the numbers' own precision, once per layer and row."""
-        return self.batch > 1
-
-
-@dataclass(frozen=True)
-class Held:
-    """Bytes per GPU for as long as a training lasts; ``host``: bytes in the memory of the CPU for each GPU."""
-
-    weights: float
-    gradients: float
-    optimizer: float
-    buffers: float
-    host: float = 0.0
-
-    @property
-    def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.buffers
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Bytes per GPU at one moment of a step."""
-
-    moment: str
-    saved: float
-    """For the backward pass: the activations."""
-    cache: float
-    """Prompts that wait, and keys and values."""
-    logits: float
-    """Everything as wide as the vocabulary."""
-    scratch: float
-    """Of the layer that is being run."""
-
-    @property
-    def total(self) -> float:
-        return self.saved + self.cache + self.logits + self.scratch
-
-
-Counts = Mapping[tuple[bool, int], int]
-"""(does it train, bytes of a number) -> how many numbers."""
-
-
-# --------------------------------------------------------------------------------------- what stays: weights and AdamW
-
-
-def held(strategy: str, counts: Counts, gpus: int, precision: str = "32-true") -> Held:
-    """Weights, gradients, AdamW and communication buffers of one of ``STRATEGIES`` on ``gpus`` processes.
-
-    Under DDP everything has the precision its weights have (Lightning's mixed precision casts none of them), and more
-    than one process reduces gradients in buckets that are a second copy of them. DeepSpeed casts all weights to the
-    half precision it is told, keeps float32 masters and moments of what trains (12 bytes), and splits between the
-    processes: these (ZeRO-1), gradients (2), all weights (3), of which at most ``LIVE`` are gathered at a time.
-    Source: Rajbhandari et al. 2020, table 1 and figure 1; conf/deepspeed.
-    """
-    half = precision.startswith(("16", "bf16"))
-    cast = half and (precision.endswith("-true") or strategy != "ddp")
-    counts = _cast(counts, 2) if cast else counts
-    weights = sum(number * size for (_, size), number in counts.items())
-    gradients = sum(number * size for (trains, size), number in counts.items() if trains)
-    trained = sum(number for (trains, _), number in counts.items() if trains)
-    if strategy == "ddp":
-        return Held(weights, gradients, 2 * gradients, gradients if gpus > 1 else 0)
-    optimizer = 12 * trained / gpus
-    buffers = 2 * min(gradients, BUCKET * max((size for (trains, size) in counts if trains), default=0))
-    if strategy == "zero1":
-        return Held(weights, gradients, optimizer, buffers)
-    if strategy == "zero2":
-        return Held(weights, gradients / gpus, optimizer, buffers)
-    number = sum(counts.values())
-    buffers += weights * min(1.0, (LIVE + BUCKET) / number)
-    if strategy == "zero3":
-        return Held(weights / gpus, gradients / gpus, optimizer, buffers)
-    return Held(0, 0, 0, buffers, host=(weights + gradients) / gpus + optimizer)
-
-
-def _cast(counts: Counts, size: int) -> Counts:
-    result: Counter[tuple[bool, int]] = Counter()
-    for (trains, _), number in counts.items():
-        result[trains, size] += number
-    return result
-
-
-# ----------------------------------------------------------------------------------------- what a step needs: by layers
-
-
-def layer_saved(
-    decoder: cost.Decoder,
-    itemsize: int,
-    *,
-    stc: bool = False,
-    lora: LoraOptions | None = None,
-    full: bool = False,
-) -> float:
-    """Bytes per column that one decoder layer saves when its input has a gradient.
-
-    Frozen linear layers save nothing, so what is left are: float32 inputs of both norms; gate, its SiLU and up of the
-    MLP; q, k, v (repeated to all heads) and output of attention. ``stc``: attention is gated (attention.py), which
-    adds a second one with keys and values eight channels wider. ``lora``: float32 inputs of the adapted layers, and
-    what is between A and B. ``full``: inputs of all linear layers and of the norms' weights.
-    """
-    width, heads, mlp = decoder.width, decoder.heads * decoder.head_width, decoder.mlp
-    total = 8 * width + (3 * mlp + 4 * heads) * itemsize
-    if stc:
-        total += 5 * (heads + 8 * decoder.heads) * itemsize
-    if full:
-        total += (4 * width + mlp) * itemsize
-    if lora is not None:
-        inputs = ("q_proj k_proj v_proj", width), ("o_proj", heads), ("gate_proj up_proj", width), ("down_proj", mlp)
-        for names, size in inputs:
-            adapted = len(set(names.split()) & set(lora.modules))
-            # In float32 nothing is cast, and layers with the same input share it.
-            copies = adapted if itemsize < 4 or lora.dropout else min(adapted, 1)
-            total += copies * size * (5 if lora.dropout else 4) + adapted * 4 * lora.rank
-    return total
-
-
-def mask_saved(itemsize: int, rows: int, queries: int, keys: int) -> float:
-    """Bytes of a layer's attention mask: SDPA makes each boolean one a sum in the numbers' own precision."""
-    return itemsize * rows * queries * keys
-
-
-def cache_bytes(decoder: cost.Decoder, itemsize: int, rows: int, columns: int, layers: int) -> float:
-    """Keys and values of ``rows`` x ``columns`` in ``layers`` decoder layers."""
-    return 2 * decoder.kv_heads * decoder.head_width * itemsize * rows * columns * layers
-
-
-def scratch_bytes(decoder: cost.Decoder, itemsize: int, columns: int) -> float:
-    """What a decoder layer holds while it runs on ``columns`` of all rows, forward or backward, and then drops."""
-    heads = decoder.heads * (decoder.head_width + 8)
-    return columns * ((4 * decoder.mlp + 4 * heads) * itemsize + 12 * decoder.width)
-
-
-def tower_bytes(tower: cost.Tower, itemsize: int, visual: int) -> float:
-    """What a layer of the vision tower holds while it runs, without gradient, on all ``visual`` tokens of a batch."""
-    return visual * tower.merge**2 * (4 * tower.mlp + 8 * tower.width) * itemsize
-
-
-def prompt_bytes(shapes: cost.Shapes, load: Load, depth: int, vision_layers: int) -> float:
-    """A batch of prompts that has run through ``depth`` layers and waits: pixels (float32), tower states, embeddings,
-    hidden states, cache."""
-    decoder, tower = shapes.decoder, shapes.tower
-    pixels = 4 * tower.merge**2 * tower.patch
-    states = vision_layers * tower.width * load.itemsize
-    columns = load.batch * load.prompt
-    return (
-        load.batch * load.visual * (pixels + states)
-        + columns * 2 * decoder.width * load.itemsize
-        + cache_bytes(decoder, load.itemsize, load.batch, load.prompt, depth)
-    )
-
-
-def glimpse_saved(decoder: cost.Decoder, load: Load, layers: int, probes: int) -> float:
-    """A glimpse through ``layers`` layers. It is one column, but its keys and values join a copy of the cache, and the
-    logits of ``probes`` layers are taken from float32 keys of all heads."""
-    probed = 4 * decoder.heads * decoder.head_width * load.batch * load.prompt * probes
-    return cache_bytes(decoder, load.itemsize, load.batch, load.prompt + 1, layers) + probed
-
-
-def through_saved(decoder: cost.Decoder, load: Load, probes: int) -> float:
-    """Glimpse and answer through all layers on the whole prompt's cache, for the answer loss (pruners/glimpse.py)."""
-    itemsize, queries = load.itemsize, load.answer + 1
-    columns = load.prompt + queries
-    keys = 2 * decoder.heads * decoder.head_width * itemsize * columns
-    row = queries * layer_saved(decoder, itemsize) + keys + mask_saved(itemsize, 1, queries, columns)
-    probed = 4 * decoder.heads * decoder.head_width * columns * probes
-    return load.batch * (decoder.layers * row + probed)
-
-
-def vip_saved(vip: cost.Vip, shapes: cost.Shapes, tokens: int, itemsize: int = 4) -> float:
-    """The predictor on ``tokens`` visual tokens. Per block: the tower's state; 15 times the width (norms, value, MLP);
-    8 times the width of q and k, condition included: their input, q, k and v before and after padding, the output."""
-    wide = vip.width + vip.cond_width
-    block = 15 * vip.width + 8 * wide + shapes.tower.width
-    return tokens * itemsize * (vip.blocks * block + 2 * vip.width + vip.probes * shapes.decoder.heads)
-
-
-def student_saved(decoder: cost.Decoder, load: Load, depth: int, lora: LoraOptions | None, full: bool) -> float:
-    """Stage 1: the gated pass. In layers < ``depth`` the answer's tokens alone run, but gated attention copies the
-    prompt's keys and values, twice, to all heads and saves them; from there on all columns run."""
-    itemsize, queries = load.itemsize, load.answer - 1
-    columns = load.prompt + queries
-    per_column = layer_saved(decoder, itemsize, stc=True, lora=lora, full=full)
-    keys = decoder.heads * (5 * decoder.head_width + 24) * itemsize * columns
-    below = queries * per_column + keys + 2 * mask_saved(itemsize, 1, queries, columns) if queries else 0
-    masks = 2 if load.padded else 1
-    above = columns * per_column + masks * mask_saved(itemsize, 1, columns, columns)
-    return load.batch * (depth * below + (decoder.layers - depth) * above)
-
-
-def policy_saved(
-    decoder: cost.Decoder, load: Load, depth: int, first: int, rows: int, prompts: int, kept: int, **trains: Any
-) -> float:
-    """Stage 2: the policy loss of a micro-batch of ``rows`` rollouts, ``kept`` columns of their prompts each, when
-    layers >= ``first`` train. If that is below ``depth``, their ``prompts`` run again, whole and with gradient."""
-    itemsize, queries = load.itemsize, load.answer - 1
-    columns = kept + queries
-    per_column = layer_saved(decoder, itemsize, **trains)
-    above = columns * per_column + mask_saved(itemsize, 1, columns, columns)
-    total = rows * (decoder.layers - max(first, depth)) * above
-    if first < depth:
-        keys = 2 * decoder.heads * decoder.head_width * itemsize * columns
-        tokens = queries * per_column + keys + mask_saved(itemsize, 1, queries, columns)
-        whole = load.prompt * per_column + load.padded * mask_saved(itemsize, 1, load.prompt, load.prompt)
-        total += (depth - first) * (rows * tokens + prompts * whole)
-    return total
-
-
-# ---------------------------------------------------------------------------------------------- the moments of a step
-
-
-@dataclass(frozen=True)
-class Model:
-    """What the moments need to know of the model that trains, beside its shapes."""
-
-    shapes: cost.Shapes
-    depth: int
-    """K, decoder layers that see every token."""
-    first: int | None
-    """The lowest decoder layer that trains."""
-    vip: cost.Vip | None
-    """None for a pruner without a gate."""
-    probed: int
-    """Decoder layers that the glimpse runs through."""
-    counts: Counts
-
-
-def moments(cfg: PlanConfig, model: Model, load: Load) -> list[Peak]:
-    """When a training step holds much; which moment is the worst depends on the recipe.
-
-    Raises:
-        UserError: a stage that is not one of training's two, or one that this pruner has nothing to train in.
-    """
-    find = {"glimpse": _stage1, "grpo": _stage2}
-    return find[lookup.choose(cfg.stage, find, "the stages that can be planned")](cfg, model, load)
-
-
-def _stage1(cfg: PlanConfig, model: Model, load: Load) -> list[Peak]:
-    if model.vip is None:
-        raise UserError(f"stage=glimpse trains the pruner 'glimpse', not '{cfg.pruner.name}'")
-    shapes, decoder, b, loss = model.shapes, model.shapes.decoder, load.itemsize, cfg.loss
-    words = load.batch * load.answer * decoder.vocab
-    waiting = prompt_bytes(shapes, load, model.depth, model.vip.blocks)
-    saved, cache, logits = vip_saved(model.vip, shapes, load.batch * load.visual), waiting, 0
-    whole = cache_bytes(decoder, b, load.batch, load.prompt + load.answer, decoder.layers)
-    if loss.answer:
-        saved += through_saved(decoder, load, model.vip.probes)
-        cache += whole
-        logits += words * (b + 16)  # as they are; in float32; log-softmax; gradients of both
-    else:
-        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes)
-    if loss.kl:
-        saved += student_saved(decoder, load, model.depth, *_trains(cfg))
-        cache += whole
-        logits += words * (2 * b + 20)  # teacher and student; log-softmax of both; what the divergence makes
-    columns = load.batch * (load.prompt + load.answer)
-    return [
-        _prompting(model, load, waiting),
-        Peak("loss", saved, cache, logits, scratch_bytes(decoder, b, columns)),
-    ]
-
-
-def _stage2(cfg: PlanConfig, model: Model, load: Load) -> list[Peak]:
-    shapes, decoder, b, options = model.shapes, model.shapes.decoder, load.itemsize, cfg.grpo
-    rollouts = load.batch * options.num_generations
-    kept = load.text + round(cfg.keep * load.visual)
-    blocks = model.vip.blocks if model.vip else 0
-    once = prompt_bytes(shapes, load, model.depth, blocks)
-    waiting = once * cfg.trainer.accumulate
-    found = [
-        _prompting(model, load, waiting),
-        Peak(
-            "rollouts",
-            0,
-            waiting + cache_bytes(decoder, b, rollouts, kept + load.answer, decoder.layers + 1),
-            rollouts * decoder.vocab * (b + 12),  # as they are; in float32; log-softmax; its exponential
-            scratch_bytes(decoder, b, rollouts * kept),
-        ),
-        Peak(
-            "validation",
-            0,
-            once + cache_bytes(decoder, b, load.batch, load.prompt + load.answer, decoder.layers),
-            load.batch * decoder.vocab * b,
-            scratch_bytes(decoder, b, load.batch * load.prompt),
-        ),
-    ]
-    if model.vip and options.keep == "sampled" and {"glimpse", "vip"} & set(cfg.train):
-        saved = vip_saved(model.vip, shapes, load.batch * load.visual)
-        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes)
-        found.append(Peak("masks' loss", saved, waiting, 0, 0))
-    if model.first is not None:
-        rows = min(options.micro_batch, rollouts)
-        prompts = min(load.batch, -(-rows // options.num_generations))
-        lora, full = _trains(cfg)
-        saved = policy_saved(decoder, load, model.depth, model.first, rows, prompts, kept, lora=lora, full=full)
-        cache = waiting + cache_bytes(decoder, b, rows, kept + load.answer, decoder.layers)
-        if model.first < model.depth:
-            cache += cache_bytes(decoder, b, prompts, load.prompt, model.depth)
-        # As they are; in float32; divided; log-softmax; its exponential; their product.
-        logits = rows * load.answer * decoder.vocab * (b + 20) * (2 if options.beta else 1)
-        columns = max(rows * (kept + load.answer), prompts * load.prompt * (model.first < model.depth))
-        found.append(Peak("tokens' loss", saved, cache, logits, scratch_bytes(decoder, b, columns)))
-    return found
-
-
-def _prompting(model: Model, load: Load, waiting: float) -> Peak:
-    visual, columns = load.batch * load.visual, load.batch * load.prompt
-    scratch = tower_bytes(model.shapes.tower, load.itemsize, visual)
-    scratch = max(scratch, scratch_bytes(model.shapes.decoder, load.itemsize, columns))
-    return Peak("prompts", 0, waiting, 0, scratch)
-
-
-def _trains(cfg: TrainConfig) -> tuple[LoraOptions | None, bool]:
-    return cfg.lora if "lora" in cfg.train else None, "decoder" in cfg.train
 
 
 # ---------------------------------------------------------------------------------------------- models without weights
@@ -447,34 +109,12 @@ def published(name: str, shapes: cost.Shapes) -> Any:
 
 
 def skeleton(cfg: TrainConfig, architecture: Any) -> StageModule:
-    """The module that would train, on the meta device: everything of it but numbers.
-
-    Raises:
-        UserError: a backbone that is not known, or options that do not fit it.
-    """
-    import torch
-    from transformers import AutoModelForImageTextToText
-
-    from glimpseprune import lora, pruners
+    """The module that would train, on the meta device; raises as :func:`checkpoint.outline`."""
+    from glimpseprune import checkpoint
     from glimpseprune.training._stage import StageModule
 
-    known = [lookup.find("glimpseprune.backbones", name) for name in lookup.names("glimpseprune.backbones")]
-    kind = next((module for module in known if module.matches({"model_type": architecture.model_type})), None)
-    if kind is None:
-        raise UserError(f"backbone.path={cfg.backbone.path}: no backbone knows a '{architecture.model_type}' model")
-    name = cfg.backbone.dtype
-    dtype = (architecture.dtype or torch.float32) if name == "auto" else getattr(torch, name, None)
-    dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"backbone.dtype={name}: give auto, float32, bfloat16 or float16")
-    options = {key: value for key, value in cfg.pruner.options.items() if key != "init_token"}  # there is no tokenizer
-    with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
-        backbone = kind.Backbone(model)
-        pruner = pruners.build(cfg.pruner.name, options, backbone)
-        if cfg.lora is not None:
-            lora.inject(backbone, cfg.lora, pruner.layers[0] if pruner.layers else 0)
-        return StageModule(cfg, backbone, pruner)
+    outline = checkpoint.outline(architecture, cfg.backbone, cfg.pruner, cfg.lora)
+    return StageModule(cfg, outline.backbone, outline.pruner)
 
 
 def describe(stage: StageModule) -> Model:
@@ -559,7 +199,7 @@ def load_of(cfg: PlanConfig, architecture: Any, itemsize: int) -> Load:
     answer = cfg.answer or (cfg.grpo.max_completion_length if cfg.stage == "grpo" else 32)
     half = cfg.trainer.precision.startswith(("16", "bf16"))
     visual = visual_tokens(architecture, cfg.backbone, cfg.image)
-    return Load(cfg.data.batch_size, cfg.text, visual, answer, 2 if half else itemsize)
+    return Load(cfg.data.batch_size, cfg.text, visual, answer, 2 if half else itemsize, cfg.keep)
 
 
 def smaller(cfg: PlanConfig, model: Model, load: Load) -> str | None:
@@ -580,18 +220,23 @@ def smaller(cfg: PlanConfig, model: Model, load: Load) -> str | None:
 
 def verdict(cfg: PlanConfig, model: Model, load: Load, rows: list[Row]) -> str:
     """One line: what to use, or what to lower."""
-    best = next((row for row in rows if row.fits), None)
-    if best is None:
+    from glimpseprune.training.strategies import choose
+
+    gpus, trained = number_of_gpus(cfg), sum(number for (trains, _), number in model.counts.items() if trains)
+    asked = choose(cfg.trainer.strategy, gpus, cuda=True, deepspeed=True, trained=trained)
+    fitting = {row.strategy: row for row in rows if row.fits}
+    if not fitting:
         least = min(rows, key=lambda row: row.total)
         lower = smaller(cfg, model, load) or "backbone.max_pixels, or take more or larger GPUs"
         return f"does not fit: {least.strategy} needs least, {_gib(least.total)} GiB; lower {lower}"
-    line = f"fits: trainer.strategy={best.strategy}, {_gib(best.total)} of {cfg.gpu_memory:g} GiB per GPU"
+    best = fitting.get(asked, next(iter(fitting.values())))
+    name = cfg.trainer.strategy if best.strategy == asked else best.strategy
+    name += f" ({asked})" if name == "auto" != asked else ""
+    line = f"fits: trainer.strategy={name}, {_gib(best.total)} of {cfg.gpu_memory:g} GiB per GPU"
     if best.held.host:
-        per_node = number_of_gpus(cfg) / cfg.trainer.nodes
-        line += f", {_gib(best.held.host * per_node)} GiB of CPU memory per node"
-    asked = next((row for row in rows if row.strategy == cfg.trainer.strategy), best)
-    if not asked.fits:
-        line += f"; trainer.strategy={asked.strategy}, as configured, does not"
+        line += f", {_gib(best.held.host * gpus / cfg.trainer.nodes)} GiB of CPU memory per node"
+    if asked in {row.strategy for row in rows} - fitting.keys():
+        line += f"; trainer.strategy={asked}, as configured, does not"
     return line
 
 

@@ -55,11 +55,10 @@ def main(cfg: TrainConfig) -> None:
     from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from glimpseprune import checkpoint
+    from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.lookup import find
-    from glimpseprune.lora import is_adapter
     from glimpseprune.training import slurm, strategies
     from glimpseprune.training.callbacks import GuardRails, RunFolder
     from glimpseprune.training.checkpoints import Checkpoints
@@ -70,7 +69,14 @@ def main(cfg: TrainConfig) -> None:
     stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
     if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
         raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse or grpo")
-    strategies.read(cfg.trainer.strategy)  # a typo is answered before a model is loaded
+    out = Path(cfg.out)
+    if cfg.lora is None and cfg.init_from is not None and checkpoint.read_config(cfg.init_from).lora is not None:
+        raise UserError(f"lora=null, but {cfg.init_from} has adapters: leave lora out, or merge them with src.export")
+    # Everything but the numbers: what is wrong with the options is said before a model is loaded.
+    architecture = backbones.architecture(cfg.backbone.path)
+    outline = checkpoint.outline(architecture, cfg.backbone, cfg.pruner, cfg.lora)
+    outline = stage(cfg, outline.backbone, outline.pruner)
+    strategies.read(cfg.trainer.strategy)
     own = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}
     placement = slurm.placement() if slurm.launched() else own
     devices = strategies.devices(cfg.trainer.accelerator, placement["devices"])
@@ -82,45 +88,26 @@ def main(cfg: TrainConfig) -> None:
         seed=cfg.seed,
         verify=cfg.data.verify,
     )
-    L.seed_everything(cfg.seed, workers=True)
-    model = checkpoint.load(
-        cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, device=strategies.mine(devices)
-    )
-    if cfg.lora is None and any(is_adapter(name) for name, _ in model.backbone.model.named_parameters()):
-        raise UserError(f"lora=null, but {cfg.init_from} has adapters: leave lora out, or merge them with src.export")
-    data.collate = Collator(model.backbone)
-    module = stage(cfg, model.backbone, model.pruner)
-    if cfg.lora is not None and cfg.lora.first_layer is None:
-        cfg.lora.first_layer = module.depth  # where they are, whatever pruner loads them
-
-    out = Path(cfg.out)
-    if is_first_process():
-        if last is None and out.is_dir():
-            shutil.rmtree(out)  # only now, when nothing that the user wrote can be wrong any more
-        out.mkdir(parents=True, exist_ok=True)
-        if "SLURM_JOB_ID" in os.environ:
-            (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
-        config.save(cfg, out / checkpoint.CONFIG)
-    checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, module.best)
     name = strategies.choose(
         cfg.trainer.strategy,
         processes=len(devices) * placement["num_nodes"],
         cuda=devices[0] != "cpu",
         deepspeed=find_spec("deepspeed") is not None,
-        trained=sum(p.numel() for p in module.trainable()),
+        trained=sum(p.numel() for p in outline.trainable()),
     )
     strategy = strategies.build(name, cfg.optim.clip)
+    checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, stage.best)
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
     again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **placement,
         strategy=strategy,
-        precision=strategies.precision(cfg.trainer.precision, strategy, model.backbone.lm_head.weight.dtype),
+        precision=strategies.precision(cfg.trainer.precision, strategy, outline.backbone.lm_head.weight.dtype),
         max_steps=cfg.trainer.max_steps,
-        accumulate_grad_batches=cfg.trainer.accumulate if module.automatic_optimization else 1,
-        gradient_clip_val=(cfg.optim.clip or None) if module.automatic_optimization else None,
-        val_check_interval=module.batches(cfg.trainer.val_every),
+        accumulate_grad_batches=cfg.trainer.accumulate if outline.automatic_optimization else 1,
+        gradient_clip_val=(cfg.optim.clip or None) if outline.automatic_optimization else None,
+        val_check_interval=outline.batches(cfg.trainer.val_every),
         check_val_every_n_epoch=None,
         log_every_n_steps=cfg.trainer.log_every,
         num_sanity_val_steps=0,
@@ -138,6 +125,23 @@ def main(cfg: TrainConfig) -> None:
             *([Stall(out / "heartbeats", cfg.watch.stall_minutes)] if cfg.watch.stall_minutes else []),
         ],
     )
+    L.seed_everything(cfg.seed, workers=True)
+    with strategies.splitting(trainer):
+        model = checkpoint.load(
+            cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, device=strategies.mine(devices)
+        )
+    data.collate = Collator(model.backbone)
+    module = stage(cfg, model.backbone, model.pruner)
+    if cfg.lora is not None and cfg.lora.first_layer is None:
+        cfg.lora.first_layer = module.depth  # where they are, whatever pruner loads them
+
+    if is_first_process():
+        if last is None and out.is_dir():
+            shutil.rmtree(out)  # only now, when nothing that the user wrote can be wrong any more
+        out.mkdir(parents=True, exist_ok=True)
+        if "SLURM_JOB_ID" in os.environ:
+            (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
+        config.save(cfg, out / checkpoint.CONFIG)
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     if data.damaged:
         print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")

@@ -6,10 +6,12 @@ vision tower and the processor are transformers' own and unmodified.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from ..config import UserError
 from ..lookup import find, names
@@ -25,15 +27,45 @@ def load(path: str | Path, **kwargs: Any) -> LVLM:
     Raises:
         UserError: nothing there, or no file in this folder knows its model type.
     """
-    config = PreTrainedConfig.get_config_dict(str(path))[0] if _is_there(str(path)) else {}
-    if not config:
-        raise UserError(f"no checkpoint at '{path}': expected a folder with config.json, or the id of a hub repository")
+    return _class_for(_config(path), path).load(path, **kwargs)
+
+
+def architecture(path: str | Path) -> PreTrainedConfig:
+    """The Hugging Face config of the backbone in a folder or hub repository ``path``; raises as :func:`load`."""
+    _class_for(_config(path), path)
+    return AutoConfig.from_pretrained(path)
+
+
+def skeleton(architecture: PreTrainedConfig, dtype: str = "auto") -> LVLM:
+    """A backbone without storage or processor, on the meta device: everything of it but numbers.
+
+    Raises:
+        UserError: no backbone knows this model type, or no such ``dtype``.
+    """
+    found = (architecture.dtype or torch.float32) if dtype == "auto" else dtype
+    found = getattr(torch, found, None) if isinstance(found, str) else found
+    if found not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UserError(f"backbone.dtype={dtype}: give auto, float32, bfloat16 or float16")
+    kind = _class_for({"model_type": architecture.model_type}, architecture.name_or_path)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(architecture, dtype=found, attn_implementation="sdpa")
+        return kind(model.requires_grad_(False).eval())
+
+
+def _class_for(config: Mapping[str, Any], path: str | Path) -> type[LVLM]:
     for name in (known := names(__name__)):
         module = find(__name__, name)
         if module.matches(config):
-            return module.Backbone.load(path, **kwargs)
+            return module.Backbone
     kind = config.get("model_type")
     raise UserError(f"'{path}' is a '{kind}' model, which no backbone knows (there are {', '.join(known)})")
+
+
+def _config(path: str | Path) -> dict[str, Any]:
+    config = PreTrainedConfig.get_config_dict(str(path))[0] if _is_there(str(path)) else {}
+    if not config:
+        raise UserError(f"no checkpoint at '{path}': expected a folder with config.json, or the id of a hub repository")
+    return config
 
 
 def _is_there(path: str) -> bool:

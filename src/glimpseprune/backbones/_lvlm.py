@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .. import attention
 from ..config import UserError
@@ -193,6 +194,12 @@ def tapped(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def destination(device: str | torch.device) -> dict[str, Any] | None:
+    """``device_map`` of a model that is read from its files straight to ``device``, never as a whole into the memory of
+    the CPU; None where DeepSpeed ZeRO-3 splits it between processes instead."""
+    return None if is_deepspeed_zero3_enabled() else {"": device}
 
 
 def require_attention(name: str, device: str | torch.device) -> None:

@@ -17,7 +17,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from ..config import UserError
 from ..types import Grid
-from ._lvlm import LVLM, require_attention, tapped
+from ._lvlm import LVLM, destination, require_attention, tapped
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -48,7 +48,9 @@ class Backbone(LVLM):
         require_attention(attn, device)
         if min_pixels is not None or max_pixels is not None:
             raise UserError("LLaVA-1.5 has one resolution: leave min_pixels and max_pixels unset")
-        model = LlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+        model = LlavaForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn, device_map=destination(device)
+        )
         try:
             processor = LlavaProcessor.from_pretrained(path)
         except (OSError, ValueError) as error:

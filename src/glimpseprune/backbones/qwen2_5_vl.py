@@ -25,7 +25,7 @@ from ..config import UserError
 from ..types import Grid
 from ..vip import window_ids
 from ..windows import batch_windows
-from ._lvlm import LVLM, require_attention, tapped
+from ._lvlm import LVLM, destination, require_attention, tapped
 
 
 def matches(config: Mapping[str, Any]) -> bool:
@@ -62,7 +62,9 @@ class Backbone(LVLM):
         max_pixels: int | None = None,
     ) -> Backbone:
         require_attention(attn, device)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation=attn)
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn, device_map=destination(device)
+        )
         return cls(model.to(device).eval().requires_grad_(False), load_processor(path, min_pixels, max_pixels))
 
     def image_grids(self, prompt: Mapping[str, Tensor]) -> list[Grid]:

@@ -19,6 +19,7 @@ from .. import attention
 from ..backbones import LVLM
 from ..config import UserError, option
 from ..decoder import View, append, branch, run_layers
+from ..sharded import whole
 from ..vip import VIP
 from ._rows import at_columns, prune_depth, require_minimum
 
@@ -192,7 +193,7 @@ def token_embedding(backbone: LVLM, token: str) -> Tensor:
     vocabulary = backbone.processor.tokenizer.get_vocab() if backbone.processor is not None else {}
     if token not in vocabulary:
         raise UserError(f"pruner.options.init_token={token!r} is not a token of this backbone's vocabulary")
-    return backbone.embed(torch.tensor(vocabulary[token], device=backbone.device)).float()
+    return whole(backbone.text_model.embed_tokens.weight)[vocabulary[token]].float()
 
 
 def decide(

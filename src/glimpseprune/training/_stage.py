@@ -22,7 +22,7 @@ from glimpseprune.training.options import TrainConfig
 from glimpseprune.training.strategies import Zero
 from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
 
-PARTS = ("glimpse", "vip", "lora", "decoder")
+PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
 
 
 class StageModule(L.LightningModule):
@@ -64,6 +64,9 @@ class StageModule(L.LightningModule):
                 raise UserError("train: there are no adapters, give lora={} or lora.rank=...")
             return [p for name, p in self.lvlm.named_parameters() if lora.is_adapter(name)]
         text = self.backbone.text_model
+        if part == "vision":
+            language = {id(p) for module in (text, self.backbone.lm_head) for p in module.parameters()}
+            return [p for p in self.lvlm.parameters() if id(p) not in language]
         own = [*text.layers.named_parameters(), *text.norm.named_parameters()]
         return [p for name, p in own if not lora.is_adapter(name)]
 

@@ -52,6 +52,8 @@ class GlimpseModule(StageModule):
         if not hasattr(pruner, "all_logits"):
             raise UserError(f"stage=glimpse trains the pruner 'glimpse', not '{config.pruner.name}'")
         super().__init__(config, backbone, pruner)
+        if "vision" in config.train:
+            raise UserError("train: stage=glimpse leaves the vision tower as it is; train vision with stage=grpo")
 
     # ------------------------------------------------------------------------------------------------- one step
 

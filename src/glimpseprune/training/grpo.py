@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -72,6 +72,7 @@ class Actions:
 class Batch:
     """A batch of prompts with its rollouts, waiting for updates."""
 
+    inputs: Inputs
     encoded: Encoded
     state: Prefill  # unpruned, at depth K
     actions: Actions
@@ -96,10 +97,10 @@ class GRPOModule(StageModule):
         self.trains_keep = self.samples_keep and any(p.requires_grad for p in pruner.parameters())
         self.trains_lvlm = any(p.requires_grad for p in self.lvlm.parameters())
         below = backbone.text_model.layers[: self.depth]
-        self.trains_below = any(p.requires_grad for p in below.parameters())
+        self.trains_vision = "vision" in config.train
+        self.trains_below = self.trains_vision or any(p.requires_grad for p in below.parameters())
         self.pending: list[Batch] = []
         self.said: list[tuple[str, ...]] = []
-        self.ends = ends(backbone)
         if config.grpo.beta and config.lora is None:
             raise UserError("grpo.beta > 0 compares with the policy without adapters: give lora={}, or beta=0")
         if len(pruner.layers) > 1 or pruner.renumber or not pruner.prune_cache:
@@ -111,6 +112,16 @@ class GRPOModule(StageModule):
                 raise UserError(f"grpo.{name}={value}: it must be above 0")
         if config.grpo.num_generations < 2:
             raise UserError(f"grpo.num_generations={config.grpo.num_generations}: a group has at least 2 rollouts")
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """Ids of the tokens that end an answer: the tokenizer's and the model's own."""
+        config = getattr(self.backbone.model, "generation_config", None)
+        ids = getattr(config, "eos_token_id", None)
+        ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+        if (own := self.backbone.processor.tokenizer.eos_token_id) is not None:
+            ids.append(own)
+        return sorted(set(ids))
 
     def train(self, mode: bool = True) -> GRPOModule:
         super().train(mode)
@@ -140,7 +151,7 @@ class GRPOModule(StageModule):
         if options.mask_truncated_completions:
             mask = mask & actions.ended[:, None]
         self.report(inputs, encoded, logits, actions, std)
-        return Batch(encoded, state, actions, advantages, mask)
+        return Batch(inputs, encoded, state, actions, advantages, mask)
 
     def roll_out(
         self, inputs: Inputs, encoded: Encoded, state: Prefill, index: Tensor, logits: Tensor | None
@@ -247,8 +258,7 @@ class GRPOModule(StageModule):
         terms: list[Callable[[], Tensor]] = []  # of the loss, each with a graph of its own
         for batch, weight in zip(pending, weights.split([len(mask) for mask in masks])):
             if iteration and self.trains_below:
-                with torch.no_grad():
-                    batch.state = decoder.run_layers(self.backbone, decoder.start(batch.encoded), self.depth)
+                batch.encoded, batch.state = self.prompt(batch.inputs)
             if self.trains_keep and options.keep_weight:
                 terms.append(partial(self.keep_loss, batch, rollouts, meter))
             worth = batch.mask.any(1)
@@ -316,7 +326,8 @@ class GRPOModule(StageModule):
         state = batch.state
         if self.trains_below:
             prompts, index = index.unique(return_inverse=True)
-            start = decoder.rows(decoder.start(batch.encoded), prompts)
+            encoded = self.backbone.encode(batch.inputs.prompt) if self.trains_vision else batch.encoded
+            start = decoder.rows(decoder.start(encoded), prompts)
             state, keep = decoder.run_layers(self.backbone, start, self.depth), keep
         return score(self.backbone, state, index, keep, tokens, mask, self.config.grpo.temperature)
 
@@ -438,16 +449,6 @@ class GRPOModule(StageModule):
 def _cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table, whatever a model said."""
     return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
-
-
-def ends(backbone: Any) -> list[int]:
-    """Ids of the tokens that end an answer: the tokenizer's and the model's own."""
-    config = getattr(backbone.model, "generation_config", None)
-    ids = getattr(config, "eos_token_id", None)
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    if (own := backbone.processor.tokenizer.eos_token_id) is not None:
-        ids.append(own)
-    return sorted(set(ids))
 
 
 Stage = GRPOModule

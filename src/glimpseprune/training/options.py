@@ -136,6 +136,7 @@ class OptimOptions:
     vip_lr: float = option(1e-3, "learning rate of the visual importance predictor")
     lora_lr: float = option(1e-4, "learning rate of the adapters")
     decoder_lr: float = option(1e-6, "learning rate of the decoder's own weights")
+    vision_lr: float = option(1e-6, "learning rate of the vision tower's own weights")
     weight_decay: float = option(0.01, "AdamW weight decay (matrices only)")
     betas: list[float] = option([0.9, 0.98], "AdamW betas")
     warmup: int = option(20, "steps of linear warm-up")
@@ -169,7 +170,9 @@ class TrainConfig:
     seed: int = option(0, "seed of initialisation, data order and dropout")
     backbone: BackboneOptions = option(BackboneOptions)
     pruner: PrunerOptions = option(PrunerOptions)
-    train: list[str] = option(["glimpse", "vip"], "what trains, of glimpse, vip, lora, decoder (its layers, in full)")
+    train: list[str] = option(
+        ["glimpse", "vip"], "what trains, of glimpse, vip, lora, decoder (its layers), vision (tower and merger)"
+    )
     lora: LoraOptions | None = option(None, "adapters on the decoder; {} for the defaults")
     data: DataOptions = option(DataOptions)
     loss: LossOptions = option(LossOptions)

@@ -21,7 +21,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
 from itertools import chain
@@ -30,12 +31,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from glimpseprune.config import UserError
+from glimpseprune.sharded import fill, is_split, whole
 
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 NAMES = ("auto", "ddp", *ZERO)
@@ -43,6 +46,8 @@ CONF = Path("conf", "deepspeed")
 LARGE = 6e9
 """Parameters of a model whose fine-tuning in full (16 bytes each) wants its weights split."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
+HALVES = {"bf16": "bf16", "fp16": "16"}
+"""DeepSpeed's word for a half precision, and how Lightning's begin."""
 
 
 def choose(name: str, processes: int, cuda: bool, deepspeed: bool, trained: int) -> str:
@@ -124,17 +129,25 @@ def mine(devices: list[str]) -> str:
     return devices[int(local) % len(devices)]
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """All of a tensor, wherever its parts are and in full precision if it trains; all ranks must ask for it at once."""
-    if not hasattr(parameter, "ds_id") and not hasattr(parameter, "_hp_mapping"):
-        return parameter.detach()
-    from deepspeed import zero
-    from deepspeed.utils import safe_get_full_fp32_param
+@contextmanager
+def splitting(trainer: Trainer) -> Iterator[None]:
+    """While it lasts, an LVLM that is loaded is split as it is read if ZeRO-3 will train it: rank 0 reads the files, a
+    tensor at a time is whole. All processes must load it, and those that fit would start are started now."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, Zero) or not strategy.zero_stage_3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
 
-    if parameter.requires_grad:
-        return safe_get_full_fp32_param(parameter).detach()
-    with zero.GatheredParameters(parameter):
-        return parameter.detach().clone()
+    if strategy.launcher is not None:
+        strategy.launcher.launch(lambda: None, trainer=trainer)
+    strategy.setup_environment()
+    precision = trainer.precision_plugin.precision
+    told = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": strategy.config["zero_optimization"]}
+    told |= {kind: {"enabled": True} for kind, prefix in HALVES.items() if precision.startswith(prefix)}
+    config = HfDeepSpeedConfig(told)  # which transformers knows of for as long as someone holds it
+    yield
+    del config
 
 
 class Zero(DeepSpeedStrategy):
@@ -222,12 +235,9 @@ class Zero(DeepSpeedStrategy):
         return True
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        from deepspeed import zero
-
         own = self.lightning_module.saved()
         for name, tensor in checkpoint["state_dict"].items():
-            with zero.GatheredParameters(own[name], modifier_rank=0, enabled=hasattr(own[name], "ds_id")):
-                own[name].data.copy_(tensor)
+            fill(own[name], tensor)
             _set_part(own[name], tensor)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -267,7 +277,7 @@ def _set_part(parameter: nn.Parameter, value: Tensor, key: str | None = None) ->
         return
     kind, more = ("optimizer_state", [key]) if key else ("fp32_param", [])
     value = value.to(parameter.device, torch.float32)
-    if hasattr(parameter, "ds_id"):  # ZeRO-3; its safe_set_full_* cannot pad what does not divide by the ranks
+    if is_split(parameter):  # its safe_set_full_* cannot pad what does not divide by the ranks
         size, rank = parameter.ds_tensor.numel(), dist.get_rank()
         padded = nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
         getattr(utils, f"safe_set_local_{kind}")(parameter, padded[rank * size : (rank + 1) * size], *more)
