@@ -258,6 +258,19 @@ def test_gradient_does_not_depend_on_micro_batches(loss_type) -> None:
     assert logs[0]["train/clip_ratio/region_mean"] > 0 and logs[0]["train/kl"] > 0
 
 
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_vision_of_few_prompts_at_a_time_is_that_of_all(name) -> None:
+    """One of them has two images; a micro-batch encodes only its own."""
+    module, inputs = stage(TINY[name]("sdpa"), train=["vision", "lora"])
+    batch = drift(collect(module, inputs))
+    found = []
+    for size in (1, 100):
+        module.config.grpo.micro_batch = size
+        found.append(gradients(module, batch))
+    assert any("visual" in name or "vision" in name for name in found[0])
+    same(found[1], found[0])
+
+
 def test_batches_that_are_accumulated_are_one_batch() -> None:
     module, inputs = stage()
     whole = drift(collect(module, inputs))
@@ -987,6 +1000,11 @@ def test_guard_rails_are_patient() -> None:
     forgetful = Guarded(GuardRails(options))
     with pytest.raises(UserError, match="guard.keep_floor=0.01"):
         forgetful.after(0.2, 0.0)
+
+
+def test_a_reference_that_trains_is_none() -> None:
+    with pytest.raises(UserError, match="without adapters"):
+        stage(train=["lora", "vision"], beta=0.1)
 
 
 def test_adapters_are_not_left_out_by_accident(args, published, capsys, tmp_path) -> None:

@@ -172,6 +172,26 @@ def test_no_process_holds_a_model_that_zero3_splits(tmp_path):
     assert embeddings == pytest.approx(own.double().sum().item(), rel=1e-6)
 
 
+@pytest.mark.slow
+def test_zero3_trains_a_model_in_half_precision(recipe, tmp_path):
+    """Parts of the LVLM beside the pruner: rollouts and names are those of ZeRO-2; and from there a stage 1 that leaves
+    what was restored as it is."""
+    args = [*recipe, *REINFORCE, "trainer.max_steps=2", "trainer.val_every=1", "backbone.dtype=bfloat16"]
+    args += ["train=[glimpse,vip,decoder,vision]", "lora=null", "optim.warmup=0"]
+    found = {}
+    for strategy in ("zero2", "zero3"):
+        run(tmp_path / strategy, [*args, *shared(strategy)])
+        lines = map(json.loads, Path(f"{tmp_path / strategy}.diary").read_text().splitlines())
+        weights = load_file(tmp_path / strategy / "trainable.safetensors")
+        found[strategy] = sorted(line[:4] for line in lines if line[1] == 0), {k: x.shape for k, x in weights.items()}
+    assert found["zero2"] == found["zero3"]
+    more = ["trainer.max_steps=1", "trainer.val_every=1", *shared("zero3"), f"init_from={tmp_path / 'zero3'}"]
+    run(tmp_path / "again", [*recipe, "backbone.dtype=bfloat16", *more])
+    kept, before = (load_file(tmp_path / name / "trainable.safetensors") for name in ("again", "zero3"))
+    own = [name for name in kept if name.startswith("lvlm.")]
+    assert own and all(torch.equal(kept[name], before[name].to(kept[name].dtype)) for name in own)
+
+
 def test_what_auto_stands_for():
     choose = strategies.choose
     assert choose("auto", processes=1, cuda=True, deepspeed=True, trained=8e9) == "auto"
@@ -207,6 +227,12 @@ def test_unknown_strategies_are_named(recipe, capsys, tmp_path):
     with pytest.raises(SystemExit):
         train.main([*recipe, f"out={tmp_path / 'run'}", "trainer.strategy=fsdp"])
     assert "trainer.strategy=fsdp" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_half_precision_without_masters_is_refused(recipe, capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        train.main([*recipe, *REINFORCE, "train=[vision]", "backbone.dtype=bfloat16", f"out={tmp_path / 'run'}"])
+    assert "give backbone.dtype=float32" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_devices_of_this_node(monkeypatch):

@@ -6,6 +6,8 @@ other, these functions stand between. For weights that nobody splits they do the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,7 @@ def shape(parameter: Tensor) -> torch.Size:
 
 def whole(parameter: Tensor) -> Tensor:
     """All of a tensor, in full precision if it trains; all processes must ask for it at once."""
-    if hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping"):
+    if parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter).detach()
@@ -31,6 +33,17 @@ def whole(parameter: Tensor) -> Tensor:
 
     with zero.GatheredParameters(parameter):
         return parameter.detach().clone()
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """:func:`whole` of each, one after the other, in the memory of the CPU of a process that wants to ``keep`` them;
+    the others end with nothing. All processes must call it."""
+    found = {}
+    for name, tensor in tensors.items():
+        each = whole(tensor)
+        if keep:
+            found[name] = each.cpu()
+    return found
 
 
 @torch.no_grad()

@@ -80,6 +80,7 @@ def main(cfg: TrainConfig) -> None:
     own = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}
     placement = slurm.placement() if slurm.launched() else own
     devices = strategies.devices(cfg.trainer.accelerator, placement["devices"])
+    backbones.require_attention(cfg.backbone.attention, devices[0])
     data = ShardDataModule(
         cfg.data.path,
         batch_size=cfg.data.batch_size,
@@ -96,6 +97,12 @@ def main(cfg: TrainConfig) -> None:
         trained=sum(p.numel() for p in outline.trainable()),
     )
     strategy = strategies.build(name, cfg.optim.clip)
+    weights = outline.backbone.lm_head.weight.dtype
+    if {"decoder", "vision"} & set(cfg.train) and weights != torch.float32 and isinstance(strategy, str):
+        raise UserError(
+            f"train: updates of weights in {weights} would be rounded away: give backbone.dtype=float32 "
+            "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
+        )
     checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, stage.best)
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
     again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
@@ -103,7 +110,7 @@ def main(cfg: TrainConfig) -> None:
         accelerator=cfg.trainer.accelerator,
         **placement,
         strategy=strategy,
-        precision=strategies.precision(cfg.trainer.precision, strategy, outline.backbone.lm_head.weight.dtype),
+        precision=strategies.precision(cfg.trainer.precision, strategy, weights),
         max_steps=cfg.trainer.max_steps,
         accumulate_grad_batches=cfg.trainer.accumulate if outline.automatic_optimization else 1,
         gradient_clip_val=(cfg.optim.clip or None) if outline.automatic_optimization else None,

@@ -122,6 +122,15 @@ def test_smoke_from_submission_to_evaluated_run_folder(slurm):
     assert {row["method"] for row in rows} == {"none", "glimpse", "random", "oracle", "zero"}
 
 
+def test_zero3_splits_the_model_between_the_nodes(slurm):
+    pytest.importorskip("deepspeed")
+    number = slurm.sbatch(
+        *smoke(slurm, "zero3", "trainer.strategy=zero3", "trainer.max_steps=4", "trainer.val_every=2")
+    )
+    slurm.wait(number, "COMPLETED")
+    assert metrics(slurm, "zero3") == [2, 4] and (slurm.folder / "zero3" / "best" / "trainable.safetensors").is_file()
+
+
 def test_usr1_saves_requeues_and_continues(slurm):
     number = slurm.sbatch(*smoke(slurm, "requeued", "trainer.max_steps=36"))
     slurm.until(lambda: metrics(slurm, "requeued") or slurm.job(number)["JobState"] == "FAILED", number)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from ..config import UserError
 from ..lookup import find, names
 from ._lvlm import LVLM
+from ._lvlm import require_attention as require_attention
 
 Backbone = LVLM
 """The protocol all backbones follow (architecture: the only class that knows transformers' model classes)."""
@@ -33,7 +35,11 @@ def load(path: str | Path, **kwargs: Any) -> LVLM:
 def architecture(path: str | Path) -> PreTrainedConfig:
     """The Hugging Face config of the backbone in a folder or hub repository ``path``; raises as :func:`load`."""
     _class_for(_config(path), path)
-    return AutoConfig.from_pretrained(path)
+    config = AutoConfig.from_pretrained(path)
+    if config.dtype is None and (files := sorted(Path(path).glob("*.safetensors"))):
+        with safe_open(files[0], "pt") as weights:  # where from_pretrained looks, too
+            config.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
+    return config
 
 
 def skeleton(architecture: PreTrainedConfig, dtype: str = "auto") -> LVLM:
@@ -62,9 +68,13 @@ def _class_for(config: Mapping[str, Any], path: str | Path) -> type[LVLM]:
 
 
 def _config(path: str | Path) -> dict[str, Any]:
-    config = PreTrainedConfig.get_config_dict(str(path))[0] if _is_there(str(path)) else {}
+    said = "expected a folder with config.json, or the id of a hub repository"
+    try:
+        config = PreTrainedConfig.get_config_dict(str(path))[0] if _is_there(str(path)) else {}
+    except (OSError, ValueError) as error:
+        config, said = {}, str(error).strip().splitlines()[0]
     if not config:
-        raise UserError(f"no checkpoint at '{path}': expected a folder with config.json, or the id of a hub repository")
+        raise UserError(f"no checkpoint at '{path}': {said}")
     return config
 
 

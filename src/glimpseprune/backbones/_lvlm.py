@@ -71,6 +71,10 @@ class LVLM(ABC):
         """Visual tokens of each image in the prompt, in order."""
 
     @abstractmethod
+    def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What the processor made of the images with these numbers."""
+
+    @abstractmethod
     def see(self, prompt: Mapping[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         """Visual tokens [N, D], and the states of the tower's ``layers``, each pooled to [N, C]."""
 
@@ -118,6 +122,13 @@ class LVLM(ABC):
         embeds = self.embed(ids.masked_fill(visual, 0))  # [B, S, D]
         embeds = embeds.masked_scatter(visual[..., None], tokens.to(embeds.dtype))
         return Encoded(ids, embeds, self.positions(prompt, mask, visual), mask, visual, grids, states, targets)
+
+    def choose(self, prompt: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+        """The prompts ``rows`` [B'] of a batch, in that order, with their images and as much padding as there was."""
+        numbers = torch.arange(sum(map(len, grids := self.grids(prompt)))).split([len(row) for row in grids])
+        images = torch.cat([numbers[row] for row in rows.tolist()])
+        texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if len(x) == len(grids) and x.ndim == 2}
+        return texts | self.choose_images(prompt, images)
 
     def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
         """Per row, per image: rows and columns of visual tokens, without running the model. Raises as ``encode``."""

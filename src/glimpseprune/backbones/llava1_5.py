@@ -60,6 +60,9 @@ class Backbone(LVLM):
     def image_grids(self, prompt: Mapping[str, Tensor]) -> list[Grid]:
         return [(self.side, self.side)] * len(prompt["pixel_values"])
 
+    def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        return {"pixel_values": prompt["pixel_values"][images]}
+
     def see(self, prompt: Mapping[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         def pool(state: Tensor) -> Tensor:
             return state[:, 1:].flatten(0, 1)  # [N, C]

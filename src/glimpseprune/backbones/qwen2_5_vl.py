@@ -70,6 +70,13 @@ class Backbone(LVLM):
     def image_grids(self, prompt: Mapping[str, Tensor]) -> list[Grid]:
         return [(h // self.merge, w // self.merge) for _, h, w in prompt["image_grid_thw"].tolist()]
 
+    def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(1).tolist())
+        return {
+            "pixel_values": torch.cat([patches[image] for image in images.tolist()]),
+            "image_grid_thw": prompt["image_grid_thw"][images],
+        }
+
     def see(self, prompt: Mapping[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
         # The tower keeps its patches window by window: undo that.
         windows = window_ids(self.image_grids(prompt), self.window)

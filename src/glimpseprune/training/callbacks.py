@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from glimpseprune import checkpoint
 from glimpseprune.config import UserError
+from glimpseprune.sharded import gathered
 from glimpseprune.training.options import GuardOptions, TrainConfig
-from glimpseprune.training.strategies import whole
 
 
 class RunFolder(L.Callback):
@@ -44,7 +44,7 @@ class RunFolder(L.Callback):
             self.write_weights(trainer, module)
 
     def write_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = {name: whole(x) for name, x in checkpoint.trained(module.pruner, module.backbone).items()}
+        weights = gathered(checkpoint.trained(module.pruner, module.backbone), keep=trainer.is_global_zero)
         if trainer.is_global_zero:
             checkpoint.save(self.folder, self.config, weights)
 

@@ -101,8 +101,8 @@ class GRPOModule(StageModule):
         self.trains_below = self.trains_vision or any(p.requires_grad for p in below.parameters())
         self.pending: list[Batch] = []
         self.said: list[tuple[str, ...]] = []
-        if config.grpo.beta and config.lora is None:
-            raise UserError("grpo.beta > 0 compares with the policy without adapters: give lora={}, or beta=0")
+        if config.grpo.beta and (config.lora is None or {"decoder", "vision"} & set(config.train)):
+            raise UserError("grpo.beta > 0 compares with the policy without adapters: train=[lora, ...], or beta=0")
         if len(pruner.layers) > 1 or pruner.renumber or not pruner.prune_cache:
             raise UserError(
                 f"stage=grpo prunes once, in place, cache included: not as pruner '{config.pruner.name}' does"
@@ -326,9 +326,11 @@ class GRPOModule(StageModule):
         state = batch.state
         if self.trains_below:
             prompts, index = index.unique(return_inverse=True)
-            encoded = self.backbone.encode(batch.inputs.prompt) if self.trains_vision else batch.encoded
-            start = decoder.rows(decoder.start(encoded), prompts)
-            state, keep = decoder.run_layers(self.backbone, start, self.depth), keep
+            if self.trains_vision:
+                start = decoder.start(self.backbone.encode(self.backbone.choose(batch.inputs.prompt, prompts)))
+            else:
+                start = decoder.rows(decoder.start(batch.encoded), prompts)
+            state = decoder.run_layers(self.backbone, start, self.depth)
         return score(self.backbone, state, index, keep, tokens, mask, self.config.grpo.temperature)
 
     def keep_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:

@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib.util import find_spec
-from itertools import chain
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from glimpseprune.config import UserError
-from glimpseprune.sharded import fill, is_split, whole
+from glimpseprune.sharded import fill, gathered, is_split
 
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 NAMES = ("auto", "ddp", *ZERO)
@@ -46,8 +46,8 @@ CONF = Path("conf", "deepspeed")
 LARGE = 6e9
 """Parameters of a model whose fine-tuning in full (16 bytes each) wants its weights split."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
-HALVES = {"bf16": "bf16", "fp16": "16"}
-"""DeepSpeed's word for a half precision, and how Lightning's begin."""
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+"""By DeepSpeed's words."""
 
 
 def choose(name: str, processes: int, cuda: bool, deepspeed: bool, trained: int) -> str:
@@ -142,9 +142,9 @@ def splitting(trainer: Trainer) -> Iterator[None]:
     if strategy.launcher is not None:
         strategy.launcher.launch(lambda: None, trainer=trainer)
     strategy.setup_environment()
-    precision = trainer.precision_plugin.precision
     told = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": strategy.config["zero_optimization"]}
-    told |= {kind: {"enabled": True} for kind, prefix in HALVES.items() if precision.startswith(prefix)}
+    if strategy.half is not None:
+        told[strategy.half] = {"enabled": True}
     config = HfDeepSpeedConfig(told)  # which transformers knows of for as long as someone holds it
     yield
     del config
@@ -182,6 +182,15 @@ class Zero(DeepSpeedStrategy):
         else:
             super().setup_environment()
 
+    @property
+    def half(self) -> str | None:
+        """The half precision, of ``HALVES``, that DeepSpeed has all weights in; None: float32."""
+        for kind in HALVES:
+            plugin = self.precision_plugin.precision.startswith(kind.removeprefix("fp"))
+            if plugin or self.config.get(kind, {}).get("enabled"):
+                return kind
+        return None
+
     def expect_step(self, is_next: bool) -> None:
         """Whether the coming backward pass is the last before a step; where there are several, DeepSpeed must know."""
         self.deepspeed_engine.set_gradient_accumulation_boundary(is_next)
@@ -203,10 +212,14 @@ class Zero(DeepSpeedStrategy):
     def _setup_model_and_optimizer(self, model: nn.Module, optimizer: Optimizer | None, *rest: Any) -> Any:
         # The engine puts flat parts of many parameters in the place of these.
         self.groups = [list(group["params"]) for group in optimizer.param_groups] if optimizer is not None else []
+        if self.zero_stage_3 and self.half is not None:
+            for parameter in model.parameters():  # DeepSpeed itself casts nothing once a weight is split
+                if not is_split(parameter):
+                    parameter.data = parameter.data.to(HALVES[self.half])
         return super()._setup_model_and_optimizer(model, optimizer, *rest)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return {name: whole(tensor) for name, tensor in self.lightning_module.saved().items()}
+        return gathered(self.lightning_module.saved(), keep=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -215,12 +228,16 @@ class Zero(DeepSpeedStrategy):
         _link(inner)
         steps = [state["step"] for state in inner.optimizer.state.values() if "step" in state]
         states, groups = {}, []
+        numbers = count()
         for group, parameters in zip(inner.param_groups, self.groups):
-            numbers = range(len(states), len(states) + len(parameters))
-            groups.append({key: value for key, value in group.items() if key != "params"} | {"params": list(numbers)})
-            for number, parameter in zip(numbers, parameters):
-                moments = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS} if steps else {}
-                states[number] = {"step": torch.tensor(float(steps[0]))} | moments if steps else {}
+            own = {number: parameter for parameter, number in zip(parameters, numbers)}
+            groups.append({key: value for key, value in group.items() if key != "params"} | {"params": list(own)})
+            for number, parameter in own.items() if steps else ():
+                states[number] = {"step": torch.tensor(float(steps[0]))}
+                for key in MOMENTS:
+                    moment = safe_get_full_optimizer_state(parameter, key)
+                    if self.is_global_zero:  # the others hold one at a time
+                        states[number][key] = moment.cpu()
         return {"state": states, "param_groups": groups}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
