@@ -6,13 +6,13 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=268435456
 out=runs/strategies
 one=(data.workers=0 trainer.log_every=1 trainer.accelerator=cpu overwrite=true)
-for strategy in auto ddp zero1 zero2 zero3; do
+for strategy in auto ddp zero1 zero2 zero3 zero3_offload; do
   if [ $strategy = auto ]; then share=(trainer.devices=1 data.batch_size=8); else share=(trainer.devices=2 data.batch_size=4); fi
   .venv/bin/python -m src.train conf/smoke.yaml out=$out/stage1-$strategy data.path=$out/data trainer.strategy=$strategy \
     trainer.max_steps=6 trainer.val_every=3 pruner.options.dropout=0 loss.pressure_kind=budget loss.target=0.1 \
     "${one[@]}" "${share[@]}"
 done
-for strategy in ddp zero1 zero2 zero3; do
+for strategy in ddp zero1 zero2 zero3 zero3_offload; do
   .venv/bin/python -m src.train conf/demo_plus.yaml init_from=$out/stage1-auto out=$out/stage2-$strategy data.path=$out/data \
     trainer.strategy=$strategy trainer.devices=2 data.batch_size=2 grpo.num_generations=8 grpo.micro_batch=6 \
     data.val_samples=8 trainer.max_steps=4 trainer.val_every=2 optim.warmup=1 "${one[@]}"

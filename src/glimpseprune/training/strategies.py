@@ -201,6 +201,9 @@ class Zero(DeepSpeedStrategy):
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         inner = self.deepspeed_engine.optimizer
+        if getattr(inner, "offload_optimizer", False):
+            # Only what had a gradient in the last of several backward passes is in the memory of the CPU by now.
+            inner.finalize_gradient_accumulation_boundary()
         if hasattr(inner, "scaled_global_norm"):
             norm = inner.scaled_global_norm()
         else:
