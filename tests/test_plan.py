@@ -46,6 +46,7 @@ def load(*arguments: str) -> plan.PlanConfig:
 
 def world(cfg: plan.PlanConfig) -> tuple[Any, Inputs, memory.Model, memory.Load]:
     """A real module with a batch, and what the plan thinks of them."""
+    torch.manual_seed(0)
     backbone = backbones.load(BASE, dtype=cfg.backbone.dtype)
     pruner = build("glimpse", cfg.pruner.options, backbone)
     if cfg.lora is not None:

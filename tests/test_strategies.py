@@ -230,9 +230,10 @@ def test_unknown_strategies_are_named(recipe, capsys, tmp_path):
 
 
 def test_half_precision_without_masters_is_refused(recipe, capsys, tmp_path):
-    with pytest.raises(SystemExit):
-        train.main([*recipe, *REINFORCE, "train=[vision]", "backbone.dtype=bfloat16", f"out={tmp_path / 'run'}"])
-    assert "give backbone.dtype=float32" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    for half in ("backbone.dtype=bfloat16", "trainer.precision=bf16-true"):
+        with pytest.raises(SystemExit):
+            train.main([*recipe, *REINFORCE, "train=[vision]", half, f"out={tmp_path / 'run'}"])
+        assert "give backbone.dtype=float32" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_devices_of_this_node(monkeypatch):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -62,13 +63,14 @@ def architecture(path: str) -> Any:
     """
     from transformers import AutoConfig
 
+    from glimpseprune import backbones
+
     folder = Path(path)
-    if (folder / "config.json").is_file() or not folder.exists():
-        try:
+    if (folder / "config.json").is_file():
+        return backbones.architecture(path)
+    if not folder.exists():
+        with suppress(OSError, ValueError):
             return AutoConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            if folder.exists():
-                raise UserError(f"backbone.path={path}: {str(error).splitlines()[0]}") from None
     for name, shapes in cost.SHAPES.items():
         if name in folder.name.lower():
             return published(name, shapes)

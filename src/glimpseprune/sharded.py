@@ -18,6 +18,7 @@ def is_split(parameter: Tensor) -> bool:
 
 
 def shape(parameter: Tensor) -> torch.Size:
+    """Of all of it."""
     return parameter.ds_shape if is_split(parameter) else parameter.shape
 
 

@@ -98,9 +98,10 @@ def main(cfg: TrainConfig) -> None:
     )
     strategy = strategies.build(name, cfg.optim.clip)
     weights = outline.backbone.lm_head.weight.dtype
-    if {"decoder", "vision"} & set(cfg.train) and weights != torch.float32 and isinstance(strategy, str):
+    half = weights != torch.float32 or cfg.trainer.precision in ("bf16-true", "16-true")
+    if {"decoder", "vision"} & set(cfg.train) and half and isinstance(strategy, str):
         raise UserError(
-            f"train: updates of weights in {weights} would be rounded away: give backbone.dtype=float32 "
+            "train: updates of weights in half precision would be rounded away: give backbone.dtype=float32 "
             "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
         )
     checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, stage.best)

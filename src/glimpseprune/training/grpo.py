@@ -7,10 +7,10 @@ because there are V decisions to every few tokens. The log-probabilities are rec
 that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in micro-batches;
 loss weights are fixed before, so neither gradient nor memory depends on how they are cut.
 
-What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP. ``grpo.keep: boxes`` prunes by the
-ground truth, as the published recipe does; a pruner without a gate (none, random) is reinforced with its own masks.
-Gradients of all processes are averaged here, once an update, since ranks may have different numbers of rollouts worth a
-backward pass.
+What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP, the vision tower. ``grpo.keep:
+boxes`` prunes by the ground truth, as the published recipe does; a pruner without a gate (none, random) is reinforced
+with its own masks. Gradients of all processes are averaged here, once an update, since ranks may have different numbers
+of rollouts worth a backward pass.
 
 Left out: gradients through the prompt's hidden states into the gate (the mask's term trains glimpse, VIP, and what
 the glimpse itself passes through); a replay buffer of old rollouts.

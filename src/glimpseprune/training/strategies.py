@@ -197,7 +197,8 @@ class Zero(DeepSpeedStrategy):
         self.deepspeed_engine.optimizer.clear_backward_seen_flag()  # else ZeRO-3 forgets the pass before this one
 
     def gradient_norm(self) -> Tensor:
-        """Of the gradients of all ranks, before an update; DeepSpeed itself tells it only afterwards."""
+        """Of the gradients of all ranks; DeepSpeed itself tells it only after the update. To be called before every
+        update, for under offload it also completes the gradients."""
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         inner = self.deepspeed_engine.optimizer
