@@ -21,3 +21,4 @@ if __name__ == "__main__":
     embeddings = sharded.whole(model.get_input_embeddings().weight).double().sum().item()
     with open(f"{out}.{trainer.global_rank}", "w") as stream:
         json.dump([held, total, embeddings], stream)
+    strategies.leave()

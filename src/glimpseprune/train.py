@@ -153,6 +153,7 @@ def main(cfg: TrainConfig) -> None:
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     if data.damaged:
         print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")
+    strategies.leave()
     if trainer.is_global_zero:
         print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
 

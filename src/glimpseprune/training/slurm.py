@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from glimpseprune.training.callbacks import flush
 from glimpseprune.training.checkpoints import Checkpoints
+from glimpseprune.training.strategies import leave
 
 EXIT_CODE = 75
 """Of a training that was interrupted: not 0, or what waits for its end would start."""
@@ -75,6 +76,7 @@ class Requeue(L.Callback):
         if trainer.is_global_zero:
             requeue()
         trainer.strategy.barrier()  # a rank that has gone would take the others with it before the job is in the queue
+        leave()
         raise SystemExit(EXIT_CODE)
 
 

@@ -150,6 +150,13 @@ def splitting(trainer: Trainer) -> Iterator[None]:
     del config
 
 
+def leave() -> None:
+    """Part from the other processes, after the last word to them: gloo's threads, if Python shuts down over them, may
+    abort a process that has all but ended well. Not after an error, when it would wait for those who stay."""
+    if dist.is_initialized() and dist.get_backend() == "gloo":
+        dist.destroy_process_group()
+
+
 class Zero(DeepSpeedStrategy):
     """DeepSpeed ZeRO with checkpoints of one file, on GPUs, or on CPUs to try and test it.
 
