@@ -172,6 +172,37 @@ def test_no_process_holds_a_model_that_zero3_splits(tmp_path):
     assert embeddings == pytest.approx(own.double().sum().item(), rel=1e-6)
 
 
+PARTING = """
+import sys, time
+import torch, torch.distributed as dist
+from glimpseprune.training import strategies
+
+class Slow:
+    def __del__(self, now=time.monotonic):
+        end = now() + 1.5
+        while now() < end:
+            pass
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+time.sleep(0.5 * rank)
+work = dist.all_reduce(torch.ones(10), async_op=True)
+told = work.get_future().then(lambda future: future.value())
+if rank:
+    work.wait()
+strategies.leave()
+sys.modules["slow"] = Slow()  # so that Python takes its time to shut down
+"""
+
+
+def test_threads_of_gloo_outlive_no_process(tmp_path):
+    """One that wants to run Python code, or frees a tensor, while Python shuts down would abort the process."""
+    command = [sys.executable, "-c", PARTING]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], env=env) for rank in range(2)]
+    assert [rank.wait(120) for rank in ranks] == [0, 0]
+
+
 @pytest.mark.slow
 def test_zero3_trains_a_model_in_half_precision(recipe, tmp_path):
     """Parts of the LVLM beside the pruner: rollouts and names are those of ZeRO-2; and from there a stage 1 that leaves
