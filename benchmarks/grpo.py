@@ -179,7 +179,7 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     import lightning as L
     import torch
 
-    from glimpseprune import decoder, lora, pruners, rewards, rollout
+    from glimpseprune import lora, pruners, rewards, rollout
     from glimpseprune.backbones.qwen2_5_vl import Backbone
     from glimpseprune.data.collate import Collator
     from glimpseprune.training import grpo
@@ -213,22 +213,21 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     def where(*args: Any, **kwargs: Any) -> str:
         return "glimpse + VIP, for metrics" if clock.stack[-1] == "metrics" else "glimpse + VIP"
 
-    def layers(backbone: Any, state: Any, *args: Any, **kwargs: Any) -> str:
-        return "rollout: decode" if state.hidden.shape[1] == 1 else "rollout: prompt, from K on"
+    def above(*args: Any, **kwargs: Any) -> str:
+        scoring = "log-probs: forward" in clock.stack
+        return "log-probs: forward, prompt from K on" if scoring else "rollout: prompt, from K on"
 
-    def below(backbone: Any, state: Any, stop: int, **kwargs: Any) -> str:
-        scoring = clock.stack[-1] == "log-probs: forward"
-        return "log-probs: forward, tokens below K" if scoring and stop == setting.depth else clock.stack[-1]
+    def layers(backbone: Any, state: Any, *args: Any, **kwargs: Any) -> str:
+        return "rollout: decode" if clock.stack[-1] == "rollout: sampling" else clock.stack[-1]
 
     clock.wrap(backbone, "see", "vision tower")
-    clock.wrap(decoder, "run_layers", below)
     clock.wrap(module, "prompt", "prompt below K")
     if gated:
         clock.wrap(pruner, "logits", where)
     clock.wrap(grpo, "sample_keep", "mask sampling")
     clock.wrap(grpo, "answer", "rollout: sampling")
+    clock.wrap(rollout, "pruned", above)
     clock.wrap(rollout, "run_layers", layers)
-    clock.wrap(decoder, "fan_out", "rollout: prompt, from K on")
     clock.wrap(rewards.Rewards, "__call__", "rewards")
     clock.wrap(module, "score", through)
     clock.wrap(module, "keep_loss", "mask loss: forward")

@@ -198,6 +198,21 @@ def test_ratio_is_one_until_an_update(backbone, first_layer) -> None:
         torch.testing.assert_close(found, torch.ones_like(found), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("train", [PARTS, ["decoder", "glimpse", "vip"]], ids=["adapters", "decoder"])
+def test_answers_may_share_a_mask(train) -> None:
+    """Then they share the pruned prompt, too, and its gradient is the sum of what each has alone."""
+    module, inputs = stage(train=train, adapted="lora" in train, num_masks=2)
+    batch = collect(module, inputs)
+    keep, said = batch.actions.keep.view(3, 2, 2, -1), batch.actions.tokens.view(3, 2, 2, -1)
+    assert torch.equal(keep[:, :, 0], keep[:, :, 1]) and (keep[:, 0, 0] != keep[:, 1, 0]).any(1).all()
+    assert not torch.equal(said[:, :, 0], said[:, :, 1])
+    for found in ratios(module, batch):
+        torch.testing.assert_close(found, torch.ones_like(found), atol=1e-5, rtol=0)
+    together = gradients(module, drift(batch))
+    module.config.grpo.micro_batch = 1
+    same(gradients(module, batch), together)
+
+
 @pytest.mark.parametrize("part", ["decoder", "vision"])
 def test_ratio_is_one_while_the_lvlm_itself_trains(part) -> None:
     module, inputs = stage(train=[part], adapted=False)
@@ -582,6 +597,8 @@ def test_bonus_and_penalty_point_the_right_way(options, metric, rises) -> None:
     [
         ({"beta": 0.1, "adapted": False, "train": ["decoder"]}, "beta > 0.*lora"),
         ({"num_generations": 1}, "num_generations=1"),
+        ({"num_masks": 3}, "num_masks=3.*divide.*num_generations=4"),
+        ({"num_masks": 0}, "num_masks=0"),
         ({"adapted": False}, "no adapters"),
         ({"train": ["lora", "glimpse"], "pruner": "oracle"}, "'oracle' has no glimpse"),
         ({"train": ["everything"]}, "no part 'everything'.*glimpse, vip, lora, decoder"),

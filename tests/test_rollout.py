@@ -123,11 +123,30 @@ def test_log_probs_are_those_of_a_masked_forward(backbone) -> None:
     state = wait(backbone)
     keep = draw(state)
     torch.manual_seed(0)
-    tokens, log_probs, mask, ended = answer(backbone, fan_out(state, INDEX, keep), 8, OFTEN, temperature=1.3)
+    tokens, log_probs, mask, ended = answer(backbone, state, INDEX, keep, 8, OFTEN, temperature=1.3)
     assert ended.any() and len(set(mask.sum(1).tolist())) > 2
     check_against_masks(backbone, keep, tokens, log_probs, mask, 1.3)
     again, _ = score(backbone, state, INDEX, keep, tokens, mask, 1.3)
     torch.testing.assert_close(again, log_probs, **EXACT)
+
+
+@torch.no_grad()
+def test_rollouts_with_the_same_mask_share_their_prompt(backbone, monkeypatch) -> None:
+    """In all layers; what is sampled and scored is what it is without."""
+    sizes: list[int] = []
+    monkeypatch.setattr(
+        rollout, "fan_out", lambda state, index, keep: sizes.append(len(index)) or fan_out(state, index, keep)
+    )
+    state = wait(backbone)
+    keep = draw(state)
+    keep[4], keep[6] = keep[0], keep[2]  # [0] and [4] are of one prompt, so are [2] and [6] of another
+    assert INDEX[4] == INDEX[0] and INDEX[6] == INDEX[2]
+    torch.manual_seed(2)
+    tokens, log_probs, mask, _ = answer(backbone, state, INDEX, keep, 8, OFTEN)
+    assert not torch.equal(tokens[0], tokens[4]) or not torch.equal(tokens[2], tokens[6])
+    check_against_masks(backbone, keep, tokens, log_probs, mask)
+    torch.testing.assert_close(score(backbone, state, INDEX, keep, tokens, mask)[0], log_probs, **EXACT)
+    assert sizes == [5, 5]
 
 
 @torch.no_grad()
@@ -170,8 +189,8 @@ def test_rows_that_end_leave_the_others_as_they_are(backbone, monkeypatch) -> No
     index = torch.arange(3).repeat_interleave(6)
     keep = draw(state, index)
     torch.manual_seed(1)
-    tokens, log_probs, mask, ended = answer(backbone, fan_out(state, index, keep), 14, OFTEN)
-    assert len(sizes) > 1 and sizes == sorted(sizes, reverse=True) and sizes[0] <= 9
+    tokens, log_probs, mask, ended = answer(backbone, state, index, keep, 14, OFTEN)
+    assert sizes.pop(0) == 18 and len(sizes) > 1 and sizes == sorted(sizes, reverse=True) and sizes[0] <= 9
     torch.testing.assert_close(score(backbone, state, index, keep, tokens, mask)[0], log_probs, **EXACT)
     assert tokens.shape == log_probs.shape == mask.shape and mask.any(0).all()
     assert not tokens[~mask].any() and not log_probs[~mask].any() and (log_probs[mask] < 0).all()
@@ -188,7 +207,7 @@ def test_rows_that_end_leave_the_others_as_they_are(backbone, monkeypatch) -> No
 def test_an_end_in_the_first_step() -> None:
     backbone = tiny_qwen()
     state = wait(backbone)
-    tokens, log_probs, mask, ended = answer(backbone, fan_out(state, INDEX, draw(state)), 5, range(VOCABULARY))
+    tokens, log_probs, mask, ended = answer(backbone, state, INDEX, draw(state), 5, range(VOCABULARY))
     assert tokens.shape == (7, 1) and mask.all() and ended.all() and (log_probs < 0).all()
 
 
@@ -197,7 +216,7 @@ def test_one_token() -> None:
     backbone = tiny_qwen()
     state = wait(backbone)
     torch.manual_seed(0)
-    tokens, _, mask, ended = answer(backbone, fan_out(state, INDEX, draw(state)), 1, range(60))
+    tokens, _, mask, ended = answer(backbone, state, INDEX, draw(state), 1, range(60))
     assert tokens.shape == (7, 1) and mask.all()
     assert torch.equal(ended, tokens[:, 0] < 60) and 0 < int(ended.sum()) < 7
 
@@ -210,7 +229,7 @@ def test_tokens_are_drawn_from_the_distribution_of_their_log_probs(temperature) 
     index, keep = torch.zeros(count, dtype=torch.long), draw(state, INDEX[:1])
     pruned = fan_out(state, index[:1], keep)
     torch.manual_seed(0)
-    tokens, log_probs, *_ = answer(backbone, rows(pruned, index), 1, [END], temperature=temperature)
+    tokens, log_probs, *_ = answer(backbone, state, index, keep.expand(count, -1), 1, [END], temperature=temperature)
     logits = backbone.logits(run_layers(backbone, pruned, backbone.num_layers).hidden[0, -1])
     p = (logits / temperature).softmax(-1)
     torch.testing.assert_close(log_probs[:, 0], p.log()[tokens[:, 0]], **EXACT)
@@ -222,10 +241,9 @@ def test_tokens_are_drawn_from_the_distribution_of_their_log_probs(temperature) 
 def test_no_visual_token_survives(backbone) -> None:
     state = wait(backbone)
     keep = ~state.visual[INDEX]
-    pruned = fan_out(state, INDEX, keep)
-    assert not pruned.visual.any()
+    assert not fan_out(state, INDEX, keep).visual.any()
     torch.manual_seed(0)
-    tokens, log_probs, mask, _ = answer(backbone, pruned, 4, OFTEN)
+    tokens, log_probs, mask, _ = answer(backbone, state, INDEX, keep, 4, OFTEN)
     check_against_masks(backbone, keep, tokens, log_probs, mask)
 
 
@@ -261,7 +279,7 @@ def test_processes_that_share_weights_go_on_until_the_last_has_finished(tmp_path
 
     def roll(ending: int, synced: bool) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
-        return answer(backbone, fan_out(state, INDEX, keep), 6, ends[ending], synced=synced)
+        return answer(backbone, state, INDEX, keep, 6, ends[ending], synced=synced)
 
     def work(rank: int) -> None:
         calls = []

@@ -3,7 +3,8 @@
 The actions of a rollout are the Bernoulli decision of every visual token and the tokens of the answer. Their
 log-probabilities are those of the very distribution that was sampled: the prompt is full in layers < K, only the
 survivors run above, and the answer sees only survivors in every layer (method.md §3). The prompt's layers < K run once
-for all its rollouts, which take from its cache no more than their survivors.
+for all its rollouts, which take from its cache no more than their survivors; above, rollouts with the same mask are one
+prompt with several answers.
 
 Left out: top-k, top-p and repetition penalties, under which the ratio of two policies is no longer that of their
 log-probabilities; ``generate`` has them for inference. Speculative or paged decoding: answers here are short.
@@ -12,6 +13,7 @@ log-probabilities; ``generate`` has them for inference. Speculative or paged dec
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,15 +40,18 @@ def sample_keep(state: Prefill, keep_logits: Tensor, index: Tensor, temperature:
 def answer(
     backbone: LVLM,
     state: Prefill,
+    index: Tensor,
+    keep: Tensor,
     max_new_tokens: int,
     ends: Sequence[int],
     *,
     temperature: float = 1.0,
     synced: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample an answer behind each of R pruned prompts at depth K (:func:`~glimpseprune.decoder.fan_out` makes them).
+    """Sample R answers: each behind the prompt of ``index`` [R], pruned to ``keep`` [R, S].
 
     Args:
+        state: the unpruned prompts at depth K.
         ends: ids of the tokens that end an answer.
         synced: other processes hold parts of the weights, so all go on until the last of them has finished.
 
@@ -54,7 +59,7 @@ def answer(
         Tokens [R, T] (right-padded, end of turn included), their log-probabilities [R, T] (0 on padding), mask [R, T],
         and ended [R], False where an answer was cut. Rows that have ended leave the batch once half of it has.
     """
-    device, count = backbone.device, len(state.mask)
+    device, count = backbone.device, len(index)
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     log_probs = torch.zeros(count, max_new_tokens, device=device)
     mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
@@ -62,7 +67,7 @@ def answer(
     alive = torch.arange(count, device=device)  # rows of the batch -> rollouts
     running = torch.ones(count, dtype=torch.bool, device=device)
     length = 0
-    current = run_layers(backbone, state, backbone.num_layers)
+    current = pruned(backbone, state, index, keep)
     for step in range(max_new_tokens):
         distribution = (backbone.logits(current.hidden[:, -1]).float() / temperature).log_softmax(-1)
         drawn = torch.multinomial(distribution.exp(), 1)  # [R', 1]
@@ -92,10 +97,20 @@ def score(
     ``state``: the unpruned prompts at depth K. Before any update the log-probabilities are those that :func:`answer`
     returned. 0 on padding.
     """
-    logits = follow(backbone, fan_out(state, index, keep), tokens, mask).float() / temperature
+    logits = follow(backbone, pruned(backbone, state, index, keep), tokens, mask).float() / temperature
     log_probs = logits.log_softmax(-1)  # [r, T, vocabulary]
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(2, tokens[..., None])[..., 0] * mask, entropy * mask
+
+
+def pruned(backbone: LVLM, state: Prefill, index: Tensor, keep: Tensor) -> Prefill:
+    """Prompts ``index`` [R] pruned to ``keep`` [R, S] behind all layers, hidden states of the last column alone; what
+    occurs several times is run once."""
+    _, place = torch.cat([index[:, None], keep], 1).unique(dim=0, return_inverse=True)  # [R]
+    count = torch.arange(len(index), device=index.device)
+    first = count.new_full((int(place.max()) + 1,), len(index)).scatter_reduce(0, place, count, "amin")  # [U]
+    state = run_layers(backbone, fan_out(state, index[first], keep[first]), backbone.num_layers)
+    return rows(replace(state, hidden=state.hidden[:, -1:]), place)
 
 
 def at_columns(state: Prefill, values: Tensor) -> Tensor:

@@ -110,8 +110,12 @@ class GRPOModule(StageModule):
         for name in ("temperature", "keep_temperature", "micro_batch", "max_completion_length", "num_iterations"):
             if not (value := getattr(config.grpo, name)) > 0:
                 raise UserError(f"grpo.{name}={value}: it must be above 0")
-        if config.grpo.num_generations < 2:
-            raise UserError(f"grpo.num_generations={config.grpo.num_generations}: a group has at least 2 rollouts")
+        rollouts, masks = config.grpo.num_generations, config.grpo.num_masks
+        if rollouts < 2:
+            raise UserError(f"grpo.num_generations={rollouts}: a group has at least 2 rollouts")
+        if masks is not None and (masks < 1 or rollouts % masks):
+            raise UserError(f"grpo.num_masks={masks}: it must divide grpo.num_generations={rollouts}")
+        self.answers_per_mask = rollouts // (masks or rollouts)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -159,13 +163,17 @@ class GRPOModule(StageModule):
         """A mask and an answer for each prompt of ``index`` [R], and their reward; ``logits`` [N] of the gate."""
         options = self.config.grpo
         if self.samples_keep:
-            keep, keep_log_probs = sample_keep(state, logits, index, options.keep_temperature)
+            each = self.answers_per_mask
+            drawn = sample_keep(state, logits, index[::each], options.keep_temperature)
+            keep, keep_log_probs = (x.repeat_interleave(each, dim=0)[: len(index)] for x in drawn)
         else:
             keep = (self.greedy.keep(self.view(encoded, state)) | ~state.visual)[index]
             keep_log_probs = torch.zeros(keep.shape, device=self.device)
         tokens, log_probs, mask, ended = answer(
             self.backbone,
-            decoder.fan_out(state, index, keep),
+            state,
+            index,
+            keep,
             options.max_completion_length,
             self.ends,
             temperature=options.temperature,

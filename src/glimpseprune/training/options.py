@@ -73,6 +73,7 @@ class GRPOOptions:
     """Names and meanings are TRL's where TRL has them."""
 
     num_generations: int = option(8, "rollouts per prompt, G")
+    num_masks: int | None = option(None, "keep masks per prompt, each with G / num_masks answers (default: G)")
     max_completion_length: int = option(64, "tokens per answer at most")
     temperature: float = option(1.0, "of the sampled tokens")
     num_iterations: int = option(1, "updates per batch of rollouts")
