@@ -23,13 +23,13 @@ REINFORCE += ["grpo.max_completion_length=4", "rewards.functions={format: 1.0}",
 REINFORCE += ["grpo.micro_batch=3", "optim.lora_lr=1e-3", "data.batch_size=2"]
 
 
-def start(out: Path, args: list[str], **more: str) -> subprocess.CompletedProcess:
+def start(out: Path, args: list[str], seconds: float = 300, **more: str) -> subprocess.CompletedProcess:
     """A training in processes of its own."""
     if any("=zero" in argument for argument in args):
         pytest.importorskip("deepspeed")
     env = {"PYTHONPATH": os.pathsep.join(sys.path), "DIARY": f"{out}.diary", "OMP_NUM_THREADS": "1"} | more
     command = [sys.executable, SCRIPT, *args, f"out={out}"]
-    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=os.environ | env, capture_output=True, text=True, timeout=seconds)
 
 
 def run(out: Path, args: list[str]) -> None:
@@ -148,6 +148,18 @@ def test_rollouts_are_reinforced_alike(recipe, tmp_path):
     assert said[0][3] != said[1][3]
     for strategy, (text, own, tensors) in found.items():
         assert text == said and own == pytest.approx(norm, rel=1e-4) and tensors == count, strategy
+
+
+@pytest.mark.slow
+def test_a_rank_of_one_token_answers_waits_for_the_others(recipe, tmp_path):
+    """Under ZeRO-3 all ranks call every layer equally often, in the passes that score answers, too."""
+    pytest.importorskip("deepspeed")
+    config = strategies.read("zero3")
+    config["zero_optimization"]["stage3_param_persistence_threshold"] = 0  # small ones, too, are gathered at every call
+    (tmp_path / "zero3.json").write_text(json.dumps(config))
+    args = [*recipe, *REINFORCE, *shared(tmp_path / "zero3.json"), "trainer.max_steps=2", "trainer.val_every=2"]
+    done = start(tmp_path / "run", args, 150, TERSE="0")
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """`python training_script.py ARGUMENTS`: a training that writes down what it does, and that can be told to die.
 
 Every training step adds a line to the file $DIARY: rank, step, keys of its samples, loss. The process gets SIGKILL so
-many seconds after its first step ($KILL_AFTER), or when step $KILL_AT begins.
+many seconds after its first step ($KILL_AFTER), or when step $KILL_AT begins. Answers of rank $TERSE have one token.
 """
 
 import json
@@ -39,5 +39,7 @@ def watched(training_step):
 
 for module in (GlimpseModule, GRPOModule):
     module.training_step = watched(module.training_step)
+if "TERSE" in os.environ:
+    GRPOModule.ends = property(lambda self: list(range(64)) if self.global_rank == int(os.environ["TERSE"]) else [])
 if __name__ == "__main__":
     train.main(sys.argv[1:])

@@ -303,9 +303,9 @@ class GRPOModule(StageModule):
     def token_loss(self, batch: Batch, part: Tensor, weights: Tensor, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the tokens of the rollouts ``part`` [r], one micro-batch."""
         options, actions = self.config.grpo, batch.actions
-        length = int(batch.mask[part].sum(1).max())
-        tokens, old, mask = (x[part, : max(length, 1)] for x in (actions.tokens, actions.log_probs, batch.mask))
-        weight = weights[part, : tokens.shape[1]]
+        length = self.most(max(int(batch.mask[part].sum(1).max()), 1))
+        columns = (actions.tokens, actions.log_probs, batch.mask, weights)
+        tokens, old, mask, weight = (nn.functional.pad(x[part], (0, length - x.shape[1])) for x in columns)
         index, keep = actions.index[part], actions.keep[part]
         log_probs, entropy = self.score(batch, index, keep, tokens, mask)
         per_token, clipped = losses.policy_loss(

@@ -185,6 +185,11 @@ class Zero(DeepSpeedStrategy):
 
     def setup_environment(self) -> None:
         if isinstance(self.accelerator, CPUAccelerator):
+            import deepspeed.ops
+
+            # Else it compiles an exchange for inference. That takes a compiler and a minute; and if this process is
+            # killed meanwhile, all later ones wait for ever.
+            deepspeed.ops.__compatible_ops__ = {}
             DDPStrategy.setup_environment(self)
         else:
             super().setup_environment()
