@@ -1,4 +1,4 @@
-"""Rollouts of the RL stage: for each prompt G sampled keep masks, each with a sampled answer on its pruned cache.
+"""Rollouts of the RL stage: for each prompt sampled keep masks, each with sampled answers on its pruned cache.
 
 The actions of a rollout are the Bernoulli decision of every visual token and the tokens of the answer. Their
 log-probabilities are those of the very distribution that was sampled: the prompt is full in layers < K, only the

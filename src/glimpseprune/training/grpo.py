@@ -1,7 +1,7 @@
 """Stage 2, GlimpsePrune+: reinforce the language model on its own pruned sequences (method.md §3).
 
-A step: every prompt of the batch runs through layers < K once; each of its G rollouts draws a keep mask from the gate
-and an answer on the pruned cache; reward = task score + alpha x pruning ratio; advantages are relative to the group.
+A step: every prompt of the batch runs through layers < K once; each of its G rollouts has a keep mask drawn from the
+gate and draws an answer on the pruned cache; reward = task score + alpha x pruning ratio; advantages are relative to the group.
 Then the policy loss over tokens and over keep decisions, two terms with weights, clips and normalisations of their own,
 because there are V decisions to every few tokens. The log-probabilities are recomputed from exactly the distribution
 that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in micro-batches;
@@ -303,6 +303,7 @@ class GRPOModule(StageModule):
     def token_loss(self, batch: Batch, part: Tensor, weights: Tensor, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the tokens of the rollouts ``part`` [r], one micro-batch."""
         options, actions = self.config.grpo, batch.actions
+        # Of all ranks: those whose answers are one token would call the layers less often than others.
         length = self.most(max(int(batch.mask[part].sum(1).max()), 1))
         columns = (actions.tokens, actions.log_probs, batch.mask, weights)
         tokens, old, mask, weight = (nn.functional.pad(x[part], (0, length - x.shape[1])) for x in columns)
