@@ -1,11 +1,11 @@
 """Stage 2, GlimpsePrune+: reinforce the language model on its own pruned sequences (method.md §3).
 
 A step: every prompt of the batch runs through layers < K once; each of its G rollouts has a keep mask drawn from the
-gate and draws an answer on the pruned cache; reward = task score + alpha x pruning ratio; advantages are relative to the group.
-Then the policy loss over tokens and over keep decisions, two terms with weights, clips and normalisations of their own,
-because there are V decisions to every few tokens. The log-probabilities are recomputed from exactly the distribution
-that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in micro-batches;
-loss weights are fixed before, so neither gradient nor memory depends on how they are cut.
+gate and draws an answer on the pruned cache; reward = task score + alpha x pruning ratio; advantages are relative to
+the group. Then the policy loss over tokens and over keep decisions, two terms with weights, clips and normalisations of
+their own, because there are V decisions to every few tokens. The log-probabilities are recomputed from exactly the
+distribution that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in
+micro-batches; loss weights are fixed before, so neither gradient nor memory depends on how they are cut.
 
 What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP, the vision tower. ``grpo.keep:
 boxes`` prunes by the ground truth, as the published recipe does; a pruner without a gate (none, random) is reinforced
