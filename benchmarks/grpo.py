@@ -182,8 +182,8 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     from glimpseprune import lora, pruners, rewards, rollout
     from glimpseprune.backbones.qwen2_5_vl import Backbone
     from glimpseprune.data.collate import Collator
+    from glimpseprune.options import LoraOptions, TrainConfig
     from glimpseprune.training import grpo
-    from glimpseprune.training.options import LoraOptions, TrainConfig
 
     model, processor = build(setting)
     backbone = Backbone(model.eval(), processor)
@@ -291,7 +291,7 @@ def trl_trainer(setting: Setting, folder: str, callbacks: list[Any]) -> Any:
     from peft import LoraConfig
     from trl import GRPOConfig, GRPOTrainer
 
-    from glimpseprune.training.options import LoraOptions
+    from glimpseprune.options import LoraOptions
 
     model, processor = build(setting)
     rows = prompts(setting)

@@ -7,7 +7,7 @@ import sys
 import lightning as L
 
 from glimpseprune import backbones, sharded
-from glimpseprune.training import strategies
+from glimpseprune.running import strategies
 
 if __name__ == "__main__":
     folder, name, out = sys.argv[1:]

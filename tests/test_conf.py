@@ -7,8 +7,8 @@ import pytest
 
 from glimpseprune import config
 from glimpseprune.lookup import names
+from glimpseprune.options import TrainConfig
 from glimpseprune.pruners import options_of
-from glimpseprune.training.options import TrainConfig
 from glimpseprune.training.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parent.parent

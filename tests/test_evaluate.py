@@ -13,7 +13,7 @@ import torch
 from conftest import picture
 from glimpseprune import checkpoint, evaluate, lora
 from glimpseprune.data import shards
-from glimpseprune.training.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
+from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
 from glimpseprune.types import Sample
 
 OPTIONS = {

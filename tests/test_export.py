@@ -16,7 +16,7 @@ import glimpseprune
 from conftest import prompts, tiny_llava
 from glimpseprune import checkpoint, config, export
 from glimpseprune.backbones.qwen2_5_vl import load_processor
-from glimpseprune.training.options import TrainConfig
+from glimpseprune.options import TrainConfig
 from test_evaluate import data, save_run, scored  # noqa: F401  (data is a fixture)
 
 

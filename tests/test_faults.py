@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from glimpseprune.config import UserError
-from glimpseprune.training import checkpoints
-from glimpseprune.training.checkpoints import Checkpoints, newest
+from glimpseprune.running import checkpoints
+from glimpseprune.running.checkpoints import Checkpoints, newest
 
 SCRIPT = Path(__file__).with_name("training_script.py")
 KILLS = int(os.environ.get("KILLS", 3))

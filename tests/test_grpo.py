@@ -28,12 +28,7 @@ from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
 from glimpseprune.data.shards import write
 from glimpseprune.generate import generate
-from glimpseprune.pruners import build
-from glimpseprune.rewards import Rewards
-from glimpseprune.training import grpo
-from glimpseprune.training.callbacks import GuardRails
-from glimpseprune.training.grpo import Actions, Batch, GRPOModule
-from glimpseprune.training.options import (
+from glimpseprune.options import (
     BackboneOptions,
     DataOptions,
     GRPOOptions,
@@ -43,6 +38,11 @@ from glimpseprune.training.options import (
     RewardOptions,
     TrainConfig,
 )
+from glimpseprune.pruners import build
+from glimpseprune.rewards import Rewards
+from glimpseprune.running.callbacks import GuardRails
+from glimpseprune.training import grpo
+from glimpseprune.training.grpo import Actions, Batch, GRPOModule
 from glimpseprune.types import Inputs, Sample
 from test_lora import adapters
 from test_rollout import masked_logits

@@ -14,8 +14,8 @@ from glimpseprune import lora
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.decoder import prefill
+from glimpseprune.options import LoraOptions
 from glimpseprune.pruners import build
-from glimpseprune.training.options import LoraOptions
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from glimpseprune.training import slurm
+from glimpseprune.running import slurm
 
 
 class Trainer(SimpleNamespace):

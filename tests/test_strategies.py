@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from glimpseprune import train
 from glimpseprune.config import UserError
-from glimpseprune.training import strategies
+from glimpseprune.running import strategies
 
 SCRIPT = Path(__file__).with_name("training_script.py")
 SHARED = ("ddp", "zero1", "zero2", "zero3", "zero3_offload")
@@ -187,7 +187,7 @@ def test_no_process_holds_a_model_that_zero3_splits(tmp_path):
 PARTING = """
 import sys, time
 import torch, torch.distributed as dist
-from glimpseprune.training import strategies
+from glimpseprune.running import strategies
 
 class Slow:
     def __del__(self, now=time.monotonic):

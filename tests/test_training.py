@@ -19,10 +19,10 @@ from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
 from glimpseprune.decoder import prefill
+from glimpseprune.options import BackboneOptions, DataOptions, LossOptions, TrainConfig
 from glimpseprune.pruners import build
-from glimpseprune.training import slurm
+from glimpseprune.running import slurm
 from glimpseprune.training.glimpse import GlimpseModule, mask_scores
-from glimpseprune.training.options import BackboneOptions, DataOptions, LossOptions, TrainConfig
 from glimpseprune.types import Inputs, Sample
 
 OPTIONS = {

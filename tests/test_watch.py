@@ -28,11 +28,7 @@ from glimpseprune import train
 from glimpseprune.data.collate import Collator
 from glimpseprune.data.module import PADDING, ShardDataset, ShardLoader
 from glimpseprune.data.shards import write
-from glimpseprune.pruners import build
-from glimpseprune.training import watch
-from glimpseprune.training.glimpse import GlimpseModule
-from glimpseprune.training.grpo import GRPOModule
-from glimpseprune.training.options import (
+from glimpseprune.options import (
     BackboneOptions,
     DataOptions,
     GRPOOptions,
@@ -41,7 +37,11 @@ from glimpseprune.training.options import (
     TrainConfig,
     WatchOptions,
 )
-from glimpseprune.training.watch import EXIT_CODE, Stall, StopOnNonFinite, Throughput, Usual, Window, rates, verdict
+from glimpseprune.pruners import build
+from glimpseprune.running import watch
+from glimpseprune.running.watch import EXIT_CODE, Stall, StopOnNonFinite, Throughput, Usual, Window, rates, verdict
+from glimpseprune.training.glimpse import GlimpseModule
+from glimpseprune.training.grpo import GRPOModule
 from glimpseprune.types import Inputs, Sample
 
 GLIMPSE = {
@@ -656,7 +656,7 @@ def test_a_rank_that_fails_says_so_and_is_no_longer_watched(watched):
 GRASP = """
 import ctypes, sys, time
 from types import SimpleNamespace
-from glimpseprune.training.watch import Stall
+from glimpseprune.running.watch import Stall
 
 strategy = SimpleNamespace(barrier=lambda: None)
 trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, global_step=3, strategy=strategy)

@@ -25,7 +25,7 @@ from . import backbones, config, pruners, sharded
 from .backbones import LVLM
 from .config import UserError
 from .generate import generate
-from .training.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
+from .options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
 from .types import Rollout
 
 CONFIG, TRAINABLE, PUBLISHED = "config.yaml", "trainable.safetensors", "new_modules_gp.pt"

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from glimpseprune import config
 from glimpseprune.config import MISSING, UserError, option
-from glimpseprune.training.options import PrunerOptions, TrainConfig
+from glimpseprune.options import PrunerOptions, TrainConfig
 
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM

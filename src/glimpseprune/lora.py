@@ -18,7 +18,7 @@ from .backbones import LVLM
 from .config import UserError
 
 if TYPE_CHECKING:
-    from .training.options import LoraOptions
+    from .options import LoraOptions
 
 
 def inject(backbone: LVLM, options: LoraOptions, prune_depth: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from glimpseprune import cost, lookup
 from glimpseprune.config import UserError
-from glimpseprune.training.options import LoraOptions, TrainConfig
+from glimpseprune.options import LoraOptions, TrainConfig
 
 BUCKET = 50_000_000
 """Numbers that ZeRO reduces or gathers at once: ``reduce_bucket_size``, ``allgather_bucket_size``, conf/deepspeed."""

@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 from glimpseprune import config, cost
 from glimpseprune.config import UserError, option
 from glimpseprune.memory import Held, Load, Model, Peak, held, moments
+from glimpseprune.options import BackboneOptions, TrainConfig
 from glimpseprune.train import inherited
-from glimpseprune.training.options import BackboneOptions, TrainConfig
 
 if TYPE_CHECKING:
     from glimpseprune.training._stage import StageModule
@@ -222,7 +222,7 @@ def smaller(cfg: PlanConfig, model: Model, load: Load) -> str | None:
 
 def verdict(cfg: PlanConfig, model: Model, load: Load, rows: list[Row]) -> str:
     """One line: what to use, or what to lower."""
-    from glimpseprune.training.strategies import choose
+    from glimpseprune.running.strategies import choose
 
     gpus, trained = number_of_gpus(cfg), sum(number for (trains, _), number in model.counts.items() if trains)
     asked = choose(cfg.trainer.strategy, gpus, cuda=True, deepspeed=True, trained=trained)

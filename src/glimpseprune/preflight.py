@@ -18,9 +18,9 @@ from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards
 from glimpseprune.evaluate import EvaluateConfig
 from glimpseprune.evaluate import check as check_options
+from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import described, make_missing
 from glimpseprune.train import inherited, last_checkpoint
-from glimpseprune.training.options import TrainConfig
 
 
 @dataclass

@@ -18,8 +18,8 @@ from typing import Any
 
 from glimpseprune import config
 from glimpseprune.config import UserError
+from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
-from glimpseprune.training.options import TrainConfig
 
 JOB = "slurm-job"
 """File of a run folder: number of the SLURM job that wrote it last."""
@@ -59,10 +59,10 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.lookup import find
-    from glimpseprune.training import slurm, strategies
-    from glimpseprune.training.callbacks import GuardRails, RunFolder
-    from glimpseprune.training.checkpoints import Checkpoints
-    from glimpseprune.training.watch import Stall, StopOnNonFinite, Throughput
+    from glimpseprune.running import slurm, strategies
+    from glimpseprune.running.callbacks import GuardRails, RunFolder
+    from glimpseprune.running.checkpoints import Checkpoints
+    from glimpseprune.running.watch import Stall, StopOnNonFinite, Throughput
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
     warnings.filterwarnings("ignore", ".*when logging on epoch level.*")  # means were taken over ranks before
@@ -169,7 +169,7 @@ def last_checkpoint(cfg: TrainConfig) -> Path | None:
     out = Path(cfg.out)
     again = _is_own_work(out)
     if again or cfg.resume:
-        from glimpseprune.training.checkpoints import newest
+        from glimpseprune.running.checkpoints import newest
 
         if (last := newest(out)) is not None:
             return last

@@ -38,9 +38,9 @@ from glimpseprune import lora, losses
 from glimpseprune.backbones import LVLM, llava1_5, qwen2_5_vl
 from glimpseprune.decoder import View, append, branch, fan_out, prefill, run_layers, start
 from glimpseprune.generate import continue_from
+from glimpseprune.options import LoraOptions
 from glimpseprune.pruners import build, glimpse
 from glimpseprune.rollout import score
-from glimpseprune.training.options import LoraOptions
 from glimpseprune.types import Encoded
 
 RECORDINGS = Path(os.environ.get("GLIMPSEPRUNE_RECORDINGS") or Path(__file__).parent / "recordings")

@@ -16,10 +16,10 @@ from glimpseprune import decoder, lora, pruners
 from glimpseprune.config import UserError
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
+from glimpseprune.options import TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.pruners.glimpse import decide
-from glimpseprune.training.options import TrainConfig
-from glimpseprune.training.strategies import Zero
+from glimpseprune.running.strategies import Zero
 from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
 
 PARTS = ("glimpse", "vip", "lora", "decoder", "vision")

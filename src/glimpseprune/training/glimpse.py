@@ -22,9 +22,9 @@ from glimpseprune import decoder, losses
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.cost import Shapes, Vip
-from glimpseprune.training import flops
+from glimpseprune.options import TrainConfig
+from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
-from glimpseprune.training.options import TrainConfig
 from glimpseprune.types import Encoded, Inputs, Prefill
 
 

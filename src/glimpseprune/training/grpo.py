@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from glimpseprune import decoder, lora, losses, pruners, rewards
 from glimpseprune.config import UserError
+from glimpseprune.options import TrainConfig
 from glimpseprune.rollout import answer, at_columns, sample_keep, score
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
-from glimpseprune.training.options import TrainConfig
 from glimpseprune.types import Encoded, Inputs, Prefill
 
 PER_TOKEN = {"entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean"}

@@ -24,7 +24,7 @@ import lightning as L
 
 from glimpseprune.checkpoint import CONFIG, TRAINABLE
 from glimpseprune.config import UserError
-from glimpseprune.training.callbacks import collapsed
+from glimpseprune.running.callbacks import collapsed
 
 FOLDER, INDEX, BEST = "checkpoints", "checkpoints.json", "best"
 _NAME = re.compile(r"step-\d{8,}\.ckpt")

@@ -13,8 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from glimpseprune import checkpoint
 from glimpseprune.config import UserError
+from glimpseprune.options import GuardOptions, TrainConfig
 from glimpseprune.sharded import gathered
-from glimpseprune.training.options import GuardOptions, TrainConfig
 
 
 class RunFolder(L.Callback):

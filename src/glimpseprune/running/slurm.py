@@ -15,9 +15,9 @@ import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from glimpseprune.training.callbacks import flush
-from glimpseprune.training.checkpoints import Checkpoints
-from glimpseprune.training.strategies import leave
+from glimpseprune.running.callbacks import flush
+from glimpseprune.running.checkpoints import Checkpoints
+from glimpseprune.running.strategies import leave
 
 EXIT_CODE = 75
 """Of a training that was interrupted: not 0, or what waits for its end would start."""

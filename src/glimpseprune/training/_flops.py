@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops
-from glimpseprune.training.options import LossOptions
+from glimpseprune.options import LossOptions
 from glimpseprune.types import Grid
 
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from glimpseprune.config import UserError
-from glimpseprune.training.options import WatchOptions
+from glimpseprune.options import WatchOptions
 from glimpseprune.types import Inputs
 
 PEAK_TFLOPS = {

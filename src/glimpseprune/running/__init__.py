@@ -1,0 +1,1 @@
+"""How a run runs: strategies, checkpoints, SLURM, what a run folder receives, and what watches over it."""
