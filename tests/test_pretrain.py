@@ -7,6 +7,7 @@ import torch
 from glimpseprune.data.sources import tags
 from glimpseprune.training import pretrain
 from glimpseprune.training.pretrain import PretrainConfig, PretrainModule, Stage, TinyConfig
+from glimpseprune.types import Layout
 
 TINY = TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=2, vision_hidden=32, vision_intermediate=32)
 STAGE = Stage(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
@@ -100,4 +101,4 @@ def test_training_lowers_the_loss_and_the_folder_loads(tmp_path, capsys):
     backbone = backbones.load(folder, dtype="float32")
     sample = next(iter(tags.samples(tags.Options(), "test")))
     prompt = backbone.prepare([sample.question], [sample.images])
-    assert backbone.grids(prompt) == [[(12, 12)]]
+    assert backbone.layouts(prompt) == [[Layout.of((12, 12))]]

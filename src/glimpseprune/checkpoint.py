@@ -54,8 +54,7 @@ class GlimpsePrune:
         Returns:
             Rollout: ``tokens`` [B, T], and per row ``keep`` [V] and ``keep_maps()`` [rows, cols] per image.
         """
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids")
-        prompt = {name: inputs.pop(name) for name in names if name in inputs}
+        prompt = {name: inputs.pop(name) for name in self.backbone.prompt_keys if name in inputs}
         return generate(self.backbone, self.pruner, prompt, **inputs)
 
 
@@ -98,7 +97,7 @@ def load(
     if adapters is not None:
         from .lora import inject
 
-        inject(model, adapters, module.layers[0] if module.layers else 0)
+        inject(model, adapters, module.stops[0].depth if module.stops else 0)
     if tuned:
         restore_lvlm(model, tuned, str(ckpt))
     if weights is not None and method.name == saved.pruner.name:
@@ -121,7 +120,7 @@ def outline(
         if lora is not None:
             from .lora import inject
 
-            inject(model, lora, module.layers[0] if module.layers else 0)
+            inject(model, lora, module.stops[0].depth if module.stops else 0)
     return GlimpsePrune(model, module, pruner.name)
 
 

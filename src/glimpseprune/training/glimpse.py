@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from glimpseprune import decoder, losses
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
-from glimpseprune.cost import Shapes, Vip
+from glimpseprune.cost import Vip
 from glimpseprune.options import TrainConfig
 from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
@@ -113,7 +113,7 @@ class GlimpseModule(StageModule):
         if config.answer:
             terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask) * share
         loss = sum(weight * value for weight, value in terms.values())
-        keep = self.decide(logits.detach(), counts)
+        keep = self.pruner.mask(logits.detach(), counts)
         values = {name: value for name, (_, value) in terms.items()} | {"keep_ratio": keep.float().mean()}
         everywhere = self.mean_over_ranks(torch.stack([*values.values(), loss]).detach())
         self.log_dict({f"train/{name}": value for name, value in zip(values, everywhere)}, prog_bar=True)
@@ -124,14 +124,14 @@ class GlimpseModule(StageModule):
     def flops(self, inputs: Inputs) -> float:
         """As :mod:`.flops` counts them."""
         vip, trains = Vip.of(self.pruner), "decoder" in self.config.train
-        shapes, probed = Shapes.from_config(self.backbone.model.config), max(self.pruner.probe_layers) + 1
-        step = flops.Step(shapes, vip, self.depth, probed, self.config.loss, trains)
+        probed = max(self.pruner.probe_layers) + 1
+        step = flops.Step(self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains)
         columns = inputs.prompt["attention_mask"].sum(1).tolist()
         answers = inputs.answer_mask.sum(1).tolist()
         total = 0.0
-        for length, grids, answer in zip(columns, self.backbone.grids(inputs.prompt), answers):
-            visual = sum(rows * cols for rows, cols in grids)
-            total += flops.of_sample(step, length - visual, grids, answer, self.estimator)
+        for length, layouts, answer in zip(columns, self.backbone.layouts(inputs.prompt), answers):
+            visual = sum(layout.count for layout in layouts)
+            total += flops.of_sample(step, length - visual, layouts, answer, self.estimator)
         return total
 
     # ----------------------------------------------------------------------------------------------- validation
@@ -145,7 +145,7 @@ class GlimpseModule(StageModule):
         """
         shared = self.share(inputs)
         ids, mask, counts = inputs.answer_ids, inputs.answer_mask, shared.counts
-        keep = self.decide(shared.logits[-1], counts)
+        keep = self.pruner.mask(shared.logits[-1], counts)
         weight = torch.ones(shared.state.visual.shape, device=ids.device).masked_scatter(
             shared.state.visual, keep.float()
         )

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from glimpseprune import decoder, lora, losses, pruners, rewards
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
-from glimpseprune.rollout import answer, at_columns, sample_keep, score
+from glimpseprune.rollout import answer, at_columns, prefilled, sample_keep, score
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
 from glimpseprune.types import Encoded, Inputs, Prefill
 
@@ -92,6 +92,8 @@ class GRPOModule(StageModule):
         self.rewards = rewards.build(config.rewards.functions, config.rewards.judge)
         self.gated = hasattr(pruner, "logits")
         self.samples_keep = self.gated and config.grpo.keep == "sampled"
+        self.replays_keep = True
+        """Whether a rollout's mask at the first stop is all that must be known to prune its prompt again."""
         boxes = {"prune_layer": self.depth - 1}
         self.greedy = pruners.build("oracle", boxes, backbone) if config.grpo.keep == "boxes" else pruner
         self.trains_keep = self.samples_keep and any(p.requires_grad for p in pruner.parameters())
@@ -103,10 +105,6 @@ class GRPOModule(StageModule):
         self.said: list[tuple[str, ...]] = []
         if config.grpo.beta and (config.lora is None or {"decoder", "vision"} & set(config.train)):
             raise UserError("grpo.beta > 0 compares with the policy without adapters: train=[lora, ...], or beta=0")
-        if len(pruner.layers) > 1 or pruner.renumber or not pruner.prune_cache:
-            raise UserError(
-                f"stage=grpo prunes once, in place, cache included: not as pruner '{config.pruner.name}' does"
-            )
         for name in ("temperature", "keep_temperature", "micro_batch", "max_completion_length", "num_iterations"):
             if not (value := getattr(config.grpo, name)) > 0:
                 raise UserError(f"grpo.{name}={value}: it must be above 0")
@@ -167,20 +165,21 @@ class GRPOModule(StageModule):
             drawn = sample_keep(state, logits, index[::each], options.keep_temperature)
             keep, keep_log_probs = (x.repeat_interleave(each, dim=0)[: len(index)] for x in drawn)
         else:
-            keep = (self.greedy.keep(self.view(encoded, state)) | ~state.visual)[index]
+            decision = self.greedy.decide(self.view(encoded, state))
+            self.replays_keep = decision.merge is None
+            keep = (decision.keep | ~state.visual)[index]
             keep_log_probs = torch.zeros(keep.shape, device=self.device)
+        given = keep if self.replays_keep else None
+        prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
         tokens, log_probs, mask, ended = answer(
             self.backbone,
-            state,
-            index,
-            keep,
+            prompts,
             options.max_completion_length,
             self.ends,
             temperature=options.temperature,
             synced=self.is_sharded,
         )
-        visual = state.visual[index]
-        pruned = 1 - (keep & visual).sum(1) / visual.sum(1)
+        pruned = 1 - prompts.trace[-1].kept / prompts.trace[0].kept
         rows = [inputs.samples[i] for i in index.tolist()]
         texts = self.backbone.processor.tokenizer.batch_decode(tokens.where(mask, self.pad), skip_special_tokens=True)
         scores = self.rewards(
@@ -332,15 +331,19 @@ class GRPOModule(StageModule):
 
     def score(self, batch: Batch, index: Tensor, keep: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """:func:`glimpseprune.rollout.score` on the shared prefix, which runs again if anything below K trains."""
-        state = batch.state
+        encoded, state = batch.encoded, batch.state
         if self.trains_below:
-            prompts, index = index.unique(return_inverse=True)
+            places, index = index.unique(return_inverse=True)
             if self.trains_vision:
-                start = decoder.start(self.backbone.encode(self.backbone.choose(batch.inputs.prompt, prompts)))
+                chosen = self.backbone.choose(batch.inputs.prompt, places)
+                encoded = decoder.see(self.backbone, self.pruner, chosen)
+                start = decoder.start(encoded)
             else:
-                start = decoder.rows(decoder.start(batch.encoded), prompts)
-            state = decoder.run_layers(self.backbone, start, self.depth)
-        return score(self.backbone, state, index, keep, tokens, mask, self.config.grpo.temperature)
+                start = decoder.rows(decoder.start(encoded), places)
+            state = decoder.approach(self.backbone, start, self.pruner)
+        given = keep if self.replays_keep else None
+        prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
+        return score(self.backbone, prompts, tokens, mask, self.config.grpo.temperature)
 
     def keep_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the keep decisions of all rollouts."""
@@ -407,7 +410,7 @@ class GRPOModule(StageModule):
                 metrics[f"rewards/{name}/mean"] = known.mean()
                 metrics[f"rewards/{name}/std"] = known.std() if len(known) > 1 else torch.zeros(())
         if logits is not None:
-            keep = self.decide(logits, encoded.counts)
+            keep = self.pruner.mask(logits, encoded.counts)
             metrics["keep_ratio/greedy"] = torch.stack([x.float().mean() for x in keep.split(encoded.counts)]).mean()
             targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
             scores = mask_scores(keep, targets, inputs, encoded.counts)
