@@ -83,22 +83,24 @@ class GlimpseModule(StageModule):
         return "value" if self.progress < self.config.loss.value_until else "stc"
 
     def training_step(self, inputs: Inputs, index: int) -> Tensor:
+        """The sum of what ``loss`` weighs: KL to the unpruned answer, pruning pressure, mask and answer loss. Means are
+        over all ranks' answer tokens or samples, so that the number of ranks changes nothing."""
         config, progress = self.config.loss, self.progress
         shared = self.share(inputs)
         logits, counts = shared.logits[-1], shared.counts
         ids, mask = inputs.answer_ids, inputs.answer_mask
         # The mean of the ranks' losses is what one process would compute with the samples of all of them.
-        gates = torch.stack([row.float().sigmoid().mean() for row in logits.detach().split(counts)]).mean()
-        own = torch.stack([mask.sum().float(), gates])
+        gates = torch.stack([row.float().sigmoid().mean() for row in logits.detach().split(counts)]).mean()  # []
+        own = torch.stack([mask.sum().float(), gates])  # [2]
         self.own_work_ends()
         mean = self.mean_over_ranks(own)
         share = own[0] / mean[0].clamp(min=1)  # of all answer tokens
         terms: dict[str, tuple[float, Tensor]] = {}
         if config.kl:
             with torch.no_grad():
-                teacher = self.answer_logits(shared.state, ids, mask)
+                teacher = self.answer_logits(shared.state, ids, mask)  # [B, T, vocabulary]
             gate = self.gate(shared, self.estimator)
-            student = self.answer_logits(shared.state, ids, mask, gate)
+            student = self.answer_logits(shared.state, ids, mask, gate)  # [B, T, vocabulary]
             terms["kl"] = config.kl, losses.kl(teacher, student, mask) * share
         if config.pressure:
             ramp = min(1.0, max(0.0, progress - config.pressure_from) / max(config.pressure_ramp, 1e-6))
