@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glimpseprune import config, lookup
+from glimpseprune import config, training
 from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards
 from glimpseprune.evaluate import EvaluateConfig
@@ -39,7 +39,7 @@ def train(cfg: TrainCheck) -> None:
     from glimpseprune.pruners import options_of  # which imports torch; an evaluation needs none
 
     last = last_checkpoint(cfg)
-    lookup.choose(cfg.stage, lookup.names("glimpseprune.training"), "glimpseprune.training")
+    training.require(cfg.stage)
     options_of(cfg.pruner.name, cfg.pruner.options)
     check_weights(cfg.backbone.path, "backbone.path")
     if cfg.init_from is not None:

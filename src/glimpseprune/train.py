@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config
+from glimpseprune import config, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
@@ -46,6 +46,7 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
+    training.require(cfg.stage)
     last = last_checkpoint(cfg)
     if is_first_process():
         make_missing(cfg.data.path, cfg.data.prepare)
@@ -58,7 +59,6 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
-    from glimpseprune.lookup import find
     from glimpseprune.running import slurm, strategies
     from glimpseprune.running.callbacks import GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
@@ -66,9 +66,7 @@ def main(cfg: TrainConfig) -> None:
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
     warnings.filterwarnings("ignore", ".*when logging on epoch level.*")  # means were taken over ranks before
-    stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
-    if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
-        raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse or grpo")
+    stage = training.stage_of(cfg.stage)
     out = Path(cfg.out)
     if cfg.lora is None and cfg.init_from is not None and checkpoint.read_config(cfg.init_from).lora is not None:
         raise UserError(f"lora=null, but {cfg.init_from} has adapters: leave lora out, or merge them with src.export")
