@@ -62,7 +62,9 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.running import slurm, strategies
     from glimpseprune.running.callbacks import GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
-    from glimpseprune.running.watch import Stall, StopOnNonFinite, Throughput
+    from glimpseprune.running.nonfinite import StopOnNonFinite
+    from glimpseprune.running.stalls import Stall
+    from glimpseprune.running.throughput import Throughput
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
     warnings.filterwarnings("ignore", ".*when logging on epoch level.*")  # means were taken over ranks before
