@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from conftest import picture
-from glimpseprune.data.module import ShardDataset, ShardLoader
 from glimpseprune.data.shards import write
+from glimpseprune.data.stream import ShardDataset, ShardLoader
 from glimpseprune.options import WatchOptions
 from glimpseprune.running.throughput import Throughput, Window, peak_tflops, rates
 from glimpseprune.types import Inputs, Sample

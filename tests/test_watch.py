@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import TINY, picture
 from glimpseprune import train
 from glimpseprune.data.collate import Collator
-from glimpseprune.data.module import PADDING
 from glimpseprune.data.shards import write
+from glimpseprune.data.stream import PADDING
 from glimpseprune.options import (
     BackboneOptions,
     DataOptions,
