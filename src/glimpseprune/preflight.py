@@ -1,8 +1,8 @@
-"""Before a job is queued: ``python -m src.preflight train conf/stage1.yaml ...``, with the arguments of src.train.
+"""Before a job is queued: ``python -m src.preflight train conf/stage1.yaml ...``.
 
-Says on a login node, in seconds, what would otherwise fail when the job has started at last: a typo,
-missing data or weights, a run folder in use. ``evaluate`` in place of ``train`` takes the arguments of src.evaluate.
-Nothing is loaded: whether weights fit, and whether there is enough memory for them, is left to the run.
+Takes the arguments of src.train, or with ``evaluate`` in its place those of src.evaluate. Says on a login node, in
+seconds, what would otherwise fail when the job has started at last: a typo, missing data or weights, a run folder in
+use. Nothing is loaded: whether weights fit, and whether there is enough memory for them, is left to the run.
 """
 
 from __future__ import annotations
@@ -109,7 +109,10 @@ def _downloaded(path: str, key: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     commands = {"train": train, "evaluate": evaluate}
-    if command not in commands:
-        print(f"error: give {' or '.join(commands)}, then the arguments of that command", file=sys.stderr)
-        raise SystemExit(2)
+    if command in ("-h", "--help"):
+        print(config.as_typed(f"usage: python -m src.preflight <train or evaluate> ...\n\n{__doc__.strip()}"))
+        return
+    with config.answering("python -m src.preflight"):
+        if command not in commands:
+            raise UserError(f"give {' or '.join(commands)}, then the arguments of that command")
     commands[command](arguments)

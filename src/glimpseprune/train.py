@@ -155,7 +155,7 @@ def main(cfg: TrainConfig) -> None:
         print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")
     strategies.leave()
     if trainer.is_global_zero:
-        print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
+        print(config.as_typed(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}"))
 
 
 def is_first_process() -> bool:
