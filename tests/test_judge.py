@@ -314,6 +314,6 @@ def test_options(option, message):
 
 def test_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match="pip install openai"):
+    with pytest.raises(ModuleNotFoundError, match="openai"):
         make("http://x")
     assert "openai" not in vars(judge)  # imported only when a judge is made

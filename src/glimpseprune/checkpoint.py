@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from . import backbones, config, pruners, sharded
+from . import backbones, config, pruners, resources, sharded
 from .backbones import LVLM
 from .config import UserError
 from .generate import generate
@@ -85,7 +85,7 @@ def load(
     pruners.options_of(method.name, method.options)  # a typo is answered before a model is loaded
     where = _backbone_options(backbone, saved, ckpt)
     model = backbones.load(
-        where.path,
+        resources.find(where.path),
         dtype=where.dtype,
         attn=where.attention,
         device=device,
@@ -204,7 +204,7 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
 
 def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:
     """The configuration and weights (None where there are none) of a run folder or of published weights."""
-    folder = Path(ckpt)
+    folder = Path(resources.find(ckpt))
     if not folder.is_dir() and _looks_like_hub_id(str(ckpt)):
         folder = _download(str(ckpt))
     if (folder / CONFIG).is_file():

@@ -27,6 +27,8 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from glimpseprune import resources
+
 __all__ = [
     "MISSING",
     "UserError",
@@ -69,7 +71,8 @@ Under = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "", under: Under | None = None) -> T:
     """An instance of ``schema`` from command line arguments: ``a.yaml b.yaml key=value``, later ones win.
 
-    Files come before overrides whatever their order. ``-h`` or ``--help`` prints every key and exits with 0.
+    Files come before overrides whatever their order; one that is not there may be of those that the package brings
+    (:mod:`.resources`). ``-h`` or ``--help`` prints every key and exits with 0.
 
     Raises:
         UserError: unknown key, wrong type, missing mandatory key, absent or malformed file or argument.
@@ -81,7 +84,7 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
     for arg in files:
         if not arg.endswith((".yaml", ".yml")):
             raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
-    layers = [(f"{file}: ", _read_yaml(Path(file))) for file in files]
+    layers = [(f"{file}: ", _read_yaml(Path(resources.find(file)))) for file in files]
     layers += [("", _override(schema, arg)) for arg in argv if "=" in arg]
     if under is not None:
         given = OmegaConf.to_container(OmegaConf.merge(*({}, *(layer for _, layer in layers))))

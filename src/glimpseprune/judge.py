@@ -92,7 +92,7 @@ class Judge:
     """Asks the server that ``options`` name, at temperature 0.
 
     Raises:
-        UserError: the package ``openai`` is not installed.
+        ModuleNotFoundError: the package ``openai`` is not installed (:func:`.config.answering` says what to do).
     """
 
     def __init__(self, options: JudgeOptions) -> None:
@@ -239,8 +239,6 @@ def parse_score(reply: str) -> float | None:
 
 
 def _openai():
-    try:
-        import openai
-    except ImportError:
-        raise UserError("the judge needs the package openai: pip install openai") from None
+    import openai
+
     return openai

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config, training
+from glimpseprune import config, resources, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
@@ -27,7 +27,7 @@ JOB = "slurm-job"
 
 def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run takes over from the run folder it starts from, unless told otherwise."""
-    source = Path(str(given.get("init_from"))) / "config.yaml"
+    source = Path(resources.find(str(given.get("init_from")))) / "config.yaml"
     if not source.is_file():
         if given.get("init_from") is not None and "path" not in given.get("backbone", {}):
             raise UserError(f"init_from={given['init_from']} is no run folder, which would say what backbone it has")
@@ -73,7 +73,7 @@ def main(cfg: TrainConfig) -> None:
     if cfg.lora is None and cfg.init_from is not None and checkpoint.read_config(cfg.init_from).lora is not None:
         raise UserError(f"lora=null, but {cfg.init_from} has adapters: leave lora out, or merge them with src.export")
     # Everything but the numbers: what is wrong with the options is said before a model is loaded.
-    architecture = backbones.architecture(cfg.backbone.path)
+    architecture = backbones.architecture(resources.find(cfg.backbone.path))
     outline = checkpoint.outline(architecture, cfg.backbone, cfg.pruner, cfg.lora)
     outline = stage(cfg, outline.backbone, outline.pruner)
     strategies.read(cfg.trainer.strategy)
