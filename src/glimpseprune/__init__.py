@@ -20,7 +20,7 @@ if __name__ != "glimpseprune":  # a second set of classes and registries, equal 
 def __getattr__(name: str) -> Any:
     # Lazily, so that a command line with a typo is answered before torch has loaded.
     if name in __all__:
-        from . import checkpoint
+        from glimpseprune import checkpoint
 
         return getattr(checkpoint, name)
     raise AttributeError(f"module 'glimpseprune' has no attribute '{name}'")

@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from . import backbones, config, pruners, resources, sharded
-from .backbones import LVLM
-from .config import UserError
-from .generate import generate
-from .options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
-from .types import Rollout
+from glimpseprune import backbones, config, pruners, resources, sharded
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError
+from glimpseprune.generate import generate
+from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
+from glimpseprune.types import Rollout
 
 CONFIG, TRAINABLE, PUBLISHED = "config.yaml", "trainable.safetensors", "new_modules_gp.pt"
 LVLM_PREFIX = "lvlm."
@@ -96,7 +96,7 @@ def load(
     tuned = {name.removeprefix(LVLM_PREFIX): x for name, x in (weights or {}).items() if name.startswith(LVLM_PREFIX)}
     adapters = saved.lora if lora is None and saved is not None else lora
     if adapters is not None:
-        from .lora import inject
+        from glimpseprune.lora import inject
 
         inject(model, adapters, module.layers[0] if module.layers else 0)
     if tuned:
@@ -119,7 +119,7 @@ def outline(
     with torch.device("meta"):
         module = pruners.build(pruner.name, options, model)
         if lora is not None:
-            from .lora import inject
+            from glimpseprune.lora import inject
 
             inject(model, lora, module.layers[0] if module.layers else 0)
     return GlimpsePrune(model, module, pruner.name)
@@ -228,7 +228,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _published(folder: Path) -> tuple[TrainConfig, dict[str, Tensor]]:
-    from .pruners import glimpse
+    from glimpseprune.pruners import glimpse
 
     try:
         described = json.loads((folder / "config.json").read_text())

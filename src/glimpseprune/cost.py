@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .types import Grid
+    from glimpseprune.types import Grid
 
 Stage = tuple[int, int]
 """Decoder layers, and how many visual tokens they saw."""

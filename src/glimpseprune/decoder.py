@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
-from . import attention
-from .types import Encoded, Frame, Prefill
+from glimpseprune import attention
+from glimpseprune.types import Encoded, Frame, Prefill
 
 if TYPE_CHECKING:
-    from .backbones import Backbone
+    from glimpseprune.backbones import Backbone
 
 
 @dataclass

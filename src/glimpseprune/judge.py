@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import MISSING, UserError, option
+from glimpseprune.config import MISSING, UserError, option
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI

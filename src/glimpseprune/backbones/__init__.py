@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from ..config import UserError
-from ..lookup import find, names
-from ._lvlm import LVLM
-from ._lvlm import require_attention as require_attention
+from glimpseprune.backbones._lvlm import LVLM
+from glimpseprune.backbones._lvlm import require_attention as require_attention
+from glimpseprune.config import UserError
+from glimpseprune.lookup import find, names
 
 Backbone = LVLM
 """The protocol all backbones follow (architecture: the only class that knows transformers' model classes)."""

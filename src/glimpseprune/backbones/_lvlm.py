@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .. import attention
-from ..config import UserError
-from ..types import Encoded, Grid
+from glimpseprune import attention
+from glimpseprune.config import UserError
+from glimpseprune.types import Encoded, Grid
 
 
 class LVLM(ABC):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from ..config import UserError
-from ..types import Grid
-from ._lvlm import LVLM, destination, require_attention, tapped
+from glimpseprune.backbones._lvlm import LVLM, destination, require_attention, tapped
+from glimpseprune.config import UserError
+from glimpseprune.types import Grid
 
 
 def matches(config: Mapping[str, Any]) -> bool:

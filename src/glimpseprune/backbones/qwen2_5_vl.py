@@ -21,11 +21,11 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-from ..config import UserError
-from ..types import Grid
-from ..vip import window_ids
-from ..windows import batch_windows
-from ._lvlm import LVLM, destination, require_attention, tapped
+from glimpseprune.backbones._lvlm import LVLM, destination, require_attention, tapped
+from glimpseprune.config import UserError
+from glimpseprune.types import Grid
+from glimpseprune.vip import window_ids
+from glimpseprune.windows import batch_windows
 
 
 def matches(config: Mapping[str, Any]) -> bool:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attention
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View, append, branch, run_layers
-from ..sharded import whole
-from ..vip import VIP
-from ._rows import at_columns, prune_depth, require_minimum
+from glimpseprune import attention
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.decoder import View, append, branch, run_layers
+from glimpseprune.pruners._rows import at_columns, prune_depth, require_minimum
+from glimpseprune.sharded import whole
+from glimpseprune.vip import VIP
 
 PROBES = ("logits", "log_softmax")
 PUBLISHED = {

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..backbones import LVLM
-from ..decoder import View
+from glimpseprune.backbones import LVLM
+from glimpseprune.decoder import View
 
 
 @dataclass

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View
-from ._rows import at_columns, prune_depth
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.decoder import View
+from glimpseprune.pruners._rows import at_columns, prune_depth
 
 
 @dataclass

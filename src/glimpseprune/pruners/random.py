@@ -9,10 +9,10 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View
-from ._rows import at_columns, prune_depth, require_minimum
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.decoder import View
+from glimpseprune.pruners._rows import at_columns, prune_depth, require_minimum
 
 
 @dataclass
