@@ -14,7 +14,8 @@ import pytest
 
 from glimpseprune import config, judge, rewards
 from glimpseprune.config import MISSING, UserError
-from glimpseprune.judge import Judge, JudgeOptions, parse_score
+from glimpseprune.judge import Judge, parse_score
+from glimpseprune.options import JudgeOptions
 
 
 def completion(text, finish_reason="stop"):

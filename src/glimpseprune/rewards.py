@@ -31,7 +31,8 @@ from torch import Tensor
 
 from glimpseprune import lookup
 from glimpseprune.config import UserError
-from glimpseprune.judge import Judge, JudgeOptions
+from glimpseprune.judge import Judge
+from glimpseprune.options import JudgeOptions
 
 Values = Sequence[float | None]
 Reward = Callable[..., Values | Awaitable[Values]]
