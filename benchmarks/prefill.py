@@ -16,7 +16,9 @@ from glimpseprune import pruners
 from glimpseprune.backbones.qwen2_5_vl import Backbone, ImageProcessor
 from glimpseprune.cost import account, steps_of
 from glimpseprune.decoder import prefill
-from glimpseprune.training.pretrain import TinyConfig, build, image_processor, tokenizer
+from glimpseprune.tiny.config import TinyConfig
+from glimpseprune.tiny.model import build, image_processor
+from glimpseprune.tiny.tokenizer import tokenizer
 from glimpseprune.types import Needs
 from glimpseprune.windows import NAME
 

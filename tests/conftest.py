@@ -64,11 +64,12 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def recipe(tmp_path_factory) -> list[str]:
     """Arguments of a training of stage 1 on a tiny base of its own and a few tags."""
     from glimpseprune import prepare
-    from glimpseprune.training import pretrain
+    from glimpseprune.tiny.config import PretrainConfig, TinyConfig
+    from glimpseprune.tiny.module import PretrainModule
 
     folder = tmp_path_factory.mktemp("recipe")
-    tiny = pretrain.TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=4, vision_hidden=32)
-    module = pretrain.PretrainModule(pretrain.PretrainConfig(model=tiny))
+    tiny = TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=4, vision_hidden=32)
+    module = PretrainModule(PretrainConfig(model=tiny))
     module.save(str(folder / "base"))
     count = "{train: 48, val: 8, test: 8}"
     small = ["options.size=224", "options.min_tags=4", "options.max_tags=4"]

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .types import Cut, Grid, Layout
+    from glimpseprune.types import Cut, Grid, Layout
 
 Span = tuple[int, int]
 """Decoder layers, and how many visual tokens (or columns) each of them saw (or holds)."""

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from . import attention
-from .types import Cut, Decision, Encoded, Frame, Needs, Prefill, Stop
+from glimpseprune import attention
+from glimpseprune.types import Cut, Decision, Encoded, Frame, Needs, Prefill, Stop
 
 if TYPE_CHECKING:
-    from .backbones import Backbone
+    from glimpseprune.backbones import Backbone
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
     import torch
 
     from glimpseprune.data.collate import Collator
-    from glimpseprune.data.module import ShardDataset, ShardLoader
+    from glimpseprune.data.stream import ShardDataset, ShardLoader
     from glimpseprune.lookup import function
     from glimpseprune.pictures import grid
 

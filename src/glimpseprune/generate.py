@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
-from .backbones import LVLM
-from .config import UserError
-from .decoder import Pruner, append, branch, prefill, rows, run_layers, see
-from .types import Encoded, Prefill, Rollout
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError
+from glimpseprune.decoder import Pruner, append, branch, prefill, rows, run_layers, see
+from glimpseprune.types import Encoded, Prefill, Rollout
 
 
 @torch.no_grad()

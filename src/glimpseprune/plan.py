@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glimpseprune import config, cost
+from glimpseprune import config, cost, resources
 from glimpseprune.config import UserError, option
 from glimpseprune.memory import Held, Load, Model, Peak, held, moments
 from glimpseprune.options import BackboneOptions, TrainConfig
@@ -251,6 +251,7 @@ def main(cfg: PlanConfig) -> None:
     for key in ("num_generations", "micro_batch", "max_completion_length"):
         if getattr(cfg.grpo, key) < 1:
             raise UserError(f"grpo.{key}={getattr(cfg.grpo, key)}: it must be at least 1")
+    cfg.backbone.path = resources.find(cfg.backbone.path)
     found = architecture(cfg.backbone.path)
     stage = skeleton(cfg, found)
     model = describe(stage)

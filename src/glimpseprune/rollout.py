@@ -18,11 +18,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .backbones import LVLM
-from .decoder import Pruner, advance, append, branch, cut, follow, rows, run_layers
-from .generate import anyone
-from .losses import keep_log_probs
-from .types import Encoded, Prefill
+from glimpseprune.backbones import LVLM
+from glimpseprune.decoder import Pruner, advance, append, branch, cut, follow, rows, run_layers
+from glimpseprune.generate import anyone
+from glimpseprune.losses import keep_log_probs
+from glimpseprune.types import Encoded, Prefill
 
 
 def sample_keep(state: Prefill, keep_logits: Tensor, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:

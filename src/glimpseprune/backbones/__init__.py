@@ -18,12 +18,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from ..config import UserError
-from ..cost import Shapes
-from ..lookup import find, names
-from ..types import Layout
-from ._lvlm import LVLM
-from ._lvlm import require_attention as require_attention
+from glimpseprune.backbones._lvlm import LVLM
+from glimpseprune.backbones._lvlm import require_attention as require_attention
+from glimpseprune.config import UserError
+from glimpseprune.cost import Shapes
+from glimpseprune.lookup import find, names
+from glimpseprune.types import Layout
 
 Backbone = LVLM
 """The protocol all backbones follow (architecture: the only class that knows transformers' model classes)."""

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .. import attention, cost
-from ..config import UserError
-from ..types import Encoded, Layout, Needs
+from glimpseprune import attention, cost
+from glimpseprune.config import UserError
+from glimpseprune.types import Encoded, Layout, Needs
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .. import windows
+from glimpseprune import windows
 
 CHUNK = 1 << 24
 """Numbers of attention that are held at a time."""

@@ -23,11 +23,11 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from .. import cost
-from ..config import UserError
-from ..types import Layout, Needs
-from ._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
-from ._tower import Watch, tapped, watched
+from glimpseprune import cost
+from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
+from glimpseprune.backbones._tower import Watch, tapped, watched
+from glimpseprune.config import UserError
+from glimpseprune.types import Layout, Needs
 
 MODEL_TYPE = "llava"
 _TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
@@ -86,7 +86,7 @@ class Backbone(LVLM):
     @classmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
         """4 layers of width 32, 4 heads; CLIP tower of 4 blocks of width 24; every image makes 5x5 tokens."""
-        from . import _tiny
+        from glimpseprune.backbones import _tiny
 
         config = LlavaConfig(
             text_config=LlamaConfig(

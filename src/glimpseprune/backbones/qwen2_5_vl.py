@@ -24,13 +24,13 @@ from transformers import (
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from .. import cost
-from ..config import UserError
-from ..types import Layout, Needs
-from ..vip import window_ids
-from ..windows import batch_windows
-from ._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
-from ._tower import Watch, tapped, watched
+from glimpseprune import cost
+from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
+from glimpseprune.backbones._tower import Watch, tapped, watched
+from glimpseprune.config import UserError
+from glimpseprune.types import Layout, Needs
+from glimpseprune.vip import window_ids
+from glimpseprune.windows import batch_windows
 
 MODEL_TYPE = "qwen2_5_vl"
 PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
@@ -97,7 +97,7 @@ class Backbone(LVLM):
     @classmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
         """4 layers of width 32, 4 query and 2 key heads; tower of 3 blocks of width 24, windows of 4x4 tokens."""
-        from . import _tiny
+        from glimpseprune.backbones import _tiny
 
         config = Qwen2_5_VLConfig(
             text_config={

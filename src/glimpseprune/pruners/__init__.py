@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from ..backbones import LVLM
-from ..config import merge_options
-from ..lookup import find
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import merge_options
+from glimpseprune.lookup import find
 
 
 def build(name: str, options: Mapping[str, Any] | Any, backbone: LVLM) -> nn.Module:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..config import UserError
-from ..decoder import View
+from glimpseprune.config import UserError
+from glimpseprune.decoder import View
 
 
 def depth_after(layer: int, num_layers: int, key: str = "pruner.options.prune_layer") -> int:

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attention
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..cost import Vip, layer_flops, row_flops, vip_flops
-from ..decoder import View, append, branch, run_layers
-from ..sharded import whole
-from ..types import Decision, Needs, Stop
-from ..vip import VIP, window_ids
-from ._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune import attention
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
+from glimpseprune.decoder import View, append, branch, run_layers
+from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.sharded import whole
+from glimpseprune.types import Decision, Needs, Stop
+from glimpseprune.vip import VIP, window_ids
 
 PROBES = ("logits", "log_softmax")
 PUBLISHED = {

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..backbones import LVLM
-from ..decoder import View
-from ..types import Decision, Needs, Stop
+from glimpseprune.backbones import LVLM
+from glimpseprune.decoder import View
+from glimpseprune.types import Decision, Needs, Stop
 
 
 @dataclass

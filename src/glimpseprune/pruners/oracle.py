@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View
-from ..types import Decision, Layout, Needs, Stop
-from ._columns import at_columns, depth_after
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.decoder import View
+from glimpseprune.pruners._columns import at_columns, depth_after
+from glimpseprune.types import Decision, Layout, Needs, Stop
 
 
 @dataclass

@@ -12,11 +12,11 @@ from zlib import crc32
 import torch
 from torch import nn
 
-from ..backbones import LVLM
-from ..config import option
-from ..decoder import View
-from ..types import Cut, Decision, Needs, Stop
-from ._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import option
+from glimpseprune.decoder import View
+from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.types import Cut, Decision, Needs, Stop
 
 
 @dataclass
