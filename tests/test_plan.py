@@ -159,7 +159,6 @@ def test_published_sizes(name):
     billions, trained = SIZES[name]
     assert counts[True, 4] == trained
     assert counts[False, 2] / 1e9 == pytest.approx(billions, abs=0.005)
-    assert backbones.describe(found).decoder.layers == found.text_config.num_hidden_layers
 
 
 def test_visual_tokens_are_those_of_the_processor():
@@ -189,6 +188,16 @@ def test_zero_splits_what_it_says():
     assert third.buffers == second.buffers + 2 * (memory.LIVE + memory.BUCKET)
     assert memory.held("ddp", counts, 1, "bf16-true").weights == 8e9
     assert memory.held("ddp", counts, 1, "bf16-mixed") == full
+
+
+def test_a_pruner_that_leaves_the_early_cache_alone_needs_more_of_it():
+    cfg = load("conf/demo.yaml", "gpus=1")
+    found = plan.architecture(BASE)
+    model = plan.describe(plan.skeleton(cfg, found))  # prunes after 3 of 6 layers, cache included
+    given = replace(plan.load_of(cfg, found, 4), text=10, visual=100, keep=0.1)
+    assert model.held_columns(given) == 20
+    assert replace(model, steps=[(3, False)]).held_columns(given) == 10 + (3 * 100 + 3 * 10) / 6
+    assert replace(model, steps=[]).held_columns(given) == 110
 
 
 @pytest.mark.parametrize("knob", ["data.batch_size=8", "image=672x672", "answer=64", "gpus=8"])

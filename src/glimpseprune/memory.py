@@ -8,7 +8,7 @@ Left out: activation checkpointing, CPU offload of anything but ZeRO-3, training
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,7 +163,7 @@ def mask_saved(itemsize: int, rows: int, queries: int, keys: int) -> float:
     return itemsize * rows * queries * keys
 
 
-def cache_bytes(decoder: cost.Decoder, itemsize: int, rows: int, columns: int, layers: int) -> float:
+def cache_bytes(decoder: cost.Decoder, itemsize: int, rows: int, columns: float, layers: int) -> float:
     """Keys and values of ``rows`` x ``columns`` in ``layers`` decoder layers."""
     return 2 * decoder.kv_heads * decoder.head_width * itemsize * rows * columns * layers
 
@@ -266,6 +266,15 @@ class Model:
     probed: int
     """Decoder layers that the glimpse runs through."""
     counts: Counts
+    steps: Sequence[tuple[int, bool]] = ()
+    """Where the pruner decides: decoder layers that have run, and whether the cache is pruned, too."""
+
+    def held_columns(self, load: Load) -> float:
+        """Columns of a rollout's prompt that a decoder layer caches, mean over layers: ``load.keep`` of the visual
+        tokens, wherever the pruner lets go of the others."""
+        steps = [cost.Step(0, load.visual)]
+        steps += [cost.Step(depth, round(load.keep * load.visual), prune_cache=pruned) for depth, pruned in self.steps]
+        return load.text + cost.mean_visual_tokens(cost.cached(self.shapes.decoder.layers, steps))
 
 
 def moments(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
@@ -309,7 +318,7 @@ def _stage1(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
 def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
     shapes, decoder, b, options = model.shapes, model.shapes.decoder, load.itemsize, cfg.grpo
     rollouts = load.batch * options.num_generations
-    kept = load.text + round(load.keep * load.visual)
+    kept, held = load.text + round(load.keep * load.visual), model.held_columns(load)
     blocks = model.vip.blocks if model.vip else 0
     once = prompt_bytes(shapes, load, model.depth, blocks)
     waiting = once * cfg.trainer.accumulate
@@ -318,7 +327,7 @@ def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
         Peak(
             "rollouts",
             0,
-            waiting + cache_bytes(decoder, b, rollouts, kept + load.answer, decoder.layers + 1),
+            waiting + cache_bytes(decoder, b, rollouts, held + load.answer, decoder.layers + 1),
             rollouts * decoder.vocab * (b + 12),  # as they are; in float32; log-softmax; its exponential
             scratch_bytes(decoder, b, rollouts * kept),
         ),
@@ -339,7 +348,7 @@ def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
         prompts = min(load.batch, -(-rows // options.num_generations))
         lora, full = _trains(cfg)
         saved = policy_saved(decoder, load, model.depth, model.first, rows, prompts, kept, lora=lora, full=full)
-        cache = waiting + cache_bytes(decoder, b, rows, kept + load.answer, decoder.layers)
+        cache = waiting + cache_bytes(decoder, b, rows, held + load.answer, decoder.layers)
         if model.first < model.depth:
             cache += cache_bytes(decoder, b, prompts, load.prompt, model.depth)
         # As they are; in float32; divided; log-softmax; its exponential; their product.

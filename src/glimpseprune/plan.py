@@ -94,9 +94,9 @@ def describe(stage: StageModule) -> Model:
     layers = enumerate(stage.backbone.text_model.layers)
     trained = [index for index, layer in layers if any(p.requires_grad for p in layer.parameters())]
     probed = max(getattr(pruner, "probe_layers", ()), default=-1) + 1
-    return Model(
-        stage.backbone.shapes, stage.depth, min(trained, default=None), cost.Vip.of(pruner), probed, dict(counts)
-    )
+    steps = [(stop.depth, stop.prune_cache) for stop in pruner.stops]
+    first, vip = min(trained, default=None), cost.Vip.of(pruner)
+    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps)
 
 
 def visual_tokens(architecture: Any, options: BackboneOptions, image: str) -> int:
