@@ -7,7 +7,7 @@ embeddings, which does not depend on the input. Attention counts every query-key
 masked half compute it; ``causal=True`` counts the half that a causal kernel needs. A pruning schedule is a list of
 stages ``(decoder layers, visual tokens they saw)``, so that methods with several stages are counted alike.
 
-Source: method.md section 1, evaluation.md "Cost model". The published tool (HVision-NKU/GlimpsePrune@210b56d,
+Source: docs/method.md §1, docs/evaluation.md §4. The published tool (HVision-NKU/GlimpsePrune@210b56d,
 cal_flops.py) counts decoder layers as here but leaves out: the text tokens in the layers after pruning (it passes the
 number of kept visual tokens as the whole length); vision tower, merger and lm_head, which pruning does not shrink and
 which therefore bring the ratio nearer to 1; the glimpse position; in the VIP the input, conditioning and output

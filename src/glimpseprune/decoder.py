@@ -80,7 +80,7 @@ def run_layers(
     """Run decoder layers ``state.depth`` .. ``stop`` - 1 on ``state.hidden``; their K/V join ``state.cache``.
 
     ``probe`` sees q and k of each layer, ``gate`` weighs the keys (see :mod:`glimpseprune.attention`). ``inject``
-    [L, n, D] is added to the first n of the Q columns at the input of every layer but the first (method.md §1.2).
+    [L, n, D] is added to the first n of the Q columns at the input of every layer but the first (docs/method.md §1.2).
     """
     text, hidden = backbone.text_model, state.hidden
     queries = hidden.shape[1]

@@ -1,8 +1,8 @@
 """From Samples to Inputs: a left-padded prompt, the answer to learn, and the visual tokens under the evidence boxes.
 
-The box rule is that of the published recipe (evaluation.md; HVision-NKU/GlimpsePrune@091a3d5): boxes normalised by the
-size of the original image, every cell they touch is a target. Left out: what an image processor crops away. It assumes
-that the grid covers the whole image, which a centre crop (LLaVA-1.5's, of images that are not square) does not.
+The box rule is that of the published recipe (docs/evaluation.md §2; HVision-NKU/GlimpsePrune@091a3d5): boxes normalised
+by the size of the original image, every cell they touch is a target. Left out: what an image processor crops away. It
+assumes that the grid covers the whole image, which a centre crop (LLaVA-1.5's, of images that are not square) does not.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def sample_targets(sample: Sample, grids: Sequence[Grid], dilate: int = 0) -> Te
 
 def box_targets(boxes: Iterable[Box], size: tuple[int, int], grid: Grid, dilate: int = 0) -> Tensor:
     """bool [rows * cols] in raster order: cells int(x0 cols) .. min(int(x1 cols), cols - 1), both included, and the
-    same for y, with the box divided by ``size`` = (width, height) of the original image (evaluation.md)."""
+    same for y, with the box divided by ``size`` = (width, height) of the original image (docs/evaluation.md §2)."""
     (width, height), (rows, cols) = size, grid
     target = torch.zeros(rows, cols, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
