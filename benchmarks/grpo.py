@@ -141,7 +141,9 @@ def build(setting: Setting) -> tuple[Any, Any]:
     import torch
 
     from glimpseprune.backbones.qwen2_5_vl import ImageProcessor, load_processor
-    from glimpseprune.training import pretrain
+    from glimpseprune.tiny import model as tiny
+    from glimpseprune.tiny.config import TinyConfig
+    from glimpseprune.tiny.tokenizer import tokenizer
 
     if setting.model == "tiny":
         from transformers import Qwen2_5_VLForConditionalGeneration
@@ -149,12 +151,12 @@ def build(setting: Setting) -> tuple[Any, Any]:
         path = os.path.join(os.path.dirname(__file__), "..", "data", "tiny-qwen2_5_vl")
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         return model.requires_grad_(False), load_processor(path)
-    shape = pretrain.TinyConfig(layers=12, hidden=384, intermediate=1024, heads=6, kv_heads=2)
+    shape = TinyConfig(layers=12, hidden=384, intermediate=1024, heads=6, kv_heads=2)
     shape.vision_layers, shape.vision_hidden, shape.vision_intermediate = 8, 112, 304  # 0.4 of the decoder's FLOPs
     shape.vision_heads, shape.vision_full = 4, [3, 7]
-    tokenizer = pretrain.tokenizer()
-    processor = ImageProcessor(_pil(pretrain.image_processor()), tokenizer, None, chat_template=tokenizer.chat_template)
-    return pretrain.build(shape, 0).requires_grad_(False), processor
+    words = tokenizer()
+    processor = ImageProcessor(_pil(tiny.image_processor()), words, None, chat_template=words.chat_template)
+    return tiny.build(shape, 0).requires_grad_(False), processor
 
 
 def _pil(processor: Any) -> Any:

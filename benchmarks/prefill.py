@@ -14,9 +14,12 @@ from PIL import Image
 
 from glimpseprune import pruners
 from glimpseprune.backbones.qwen2_5_vl import Backbone, ImageProcessor
-from glimpseprune.cost import Shapes, Vip, account, stages
+from glimpseprune.cost import account, steps_of
 from glimpseprune.decoder import prefill
-from glimpseprune.training.pretrain import TinyConfig, build, image_processor, tokenizer
+from glimpseprune.tiny.config import TinyConfig
+from glimpseprune.tiny.model import build, image_processor
+from glimpseprune.tiny.tokenizer import tokenizer
+from glimpseprune.types import Needs
 from glimpseprune.windows import NAME
 
 
@@ -33,12 +36,12 @@ def main(side: int = 672) -> None:
     options = {"prune_layer": 7, "probe_layers": [7], "vision_layers": [7, 5, 3, 1], "width": 128, "cond_width": 128}
     none = pruners.build("none", {}, backbone)
     glimpse = pruners.build("glimpse", options | {"max_keep": 0.05}, backbone)
-    encoded = backbone.encode(prompt, glimpse.vision_layers)
+    encoded = backbone.encode(prompt, glimpse.needs)
     visual = encoded.counts[0]
     text = encoded.mask.shape[1] - visual
-    vip = Vip(128, 128, 4, 1)
     kept = max(1, int(0.05 * visual))
-    counted = account(Shapes.from_config(model.config), text, encoded.grids[0], stages(16, visual, [(8, kept)]), vip)
+    trace = prefill(backbone, encoded, glimpse).trace
+    counted = account(backbone.shapes, text, encoded.layouts[0], steps_of(trace, 0))
     compare(
         f"decoder prefill, {visual} visual tokens, {kept} after layer 8 of 16 (FLOPs {counted.decoder_ratio:.3f})",
         {
@@ -50,7 +53,7 @@ def main(side: int = 672) -> None:
 
     def tower(name: str) -> object:
         backbone.tower.config._attn_implementation = name
-        return backbone.see(prompt, ())
+        return backbone.see(prompt, Needs())
 
     compare(
         f"vision tower, {visual * 4} patches, windows of 64",

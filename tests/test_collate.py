@@ -9,7 +9,7 @@ from PIL import Image
 from conftest import TINY
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator, box_targets
-from glimpseprune.types import Sample
+from glimpseprune.types import Layout, Part, Sample
 
 CELL, IMAGE_TOKEN, PAD, END = 10, 1, 0, 2
 
@@ -47,12 +47,12 @@ class Backbone:
             "grids": grids,
         }
 
-    def grids(self, prompt):
+    def layouts(self, prompt):
         for row, (ids, grids) in enumerate(zip(prompt["input_ids"], prompt["grids"])):
             there, made = int((ids == IMAGE_TOKEN).sum()), sum(r * c for r, c in grids)
             if there != made:
                 raise UserError(f"prompt {row} has {there} image tokens, its images make {made}")
-        return prompt["grids"]
+        return [[Layout.of(grid) for grid in row] for row in prompt["grids"]]
 
 
 def sample(key: str = "a", *, sizes=((40, 30),), **changes) -> Sample:
@@ -62,7 +62,7 @@ def sample(key: str = "a", *, sizes=((40, 30),), **changes) -> Sample:
 
 
 def cells(boxes, size=(40, 30), grid=(3, 4), **kwargs) -> list[list[int]]:
-    return box_targets(boxes, size, grid, **kwargs).view(grid).int().tolist()
+    return box_targets(boxes, size, Part(*grid), **kwargs).view(grid).int().tolist()
 
 
 def test_answers_are_right_padded_and_end_their_turn():

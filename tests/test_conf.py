@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from glimpseprune import config
-from glimpseprune.lookup import names
+from glimpseprune import config, training
 from glimpseprune.options import TrainConfig
 from glimpseprune.pruners import options_of
-from glimpseprune.training.pretrain import PretrainConfig
+from glimpseprune.tiny.config import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "conf").rglob("*.yaml")) + sorted((ROOT / "experiments").glob("*/config.yaml"))
@@ -22,7 +21,7 @@ def test_shipped_config_is_valid(file):
         return
     cfg = config.load(TrainConfig, [str(file), "out=x", "data.path=x", "backbone.path=x"])
     assert options_of(cfg.pruner.name, cfg.pruner.options)
-    assert cfg.stage in names("glimpseprune.training")
+    assert training.stage_of(cfg.stage).best
 
 
 def test_published_settings_are_those_of_the_paper():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -228,6 +229,46 @@ def test_entry(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["-h"])
     assert caught.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+MISSING_PACKAGES = {
+    "lightning": ModuleNotFoundError("No module named 'lightning.pytorch'", name="lightning.pytorch"),
+    "scikit-learn": ModuleNotFoundError("No module named 'sklearn'", name="sklearn"),
+    "tensorboard": ModuleNotFoundError("Neither `tensorboard` nor `tensorboardX` is available. Try `pip install`ing"),
+}
+
+
+@pytest.mark.parametrize("package", MISSING_PACKAGES)
+def test_a_missing_extra_is_answered_with_the_command_that_brings_it(package, capsys):
+    @config.entry(Config)
+    def main(cfg: Config) -> None:
+        raise MISSING_PACKAGES[package]
+
+    with pytest.raises(SystemExit) as stop:
+        main(["ckpt=a"])
+    extra = "demo" if package == "scikit-learn" else "train"
+    said = f"error: python -m src.test_config needs the package {package}: pip install 'glimpseprune[{extra}]'\n"
+    assert (stop.value.code, capsys.readouterr().err) == (2, said)
+
+
+def test_another_missing_module_is_a_bug_and_no_extra():
+    @config.entry(Config)
+    def main(cfg: Config) -> None:
+        importlib.import_module("glimpseprune.no_such_module")
+
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        main(["ckpt=a"])
+
+
+def test_training_without_lightning(tmp_path, monkeypatch, capsys):
+    from glimpseprune import train
+
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(SystemExit) as stop:
+        train.main([f"out={tmp_path}/run", "backbone.path=x", "data.path=x"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    assert error.startswith("error: python -m src.train needs the package lightning: pip install 'glimpseprune[train]'")
 
 
 def test_nothing_heavy_is_imported():

@@ -14,11 +14,13 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from glimpseprune import cost
-from glimpseprune.cost import SHAPES, Shapes, Stage, Vip
+from glimpseprune import backbones, cost
+from glimpseprune.cost import Step, Vip
+from glimpseprune.types import Layout
 from glimpseprune.vip import VIP
 
 IMAGE = 90
+SHAPES = {name: backbones.describe(make()) for name, make in backbones.published().items()}
 
 
 def qwen(depth: int = 3) -> Qwen2_5_VLForConditionalGeneration:
@@ -70,7 +72,7 @@ def test_qwen_against_torch():
         pixel_values=torch.randn(4 * visual, 3 * 2 * 14 * 14),
         image_grid_thw=patches,
     )
-    flops = cost.prefill_flops(Shapes.from_config(model.config), text, grids, [(3, visual)])
+    flops = cost.prefill_flops(backbones.describe(model.config), text, [Layout.of(g) for g in grids], [(3, visual)])
     assert flops.decoder == sum(counts[f"model.language_model.layers.{i}"] for i in range(3))
     assert flops.tower == counts["model.visual.patch_embed"] + sum(counts[f"model.visual.blocks.{i}"] for i in range(3))
     assert flops.projector == counts["model.visual.merger"]
@@ -82,7 +84,7 @@ def test_llava_against_torch():
     model, grids, text = llava(), [(4, 4), (4, 4)], 6
     ids = torch.tensor([[1] * text + [IMAGE] * 32])
     counts = count(model, input_ids=ids, pixel_values=torch.randn(2, 3, 56, 56))
-    flops = cost.prefill_flops(Shapes.from_config(model.config), text, grids, [(3, 32)])
+    flops = cost.prefill_flops(backbones.describe(model.config), text, [Layout.of(g) for g in grids], [(3, 32)])
     assert flops.decoder == sum(counts[f"model.language_model.layers.{i}"] for i in range(3))
     assert flops.tower == counts["model.vision_tower"]
     assert flops.projector == counts["model.multi_modal_projector"]
@@ -94,7 +96,7 @@ def test_decoding_against_torch():
     with torch.no_grad():
         cache = model(input_ids=torch.ones(1, 9, dtype=torch.long)).past_key_values
     counts = count(model, input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
-    shapes = Shapes.from_config(model.config)
+    shapes = backbones.describe(model.config)
     layers = sum(counts[f"model.language_model.layers.{i}"] for i in range(3))
     assert cost.decode_flops(shapes, 9) == layers + counts["lm_head"]
     assert cost.decode_flops(shapes, [(1, 9), (2, 9)]) == cost.decode_flops(shapes, 9)
@@ -102,36 +104,34 @@ def test_decoding_against_torch():
 
 
 def test_vip_linears_against_torch():
-    shapes, vip = Shapes.from_config(qwen().config), Vip(width=8, cond_width=16, blocks=2, probes=3)
+    shapes, vip = backbones.describe(qwen().config), Vip(width=8, cond_width=16, blocks=2, probes=3)
     model = VIP(3 * 4, 24, 2, width=8, cond_width=16, num_heads=2)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(15, 12), [torch.randn(15, 24)] * 2, [(3, 5)])
     counts = counter.get_flop_counts()["Global"]
     linear = counts[torch.ops.aten.addmm] + counts[torch.ops.aten.mm]
     attention = vip.blocks * 2 * 15**2 * (8 + 24)  # scores as wide as queries, a weighted sum as wide as values
-    assert cost._vip_flops(vip, shapes, [(3, 5)]) == linear + attention
+    assert cost.vip_flops(vip, shapes, [15]) == linear + attention
 
 
-def test_vip_attends_within_an_image_and_within_windows():
+def test_vip_attends_within_segments():
     shapes = SHAPES["qwen2.5-vl-7b"]
-    one, two = (cost._vip_flops(Vip(), shapes, grids) for grids in ([(8, 10)], [(8, 5), (8, 5)]))
+    one, two = (cost.vip_flops(Vip(), shapes, sizes) for sizes in ([80], [40, 40]))
     assert one - two == 4 * 2 * (256 + 768) * (80**2 - 2 * 40**2)
-    windowed = cost._vip_flops(Vip(window=True), shapes, [(8, 10)])  # of 4 x 4, the last column 4 x 2
-    assert one - windowed == 4 * 2 * (256 + 768) * (80**2 - 4 * 16**2 - 2 * 8**2)
 
 
 def test_published_anchor():
     """7B, 5,074-token prompt, 203 tokens left in the cache, pruning after layer 18: 76.6 -> 53.1 TFLOPs, .691."""
-    shapes, text, grids = SHAPES["qwen2.5-vl-7b"], 74, [(50, 100)]
-    full = cost.prefill_flops(shapes, text, grids, cost.stages(28, 5000))
+    shapes, text, layouts = SHAPES["qwen2.5-vl-7b"], 74, [Layout.of((50, 100))]
+    full = cost.prefill_flops(shapes, text, layouts, [(28, 5000)])
     assert full.decoder / 1e12 == pytest.approx(76.6, abs=0.1)
+    deciding = 19 * cost.layer_flops(shapes.decoder, 1, 5074) + cost.vip_flops(Vip(), shapes, [5000])
     for kept in (203 - text, 203):  # whether the published count of tokens includes the text is not said
-        pruned = cost.prefill_flops(shapes, text, grids, cost.stages(28, 5000, [(19, kept)]), Vip())
+        pruned = cost.prefill_flops(shapes, text, layouts, [(19, 5000), (9, kept)], deciding)
         assert pruned.prunable / 1e12 == pytest.approx(53.1, abs=0.4)
         assert pruned.prunable / full.prunable == pytest.approx(0.69, abs=0.01)
         assert pruned.tower == full.tower and pruned.lm_head == full.lm_head
         assert pruned.total / full.total > pruned.prunable / full.prunable
-    assert pruned.glimpse == 19 * cost.layer_flops(shapes.decoder, 1, 5074)
 
 
 def test_causal_half():
@@ -142,32 +142,39 @@ def test_causal_half():
     assert cost.layer_flops(decoder, 60, causal=True) + tail == half
 
 
-def test_schedules():
-    assert cost.stages(32, 576) == [(32, 576)]
-    assert cost.stages(32, 576, [(0, 64)]) == [(0, 576), (32, 64)]
-    pyramid = cost.stages(32, 576, [(8, 288), (16, 144), (24, 72)])
+def test_spans():
+    assert cost.spans(32, [Step(0, 576)]) == [(32, 576)]
+    assert cost.spans(32, [Step(0, 576), Step(0, 64)]) == [(0, 576), (32, 64)]
+    pyramid = cost.spans(32, [Step(0, 576), Step(8, 288), Step(16, 144), Step(24, 72)])
     assert pyramid == [(8, 576), (8, 288), (8, 144), (8, 72)]
     assert cost.mean_visual_tokens(pyramid) == pytest.approx(0.46875 * 576)  # the mean retention PyramidDrop states
     shapes = SHAPES["llava-1.5-7b"]
-    flops = cost.prefill_flops(shapes, 50, [(24, 24)], pyramid)
+    flops = cost.prefill_flops(shapes, 50, [Layout.of((24, 24))], pyramid)
     assert flops.decoder == 8 * sum(cost.layer_flops(shapes.decoder, 50 + n) for n in (576, 288, 144, 72))
-    with pytest.raises(ValueError, match="does not add up to 32 layers"):
-        cost.prefill_flops(shapes, 50, [(24, 24)], [(8, 576)])
+    with pytest.raises(ValueError, match="do not add up to 32 layers"):
+        cost.prefill_flops(shapes, 50, [Layout.of((24, 24))], [(8, 576)])
+
+
+def test_cached():
+    """A decision prunes the cache of all layers below it, or of none."""
+    steps = [Step(0, 100), Step(2, 50, prune_cache=False), Step(5, 20)]
+    assert cost.cached(8, steps) == [(2, 20), (3, 20), (3, 20)]
+    assert cost.cached(8, [Step(0, 100), Step(2, 50), Step(5, 20, prune_cache=False)]) == [(2, 50), (3, 50), (3, 20)]
 
 
 def test_account():
-    shapes, grids = SHAPES["qwen2.5-vl-7b"], [(10, 20), (5, 4)]
-    none = cost.account(shapes, 30, grids, cost.stages(28, 220))
-    assert (none.kept, none.mean_tokens, none.ratio, none.decoder_ratio) == (220, 220, 1, 1)
+    shapes, layouts = SHAPES["qwen2.5-vl-7b"], [Layout.of((10, 20)), Layout.of((5, 4))]
+    none = cost.account(shapes, 30, layouts, [Step(0, 220)])
+    assert (none.kept, none.mean_tokens, none.ratio, none.decoder_ratio, none.kv_ratio) == (220, 220, 1, 1, 1)
     assert none.kv_bytes == 28 * 250 * 2 * 4 * 128 * 2
-    schedule: list[Stage] = cost.stages(28, 220, [(7, 20)])
-    glimpse = cost.account(shapes, 30, grids, schedule, Vip())
-    assert (glimpse.kept, glimpse.mean_tokens, glimpse.kv_bytes) == (20, 70, none.kv_bytes // 5)
-    assert glimpse.ratio == glimpse.flops / none.flops and glimpse.decoder_ratio < glimpse.ratio < 1
-    fastv = cost.account(shapes, 30, grids, schedule, extra=1e9, prune_cache=False)
+    pruned = cost.account(shapes, 30, layouts, [Step(0, 220), Step(7, 20, 10**9)])
+    assert (pruned.kept, pruned.mean_tokens, pruned.kv_bytes) == (20, 70, none.kv_bytes // 5)
+    assert pruned.ratio == pruned.flops / none.flops and pruned.decoder_ratio < pruned.ratio < 1
+    assert pruned.flops == cost.prefill_flops(shapes, 30, layouts, [(7, 220), (21, 20)]).total + 1e9
+    fastv = cost.account(shapes, 30, layouts, [Step(0, 220), Step(7, 20, prune_cache=False)])
     assert fastv.kv_bytes == (7 * 250 + 21 * 50) * 2 * 4 * 128 * 2
-    assert fastv.flops == cost.prefill_flops(shapes, 30, grids, schedule).total + 1e9
-    assert glimpse.flops > fastv.flops - 1e9  # the glimpse and VIP are paid for
+    assert fastv.kv_ratio == pytest.approx((7 * 220 + 21 * 20) / 28 / 220)
+    assert fastv.flops == pruned.flops - 1e9
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import pad
 
 from conftest import prompt, prompts
 from glimpseprune.attention import Gate
 from glimpseprune.backbones import LVLM
-from glimpseprune.decoder import View, append, branch, fork, prefill, rows, run_layers, select, start
+from glimpseprune.decoder import View, append, branch, cut, fork, prefill, rows, run_layers, start
 from glimpseprune.pruners import build, glimpse
-from glimpseprune.types import Encoded, Prefill
+from glimpseprune.types import Decision, Encoded, Needs, Prefill, Stop
 
 EXACT = {"atol": 2e-5, "rtol": 1e-4}
 GLIMPSE = {
@@ -28,17 +28,16 @@ GLIMPSE = {
 }
 
 
-class Halves(nn.Module):
-    """Drops every other visual token that is left, at each of its layers."""
+class Halves:
+    """Drops every other visual token that is left, at each of its stops."""
 
-    vision_layers = ()
+    needs = Needs()
 
-    def __init__(self, layers: tuple[int, ...], renumber: bool = False, prune_cache: bool = True) -> None:
-        super().__init__()
-        self.layers, self.renumber, self.prune_cache = layers, renumber, prune_cache
+    def __init__(self, depths: tuple[int, ...], renumber: bool = False, prune_cache: bool = True) -> None:
+        self.stops = tuple(Stop(depth, renumber, prune_cache) for depth in depths)
 
-    def keep(self, view: View) -> Tensor:
-        return every_other(view.state.source[:, -1:] - view.state.source, self.layers.index(view.state.depth))
+    def decide(self, view: View) -> Decision:
+        return Decision(every_other(view.state.source[:, -1:] - view.state.source, self.stops.index(view.stop)))
 
 
 def every_other(distance: Tensor, stage: int) -> Tensor:
@@ -47,8 +46,8 @@ def every_other(distance: Tensor, stage: int) -> Tensor:
 
 
 class All(Halves):
-    def keep(self, view: View) -> Tensor:
-        return torch.ones_like(view.state.mask)
+    def decide(self, view: View) -> Decision:
+        return Decision(torch.ones_like(view.state.mask))
 
 
 def gaze(backbone: LVLM, **options) -> glimpse.Pruner:
@@ -136,9 +135,10 @@ def test_pruned_is_masked(backbone, name) -> None:
     # keys[i] [B, S]: the prompt's columns that layer i shows to the prompt, and seen[i] those it shows to new tokens
     mask, size = encoded.mask, encoded.mask.shape[1]
     kept, here, positions = [mask], mask, [encoded.positions]
-    for stage, depth in enumerate(pruner.layers):
+    for stage, stop in enumerate(pruner.stops):
+        depth = stop.depth
         here = here & (~encoded.visual | every_other(size - 1 - torch.arange(size), stage))
-        renumbered = (here.cumsum(1) - 1).expand(encoded.positions.shape) if pruner.renumber else positions[-1]
+        renumbered = (here.cumsum(1) - 1).expand(encoded.positions.shape) if stop.renumber else positions[-1]
         kept += [kept[-1]] * (depth + 1 - len(kept)) if depth else []
         positions += [positions[-1]] * (depth + 1 - len(positions)) if depth else []
         kept[depth:], positions[depth:] = [here], [renumbered]
@@ -150,7 +150,7 @@ def test_pruned_is_masked(backbone, name) -> None:
     allowed, spans = [], []
     for index in range(layers):
         prompt_sees = pad(kept[index], (0, total - size), value=True)[:, None].expand(-1, size, -1)
-        shown = kept[index] if not pruner.prune_cache else survivors
+        shown = kept[index] if not any(s.prune_cache for s in pruner.stops if s.depth > index) else survivors
         answer_sees = pad(shown, (0, total - size), value=True)[:, None].expand(-1, total - size, -1)
         allowed.append(torch.cat([prompt_sees, answer_sees], 1) & causal)
         behind = positions[index].masked_fill(~kept[index], -1).amax(-1, keepdim=True)
@@ -166,7 +166,8 @@ def test_pruned_is_masked(backbone, name) -> None:
     assert torch.isfinite(state.hidden).all()
     lengths = [layer.keys.shape[2] for layer in state.cache.layers]
     width = int(survivors.sum(1).max())
-    assert lengths == ([width] * layers if pruner.prune_cache else [int(k.sum(1).max()) for k in kept])
+    spared = [not any(stop.prune_cache for stop in pruner.stops if stop.depth > index) for index in range(layers)]
+    assert lengths == [int(k.sum(1).max()) if own else width for k, own in zip(kept, spared)]
 
 
 @torch.no_grad()
@@ -174,11 +175,11 @@ def test_pruned_is_masked(backbone, name) -> None:
 def test_batched_is_single(backbone, name) -> None:
     """Prompts of different lengths, one of them with two images, together and each alone."""
     pruner = gaze(backbone) if name == "glimpse" else CASES[name]
-    together = prefill(backbone, backbone.encode(prompts(backbone), pruner.vision_layers), pruner)
+    together = prefill(backbone, backbone.encode(prompts(backbone), pruner.needs), pruner)
     extra = answers(backbone, 3)
     after = run_layers(backbone, append(branch(together), extra), backbone.num_layers)
     for row in range(3):
-        alone = prefill(backbone, backbone.encode(prompt(backbone, row), pruner.vision_layers), pruner)
+        alone = prefill(backbone, backbone.encode(prompt(backbone, row), pruner.needs), pruner)
         mask = together.mask[row]
         assert int(mask.sum()) == alone.mask.shape[1] and alone.mask.all()
         torch.testing.assert_close(together.hidden[row][mask], alone.hidden[0], **EXACT)
@@ -198,7 +199,7 @@ def test_padded_is_unpadded(backbone, side, pruned) -> None:
         "input_ids": pad(inputs["input_ids"], amount, value=0),
         "attention_mask": pad(inputs["attention_mask"], amount),
     }
-    plain, other = (backbone.encode(x, pruner.vision_layers) for x in (inputs, padded))
+    plain, other = (backbone.encode(x, pruner.needs) for x in (inputs, padded))
     plain, other = prefill(backbone, plain, pruner), prefill(backbone, other, pruner)
     assert other.mask[:, -1].all()
     torch.testing.assert_close(other.hidden[other.mask], plain.hidden[0], **EXACT)
@@ -224,7 +225,7 @@ def test_a_prompt_without_a_mask_is_all_real(backbone) -> None:
 def test_glimpse_is_one_token_appended_to_a_full_forward(backbone, probe) -> None:
     """One decode step on the cache sees what a glimpse that was in the sequence from the start would see."""
     pruner = gaze(backbone, probe=probe)
-    encoded = backbone.encode(prompts(backbone), pruner.vision_layers)
+    encoded = backbone.encode(prompts(backbone), pruner.needs)
     state = run_layers(backbone, start(encoded), 2)
     before = [layer.keys.clone() for layer in state.cache.layers]
     ours = pruner.probe(View(state, encoded, backbone))
@@ -252,7 +253,7 @@ def test_glimpse_is_one_token_appended_to_a_full_forward(backbone, probe) -> Non
 @torch.no_grad()
 def test_answer_behind_the_glimpse_is_a_full_forward(backbone) -> None:
     pruner = gaze(backbone)
-    encoded = backbone.encode(prompts(backbone), pruner.vision_layers)
+    encoded = backbone.encode(prompts(backbone), pruner.needs)
     state = run_layers(backbone, start(encoded), backbone.num_layers)
     torch.manual_seed(5)
     ids = torch.randint(8, 100, (3, 2))
@@ -295,7 +296,7 @@ def replace_layers(backbone: LVLM, index: int):
 def test_gradients_reach_glimpse_and_vip_only(backbone) -> None:
     pruner = gaze(backbone, probe_layers=(1,)).train()
     with torch.no_grad():
-        encoded = backbone.encode(prompts(backbone), pruner.vision_layers)
+        encoded = backbone.encode(prompts(backbone), pruner.needs)
         state = run_layers(backbone, start(encoded), 2)
     pruner.logits(View(state, encoded, backbone)).square().sum().backward()
     for name, parameter in pruner.named_parameters():
@@ -308,7 +309,7 @@ def test_gradients_reach_glimpse_and_vip_only(backbone) -> None:
 def test_answer_loss_reaches_the_glimpse_of_every_layer(backbone) -> None:
     pruner = gaze(backbone)
     with torch.no_grad():
-        encoded = backbone.encode(prompts(backbone), pruner.vision_layers)
+        encoded = backbone.encode(prompts(backbone), pruner.needs)
         state = run_layers(backbone, start(encoded), backbone.num_layers)
     ids = torch.full((3, 2), 9)
     logits = pruner.with_answer(View(state, encoded, backbone), ids, torch.ones_like(ids).bool())[1]
@@ -323,7 +324,7 @@ def test_a_gated_student_trains_under_autocast(backbone, estimator) -> None:
     pruner = gaze(backbone)
     with torch.autocast("cpu", torch.bfloat16):
         with torch.no_grad():
-            encoded = backbone.encode(prompts(backbone), pruner.vision_layers)
+            encoded = backbone.encode(prompts(backbone), pruner.needs)
             state = run_layers(backbone, start(encoded), 2)
         keep_logits = pruner.logits(View(state, encoded, backbone))
         weight = torch.ones(state.mask.shape).masked_scatter(state.visual, keep_logits.sigmoid())
@@ -345,7 +346,7 @@ def test_forks_do_not_see_each_other(backbone) -> None:
     extra = answers(backbone, 3)
     first = run_layers(backbone, append(branch(state), extra), backbone.num_layers).hidden
     cache = fork(state.cache)
-    select(replace(state, cache=cache), ~state.visual)
+    cut(replace(state, cache=cache), ~state.visual)
     assert cache.layers[0].keys.shape[2] < state.cache.layers[0].keys.shape[2] == encoded.mask.shape[1]
     assert torch.equal(run_layers(backbone, append(branch(state), extra), backbone.num_layers).hidden, first)
 
@@ -381,7 +382,7 @@ def test_appended_padding_is_not_counted(backbone) -> None:
 
 
 @torch.no_grad()
-def test_select_after_append_is_refused(backbone) -> None:
+def test_cut_after_append_is_refused(backbone) -> None:
     state: Prefill = prefill(backbone, backbone.encode(prompt(backbone)), CASES["prune"])
     with pytest.raises(ValueError, match="before tokens are appended"):
-        select(append(state, answers(backbone, 1)), state.mask)
+        cut(append(state, answers(backbone, 1)), state.mask)

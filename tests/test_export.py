@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration
 
 import glimpseprune
-from conftest import prompts, tiny_llava
+from conftest import TINY, prompts
 from glimpseprune import checkpoint, config, export
 from glimpseprune.backbones.qwen2_5_vl import load_processor
 from glimpseprune.options import TrainConfig
@@ -80,7 +80,7 @@ def test_exported_run_can_be_evaluated(tiny_folder, data, tmp_path):  # noqa: F8
 
 
 def test_llava(tmp_path):
-    backbone = tiny_llava()
+    backbone = TINY["llava1_5"]()
     for part in (backbone.model, backbone.processor):
         part.save_pretrained(tmp_path / "base")
     run = save_run(tmp_path / "run", str(tmp_path / "base"), 4, trained="lora")

@@ -70,7 +70,7 @@ def test_samples_of_one_prompt_share_its_prefill(backbone) -> None:
     torch.manual_seed(7)
     ours = generate(backbone, none, inputs, **settings)
     assert torch.equal(ours.tokens, theirs)
-    assert len(ours.keep) == len(ours.grids) == len(ours.prefill.mask) == 6
+    assert len(ours.keep) == len(ours.layouts) == len(ours.prefill.mask) == 6
     assert [len(keep) for keep in ours.keep] == [count for count in backbone.encode(inputs).counts for _ in range(3)]
 
 
@@ -82,7 +82,7 @@ def test_pruned_decoding_is_a_masked_forward_per_token(backbone, name) -> None:
     for row in range(3):
         one = backbone.encode(prompt(backbone, row))
         kept = torch.ones_like(one.visual[0]).masked_scatter(one.visual[0], ours.keep[row])
-        shallow = pruner.layers[0]
+        shallow = pruner.stops[0].depth
         tokens: list[int] = []
         for step in range(NEW):
             new = backbone.embed(torch.tensor([tokens], dtype=torch.long))
@@ -170,7 +170,7 @@ def test_logits_processors_and_outputs(backbone) -> None:
 def test_a_prefill_can_be_continued_twice(backbone) -> None:
     pruner, inputs = pruners(backbone)["glimpse"], prompts(backbone)
     first = generate(backbone, pruner, inputs, max_new_tokens=NEW, do_sample=False)
-    encoded = backbone.encode(inputs, pruner.vision_layers)
+    encoded = backbone.encode(inputs, pruner.needs)
     widths = [layer.keys.shape[2] for layer in first.prefill.cache.layers]
     again = continue_from(backbone, encoded, first.prefill, max_new_tokens=NEW, do_sample=False)
     assert torch.equal(again.tokens, first.tokens)
@@ -181,11 +181,11 @@ def test_keep_maps_lie_on_the_images(backbone) -> None:
     pruner, inputs = pruners(backbone)["glimpse"], prompts(backbone)
     rollout = generate(backbone, pruner, inputs, max_new_tokens=1)
     maps = rollout.keep_maps()
-    assert [[tuple(one.shape) for one in row] for row in maps] == backbone.grids(inputs)
-    encoded = backbone.encode(inputs, pruner.vision_layers)
-    view = View(run_layers(backbone, start(encoded), pruner.layers[0]), encoded, backbone)
+    assert [[tuple(one.shape) for one in row] for row in maps] == backbone.encode(inputs).grids
+    encoded = backbone.encode(inputs, pruner.needs)
+    view = View(run_layers(backbone, start(encoded), pruner.stops[0].depth), encoded, backbone)
     with torch.no_grad():
-        kept = pruner.keep(view)[encoded.visual].split(encoded.counts)
+        kept = pruner.decide(view).keep[encoded.visual].split(encoded.counts)
     for keep, row, expected in zip(rollout.keep, maps, kept, strict=True):
         assert torch.equal(torch.cat([one.flatten() for one in row]), keep)
         assert torch.equal(keep, expected)

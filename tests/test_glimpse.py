@@ -3,21 +3,22 @@
 import pytest
 import torch
 
-from conftest import prompts, tiny_qwen
+from conftest import TINY, prompts
 from glimpseprune import attention
 from glimpseprune.config import UserError
 from glimpseprune.decoder import View, append, branch, run_layers, start
 from glimpseprune.pruners import build
+from glimpseprune.types import Needs
 
 OPTIONS = {"prune_layer": 0, "probe_layers": [0], "vision_layers": [0], "width": 16, "cond_width": 16, "num_heads": 2}
 
 
 def test_a_copied_token_sees_what_the_token_sees():
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     pruner = build("glimpse", OPTIONS | {"init_token": "?"}, backbone).eval()
     token = torch.tensor(backbone.processor.tokenizer("?", add_special_tokens=False).input_ids)
     assert torch.allclose(pruner.glimpse()[:, 0], backbone.embed(token).expand(backbone.num_layers, -1), atol=1e-5)
-    encoded = backbone.encode(prompts(backbone), (0,))
+    encoded = backbone.encode(prompts(backbone), Needs(states=(0,)))
     state = run_layers(backbone, start(encoded), 1)
     seen = {}
     appended = append(branch(state), backbone.embed(token).expand(len(encoded.mask), 1, -1))
@@ -33,4 +34,4 @@ def test_a_copied_token_sees_what_the_token_sees():
 @pytest.mark.parametrize("text", ["", "two"])
 def test_init_token_must_be_in_the_vocabulary(text):
     with pytest.raises(UserError, match="init_token"):
-        build("glimpse", OPTIONS | {"init_token": text}, tiny_qwen())
+        build("glimpse", OPTIONS | {"init_token": text}, TINY["qwen2_5_vl"]())

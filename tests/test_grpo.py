@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from conftest import TINY, picture, prompts, tiny_qwen
+from conftest import TINY, picture, prompts
 from glimpseprune import checkpoint, config, lora, losses, train
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
@@ -100,12 +100,12 @@ def stage(
     **grpo: Any,
 ) -> tuple[Untrained, Inputs]:
     """A module on a copy of a tiny backbone, and a batch of three prompts. ``rewards(completions) -> values``."""
-    backbone = copy.deepcopy(backbone or tiny_qwen())
+    backbone = copy.deepcopy(backbone or TINY["qwen2_5_vl"]())
     torch.manual_seed(1)
     method = build(pruner, PRUNERS[pruner], backbone)
     options = LoraOptions(rank=4, alpha=8, first_layer=first_layer) if adapted else None
     if options is not None:
-        lora.inject(backbone, options, method.layers[0])
+        lora.inject(backbone, options, method.stops[0].depth)
         randomised(backbone)
     config = TrainConfig(
         out="",

@@ -14,7 +14,8 @@ import pytest
 
 from glimpseprune import config, judge, rewards
 from glimpseprune.config import MISSING, UserError
-from glimpseprune.judge import Judge, JudgeOptions, parse_score
+from glimpseprune.judge import Judge, parse_score
+from glimpseprune.options import JudgeOptions
 
 
 def completion(text, finish_reason="stop"):
@@ -314,6 +315,6 @@ def test_options(option, message):
 
 def test_package_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(UserError, match="pip install openai"):
+    with pytest.raises(ModuleNotFoundError, match="openai"):
         make("http://x")
     assert "openai" not in vars(judge)  # imported only when a judge is made

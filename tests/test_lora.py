@@ -9,7 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
-from conftest import TINY, prompts, tiny_qwen
+from conftest import TINY, prompts
 from glimpseprune import lora
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
@@ -53,12 +53,12 @@ def test_fresh_adapters_change_nothing(backbone) -> None:
     assert not any("vision" in name or "visual" in name for name in names)  # CLIP has a q_proj, too
     assert all(p.shape[0 if "lora_A" in name else 1] == 4 for name, p in names.items())
     assert not any(parameter.requires_grad for parameter in backbone.model.parameters())
-    assert (logits(adapt(copy.deepcopy(tiny_qwen()))) - logits(tiny_qwen())).abs().max() > 0.1
+    assert (logits(adapt(copy.deepcopy(TINY["qwen2_5_vl"]()))) - logits(TINY["qwen2_5_vl"]())).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("first", [0, 1, 3])
 def test_layers_below_the_first_are_left_alone(first) -> None:
-    backbone = copy.deepcopy(tiny_qwen())
+    backbone = copy.deepcopy(TINY["qwen2_5_vl"]())
     adapt(backbone, first_layer=first, modules=["q_proj", "down_proj"])
     for index, layer in enumerate(backbone.text_model.layers):
         found = [name for name, module in layer.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -67,7 +67,7 @@ def test_layers_below_the_first_are_left_alone(first) -> None:
 
 def test_half_precision_weights_get_adapters_that_can_train() -> None:
     """A step of 1e-4 is lost in bfloat16, so the adapters themselves are float32."""
-    backbone = copy.deepcopy(tiny_qwen())
+    backbone = copy.deepcopy(TINY["qwen2_5_vl"]())
     backbone.model.bfloat16()
     adapt(backbone)
     assert {p.dtype for p in adapters(backbone).values()} == {torch.float32}
@@ -88,7 +88,7 @@ def test_disabled_is_the_model_without_them(backbone) -> None:
 
 
 def test_disabled_ends_with_an_error_inside() -> None:
-    backbone = adapt(copy.deepcopy(tiny_qwen()))
+    backbone = adapt(copy.deepcopy(TINY["qwen2_5_vl"]()))
     tuned = logits(backbone)
     with pytest.raises(RuntimeError), lora.disabled(backbone.model):
         raise RuntimeError
@@ -96,7 +96,7 @@ def test_disabled_ends_with_an_error_inside() -> None:
 
 
 def test_set_trainable() -> None:
-    backbone = adapt(copy.deepcopy(tiny_qwen()))
+    backbone = adapt(copy.deepcopy(TINY["qwen2_5_vl"]()))
     lora.set_trainable(backbone.model, True)
     assert {name for name, p in backbone.model.named_parameters() if p.requires_grad} == set(adapters(backbone))
 
@@ -112,7 +112,7 @@ def test_merged_is_an_ordinary_model_with_the_same_logits(backbone) -> None:
 
 def test_adapters_at_the_scale_of_their_options() -> None:
     """What is added is alpha / rank times B A, which the merged weights show."""
-    backbone = copy.deepcopy(tiny_qwen())
+    backbone = copy.deepcopy(TINY["qwen2_5_vl"]())
     before = backbone.text_model.layers[3].mlp.up_proj.weight.clone()
     adapt(backbone, rank=2, alpha=6.0)
     module = backbone.text_model.layers[3].mlp.up_proj
@@ -130,7 +130,7 @@ def test_adapters_at_the_scale_of_their_options() -> None:
     ],
 )
 def test_errors(options, message) -> None:
-    backbone = copy.deepcopy(tiny_qwen())
+    backbone = copy.deepcopy(TINY["qwen2_5_vl"]())
     with pytest.raises(UserError, match=message):
         lora.inject(backbone, LoraOptions(**options), 2)
     assert not adapters(backbone)
@@ -138,4 +138,4 @@ def test_errors(options, message) -> None:
 
 def test_pruning_after_the_last_layer_leaves_no_layer_for_adapters() -> None:
     with pytest.raises(UserError, match="first_layer"):
-        lora.inject(copy.deepcopy(tiny_qwen()), LoraOptions(), 4)
+        lora.inject(copy.deepcopy(TINY["qwen2_5_vl"]()), LoraOptions(), 4)

@@ -50,7 +50,7 @@ def world(cfg: plan.PlanConfig) -> tuple[Any, Inputs, memory.Model, memory.Load]
     backbone = backbones.load(BASE, dtype=cfg.backbone.dtype)
     pruner = build("glimpse", cfg.pruner.options, backbone)
     if cfg.lora is not None:
-        lora.inject(backbone, cfg.lora, pruner.layers[0])
+        lora.inject(backbone, cfg.lora, pruner.stops[0].depth)
     module = {"glimpse": Driven, "grpo": Untrained}[cfg.stage](cfg, backbone, pruner)
     module._fabric = module._trainer = None
     samples = [
@@ -154,22 +154,22 @@ def test_the_skeleton_is_the_module(stage):
 def test_published_sizes(name):
     cfg = load("conf/stage1.yaml", f"conf/backbones/{name}.yaml", f"backbone.path=none/{name.replace('_', '.')}")
     key = name.replace("qwen2_5_vl", "qwen2.5-vl").replace("llava1_5", "llava-1.5").replace("_", "-")
-    found = plan.published(key, plan.cost.SHAPES[key])
+    found = backbones.published()[key]()
     counts = plan.describe(plan.skeleton(cfg, found)).counts
     billions, trained = SIZES[name]
     assert counts[True, 4] == trained
     assert counts[False, 2] / 1e9 == pytest.approx(billions, abs=0.005)
-    assert plan.cost.Shapes.from_config(found) == plan.cost.SHAPES[key]
+    assert backbones.describe(found).decoder.layers == found.text_config.num_hidden_layers
 
 
 def test_visual_tokens_are_those_of_the_processor():
     found, options = plan.architecture(BASE), load("conf/demo.yaml").backbone
     processor = backbones.load(BASE)
     for width, height in ((336, 336), (500, 300), (30, 900)):
-        ((grid,),) = processor.grids(processor.prepare(["?"], [[picture(width, height)]]))
-        assert plan.visual_tokens(found, options, f"{width}x{height}") == grid[0] * grid[1]
+        ((layout,),) = processor.layouts(processor.prepare(["?"], [[picture(width, height)]]))
+        assert plan.visual_tokens(found, options, f"{width}x{height}") == layout.count
     assert plan.visual_tokens(found, replace(options, max_pixels=100 * 28**2), "1344x1344") == 100
-    llava = plan.published("llava-1.5-7b", plan.cost.SHAPES["llava-1.5-7b"])
+    llava = backbones.published()["llava-1.5-7b"]()
     assert plan.visual_tokens(llava, options, "1344x1344") == 576
 
 

@@ -5,8 +5,12 @@ import pytest
 import torch
 
 from glimpseprune.data.sources import tags
-from glimpseprune.training import pretrain
-from glimpseprune.training.pretrain import PretrainConfig, PretrainModule, Stage, TinyConfig
+from glimpseprune.tiny.config import PretrainConfig, Stage, TinyConfig
+from glimpseprune.tiny.model import PATCH, image_processor, patchify
+from glimpseprune.tiny.module import PretrainModule
+from glimpseprune.tiny.packing import Curriculum, draw, packed_masks
+from glimpseprune.tiny.tokenizer import token_ids, tokenizer
+from glimpseprune.types import Layout
 
 TINY = TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=2, vision_hidden=32, vision_intermediate=32)
 STAGE = Stage(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
@@ -14,7 +18,7 @@ STAGE = Stage(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    return pretrain.draw(np.random.default_rng(0), STAGE, "train")
+    return draw(np.random.default_rng(0), STAGE, "train")
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +28,9 @@ def module() -> PretrainModule:
 
 @pytest.mark.parametrize("text", ["number on the red tag?", "numbers on lime and blue?", "colour of tag 07?", "27 41"])
 def test_tokenizer_restores_the_text(text):
-    ids = pretrain.tokenizer()(text, add_special_tokens=False).input_ids
-    assert pretrain.tokenizer().unk_token_id not in ids
-    assert pretrain.tokenizer().decode(ids) == text
+    ids = tokenizer()(text, add_special_tokens=False).input_ids
+    assert tokenizer().unk_token_id not in ids
+    assert tokenizer().decode(ids) == text
 
 
 def test_every_question_and_answer_is_in_the_vocabulary():
@@ -34,17 +38,17 @@ def test_every_question_and_answer_is_in_the_vocabulary():
     view = tags.scene(rng, 336, 12, "train")
     for kind in tags.KINDS:
         for q in tags.ask(rng, view, kind, 12):
-            assert pretrain.tokenizer().unk_token_id not in pretrain._ids(q.text) + pretrain._ids(q.answer)
+            assert tokenizer().unk_token_id not in token_ids(q.text) + token_ids(q.answer)
 
 
 def test_patchify_is_the_image_processor(batch):
-    expected = pretrain.image_processor()(list(batch["images"].numpy()), return_tensors="pt")["pixel_values"]
-    assert torch.equal(pretrain.patchify(batch["images"]), expected)
+    expected = image_processor()(list(batch["images"].numpy()), return_tensors="pt")["pixel_values"]
+    assert torch.equal(patchify(batch["images"]), expected)
 
 
 def test_curriculum_does_not_depend_on_workers():
-    whole = list(pretrain.Curriculum([STAGE, STAGE], 5, "train"))
-    late = list(pretrain.Curriculum([STAGE, STAGE], 5, "train", first=1))
+    whole = list(Curriculum([STAGE, STAGE], 5, "train"))
+    late = list(Curriculum([STAGE, STAGE], 5, "train", first=1))
     assert torch.equal(whole[1]["ids"], late[0]["ids"]) and torch.equal(whole[1]["images"], late[0]["images"])
 
 
@@ -52,18 +56,18 @@ def test_a_packed_question_sees_what_it_would_see_alone(batch, module):
     with torch.no_grad():
         features = module._vision(batch)
         embeds, positions = module._sequence(batch, features)
-        hidden, _ = module._decode(embeds, positions, *pretrain.packed_masks(batch, [None, None]))
+        hidden, _ = module._decode(embeds, positions, *packed_masks(batch, [None, None]))
         packed = module.model.lm_head(hidden[:, 2 + features.shape[1] :])  # [B, P, vocabulary]
-        tok, lengths = pretrain.tokenizer(), batch["lengths"].sum(1).tolist()
+        tok, lengths = tokenizer(), batch["lengths"].sum(1).tolist()
         starts = np.cumsum([0, *lengths])
-        side = batch["images"].shape[1] // pretrain.PATCH
+        side = batch["images"].shape[1] // PATCH
         prefix = [tok.convert_tokens_to_ids(t) for t in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")]
         for question in (0, len(lengths) - 1):
             piece = batch["ids"][0, starts[question] : starts[question + 1]].tolist()
             ids = torch.tensor([[prefix[0], *[prefix[1]] * (side // 2) ** 2, prefix[2], *piece]])
             alone = module.model(
                 input_ids=ids,
-                pixel_values=pretrain.patchify(batch["images"][:1]),
+                pixel_values=patchify(batch["images"][:1]),
                 image_grid_thw=torch.tensor([[1, side, side]]),
                 mm_token_type_ids=(ids == prefix[1]).int(),
             ).logits[0, -len(piece) :]
@@ -71,7 +75,7 @@ def test_a_packed_question_sees_what_it_would_see_alone(batch, module):
 
 
 def test_key_dropout_hides_all_but_the_evidence(batch):
-    low, high = pretrain.packed_masks(batch, [0, None])
+    low, high = packed_masks(batch, [0, None])
     visual = batch["evidence"].shape[-1]
     rows = slice(2 + visual, 2 + visual + int(batch["lengths"][0].sum()))
     assert (high[0, 0, rows, 1 : 1 + visual] == batch["evidence"][0, 0]).all()
@@ -100,4 +104,4 @@ def test_training_lowers_the_loss_and_the_folder_loads(tmp_path, capsys):
     backbone = backbones.load(folder, dtype="float32")
     sample = next(iter(tags.samples(tags.Options(), "test")))
     prompt = backbone.prepare([sample.question], [sample.images])
-    assert backbone.grids(prompt) == [[(12, 12)]]
+    assert backbone.layouts(prompt) == [[Layout.of((12, 12))]]

@@ -13,7 +13,7 @@ import torch
 
 from glimpseprune import judge, rewards
 from glimpseprune.config import UserError
-from glimpseprune.judge import JudgeOptions
+from glimpseprune.options import JudgeOptions
 from glimpseprune.rewards import MISSING, Rewards
 
 nan = math.nan

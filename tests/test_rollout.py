@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conftest import SPECIAL, VOCABULARY, prompt, prompts, tiny_qwen
+from conftest import SPECIAL, TINY, VOCABULARY, prompt, prompts
 from glimpseprune import rollout
 from glimpseprune.backbones import LVLM
-from glimpseprune.decoder import append, fan_out, fork, rows, run_layers, select, start
-from glimpseprune.rollout import answer, sample_keep, score
-from glimpseprune.types import Encoded, Prefill
+from glimpseprune.decoder import append, cut, rows, run_layers, start
+from glimpseprune.rollout import answer, prefilled, sample_keep, score
+from glimpseprune.types import Encoded, Needs, Prefill, Stop
 
 DEPTH = 2
 END = SPECIAL.index("<|im_end|>")
@@ -27,10 +27,20 @@ INDEX = torch.tensor([2, 0, 0, 1, 2, 1, 0])
 EXACT = {"atol": 2e-5, "rtol": 1e-4}
 
 
+class Once:
+    """A pruner whose masks are given to it."""
+
+    stops, needs = (Stop(DEPTH),), Needs()
+
+
 @torch.no_grad()
 def wait(backbone: LVLM, depth: int = DEPTH) -> Prefill:
     """Three prompts, unpruned, that wait at some depth."""
     return run_layers(backbone, start(backbone.encode(prompts(backbone))), depth)
+
+
+def ready(backbone: LVLM, state: Prefill, index: Tensor, keep: Tensor) -> Prefill:
+    return prefilled(backbone, None, Once, state, index, keep)
 
 
 def draw(state: Prefill, index: Tensor = INDEX, share: float = 0.4) -> Tensor:
@@ -71,22 +81,24 @@ def check_against_masks(backbone: LVLM, keep: Tensor, tokens: Tensor, log_probs:
         torch.testing.assert_close(log_probs[i, :length], expected, **EXACT)
 
 
-# ------------------------------------------------------------------------------------------------------------ fan_out
+# ------------------------------------------------------------------------------------------------------------ cuts
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("depth", [0, DEPTH])
-def test_fan_out_is_select_of_rows(backbone, depth) -> None:
+def test_many_cuts_of_a_prompt_are_cuts_of_its_rows(backbone, depth) -> None:
     state = wait(backbone, depth)
-    keep = draw(state) & (torch.rand(len(INDEX), state.mask.shape[1]) < 0.9)  # columns of text may be dropped, too
+    keep = draw(state)
     before = {field.name: getattr(state, field.name) for field in fields(state)}
     tensors = {name: value.clone() for name, value in before.items() if isinstance(value, Tensor)}
     cached = [(layer.keys.clone(), layer.values.clone()) for layer in state.cache.layers]
 
-    ours, theirs = fan_out(state, INDEX, keep), select(rows(state, INDEX), keep)
+    ours, theirs = cut(state, keep, index=INDEX), cut(rows(state, INDEX), keep)
     for name in before.keys() - {"cache"}:
         mine, his = getattr(ours, name), getattr(theirs, name)
-        assert torch.equal(mine, his) if isinstance(mine, Tensor) else mine == his, name
+        assert torch.equal(mine, his) if isinstance(mine, Tensor) else name == "trace" or mine == his, name
+    for mine, his in zip(ours.trace, theirs.trace, strict=True):
+        assert mine.stop == his.stop and torch.equal(mine.kept, his.kept) and torch.equal(mine.flops, his.flops)
     assert len(ours.cache.layers) == len(theirs.cache.layers) == depth
     for mine, his in zip(ours.cache.layers, theirs.cache.layers):
         assert torch.equal(mine.keys, his.keys) and torch.equal(mine.values, his.values)
@@ -102,16 +114,12 @@ def test_fan_out_is_select_of_rows(backbone, depth) -> None:
 
 
 @torch.no_grad()
-def test_fan_out_refuses_what_was_pruned_or_appended_to() -> None:
-    backbone = tiny_qwen()
+def test_cuts_after_append_are_refused() -> None:
+    backbone = TINY["qwen2_5_vl"]()
     state = wait(backbone)
-    other = replace(state, cache=fork(state.cache))
-    framed = select(other, draw(other, torch.arange(3)), prune_cache=False)
-    with pytest.raises(ValueError, match="pruned before"):
-        fan_out(framed, INDEX, framed.mask[INDEX])
     longer = append(state, backbone.embed(torch.full((3, 2), 9)))
     with pytest.raises(ValueError, match="before tokens are appended"):
-        fan_out(longer, INDEX, longer.mask[INDEX])
+        cut(longer, longer.mask[INDEX], index=INDEX)
 
 
 # ------------------------------------------------------------------------------------------------------------- answers
@@ -123,10 +131,10 @@ def test_log_probs_are_those_of_a_masked_forward(backbone) -> None:
     state = wait(backbone)
     keep = draw(state)
     torch.manual_seed(0)
-    tokens, log_probs, mask, ended = answer(backbone, state, INDEX, keep, 8, OFTEN, temperature=1.3)
+    tokens, log_probs, mask, ended = answer(backbone, ready(backbone, state, INDEX, keep), 8, OFTEN, temperature=1.3)
     assert ended.any() and len(set(mask.sum(1).tolist())) > 2
     check_against_masks(backbone, keep, tokens, log_probs, mask, 1.3)
-    again, _ = score(backbone, state, INDEX, keep, tokens, mask, 1.3)
+    again, _ = score(backbone, ready(backbone, state, INDEX, keep), tokens, mask, 1.3)
     torch.testing.assert_close(again, log_probs, **EXACT)
 
 
@@ -134,18 +142,18 @@ def test_log_probs_are_those_of_a_masked_forward(backbone) -> None:
 def test_rollouts_with_the_same_mask_share_their_prompt(backbone, monkeypatch) -> None:
     """In all layers; what is sampled and scored is what it is without."""
     sizes: list[int] = []
-    monkeypatch.setattr(
-        rollout, "fan_out", lambda state, index, keep: sizes.append(len(index)) or fan_out(state, index, keep)
-    )
+    monkeypatch.setattr(rollout, "cut", lambda *args, index: sizes.append(len(index)) or cut(*args, index=index))
     state = wait(backbone)
     keep = draw(state)
     keep[4], keep[6] = keep[0], keep[2]  # [0] and [4] are of one prompt, so are [2] and [6] of another
     assert INDEX[4] == INDEX[0] and INDEX[6] == INDEX[2]
     torch.manual_seed(2)
-    tokens, log_probs, mask, _ = answer(backbone, state, INDEX, keep, 8, OFTEN)
+    tokens, log_probs, mask, _ = answer(backbone, ready(backbone, state, INDEX, keep), 8, OFTEN)
     assert not torch.equal(tokens[0], tokens[4]) or not torch.equal(tokens[2], tokens[6])
     check_against_masks(backbone, keep, tokens, log_probs, mask)
-    torch.testing.assert_close(score(backbone, state, INDEX, keep, tokens, mask)[0], log_probs, **EXACT)
+    torch.testing.assert_close(
+        score(backbone, ready(backbone, state, INDEX, keep), tokens, mask)[0], log_probs, **EXACT
+    )
     assert sizes == [5, 5]
 
 
@@ -154,25 +162,25 @@ def test_score_of_a_row_does_not_depend_on_its_batch(backbone) -> None:
     state = wait(backbone)
     keep, mask = draw(state), torch.arange(5) < torch.tensor([[5], [1], [3], [4], [2], [5], [1]])
     tokens = torch.randint(8, VOCABULARY, mask.shape) * mask
-    log_probs, entropy = score(backbone, state, INDEX, keep, tokens, mask)
+    log_probs, entropy = score(backbone, ready(backbone, state, INDEX, keep), tokens, mask)
     assert not log_probs[~mask].any() and not entropy[~mask].any()
     for row in range(len(INDEX)):
         one = slice(row, row + 1)
         length = int(mask[row].sum())
-        alone = score(backbone, state, INDEX[one], keep[one], tokens[one, :length], mask[one, :length])
+        alone = score(backbone, ready(backbone, state, INDEX[one], keep[one]), tokens[one, :length], mask[one, :length])
         torch.testing.assert_close(log_probs[one, :length], alone[0], **EXACT)
         torch.testing.assert_close(entropy[one, :length], alone[1], **EXACT)
     check_against_masks(backbone, keep, tokens, log_probs, mask)
 
 
 def test_score_gives_the_entropy_of_what_was_drawn_from_and_gradients() -> None:
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     state = wait(backbone)
     keep, mask = draw(state), torch.ones(len(INDEX), 1, dtype=torch.bool)
     tokens = torch.full((len(INDEX), 1), 30)
     state.hidden.requires_grad_()
-    log_probs, entropy = score(backbone, state, INDEX, keep, tokens, mask, temperature=2.0)
-    first = run_layers(backbone, fan_out(state, INDEX, keep), backbone.num_layers).hidden[:, -1]
+    log_probs, entropy = score(backbone, ready(backbone, state, INDEX, keep), tokens, mask, temperature=2.0)
+    first = run_layers(backbone, cut(state, keep, index=INDEX), backbone.num_layers).hidden[:, -1]
     expected = torch.distributions.Categorical(logits=backbone.logits(first) / 2.0)
     torch.testing.assert_close(entropy[:, 0], expected.entropy(), **EXACT)
     torch.testing.assert_close(log_probs[:, 0], expected.log_prob(tokens[:, 0]), **EXACT)
@@ -189,9 +197,11 @@ def test_rows_that_end_leave_the_others_as_they_are(backbone, monkeypatch) -> No
     index = torch.arange(3).repeat_interleave(6)
     keep = draw(state, index)
     torch.manual_seed(1)
-    tokens, log_probs, mask, ended = answer(backbone, state, index, keep, 14, OFTEN)
+    tokens, log_probs, mask, ended = answer(backbone, ready(backbone, state, index, keep), 14, OFTEN)
     assert sizes.pop(0) == 18 and len(sizes) > 1 and sizes == sorted(sizes, reverse=True) and sizes[0] <= 9
-    torch.testing.assert_close(score(backbone, state, index, keep, tokens, mask)[0], log_probs, **EXACT)
+    torch.testing.assert_close(
+        score(backbone, ready(backbone, state, index, keep), tokens, mask)[0], log_probs, **EXACT
+    )
     assert tokens.shape == log_probs.shape == mask.shape and mask.any(0).all()
     assert not tokens[~mask].any() and not log_probs[~mask].any() and (log_probs[mask] < 0).all()
     lengths = mask.sum(1)
@@ -205,18 +215,18 @@ def test_rows_that_end_leave_the_others_as_they_are(backbone, monkeypatch) -> No
 
 @torch.no_grad()
 def test_an_end_in_the_first_step() -> None:
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     state = wait(backbone)
-    tokens, log_probs, mask, ended = answer(backbone, state, INDEX, draw(state), 5, range(VOCABULARY))
+    tokens, log_probs, mask, ended = answer(backbone, ready(backbone, state, INDEX, draw(state)), 5, range(VOCABULARY))
     assert tokens.shape == (7, 1) and mask.all() and ended.all() and (log_probs < 0).all()
 
 
 @torch.no_grad()
 def test_one_token() -> None:
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     state = wait(backbone)
     torch.manual_seed(0)
-    tokens, _, mask, ended = answer(backbone, state, INDEX, draw(state), 1, range(60))
+    tokens, _, mask, ended = answer(backbone, ready(backbone, state, INDEX, draw(state)), 1, range(60))
     assert tokens.shape == (7, 1) and mask.all()
     assert torch.equal(ended, tokens[:, 0] < 60) and 0 < int(ended.sum()) < 7
 
@@ -224,12 +234,14 @@ def test_one_token() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_tokens_are_drawn_from_the_distribution_of_their_log_probs(temperature) -> None:
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     state, count = wait(backbone), 2000
     index, keep = torch.zeros(count, dtype=torch.long), draw(state, INDEX[:1])
-    pruned = fan_out(state, index[:1], keep)
+    pruned = cut(state, keep, index=index[:1])
     torch.manual_seed(0)
-    tokens, log_probs, *_ = answer(backbone, state, index, keep.expand(count, -1), 1, [END], temperature=temperature)
+    tokens, log_probs, *_ = answer(
+        backbone, ready(backbone, state, index, keep.expand(count, -1)), 1, [END], temperature=temperature
+    )
     logits = backbone.logits(run_layers(backbone, pruned, backbone.num_layers).hidden[0, -1])
     p = (logits / temperature).softmax(-1)
     torch.testing.assert_close(log_probs[:, 0], p.log()[tokens[:, 0]], **EXACT)
@@ -241,9 +253,9 @@ def test_tokens_are_drawn_from_the_distribution_of_their_log_probs(temperature) 
 def test_no_visual_token_survives(backbone) -> None:
     state = wait(backbone)
     keep = ~state.visual[INDEX]
-    assert not fan_out(state, INDEX, keep).visual.any()
+    assert not cut(state, keep, index=INDEX).visual.any()
     torch.manual_seed(0)
-    tokens, log_probs, mask, _ = answer(backbone, state, INDEX, keep, 4, OFTEN)
+    tokens, log_probs, mask, _ = answer(backbone, ready(backbone, state, INDEX, keep), 4, OFTEN)
     check_against_masks(backbone, keep, tokens, log_probs, mask)
 
 
@@ -273,13 +285,13 @@ def in_processes(work: Callable[[int], None], folder: Path, count: int = 2, seco
 @torch.no_grad()
 def test_processes_that_share_weights_go_on_until_the_last_has_finished(tmp_path) -> None:
     """Layers of which each process holds a part are called equally often by all: rank 0 ends at once, rank 1 late."""
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     state = wait(backbone)
     keep, ends = draw(state), {0: range(VOCABULARY), 1: [], 2: OFTEN}
 
     def roll(ending: int, synced: bool) -> tuple[Tensor, ...]:
         torch.manual_seed(0)
-        return answer(backbone, state, INDEX, keep, 6, ends[ending], synced=synced)
+        return answer(backbone, ready(backbone, state, INDEX, keep), 6, ends[ending], synced=synced)
 
     def work(rank: int) -> None:
         calls = []
@@ -302,7 +314,7 @@ def test_processes_that_share_weights_go_on_until_the_last_has_finished(tmp_path
 @torch.no_grad()
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_keep_masks_are_bernoulli(temperature) -> None:
-    state = wait(tiny_qwen())
+    state = wait(TINY["qwen2_5_vl"]())
     torch.manual_seed(0)
     logits = 2 * torch.randn(int(state.visual.sum()))
     index = torch.arange(3).repeat_interleave(1000)
@@ -320,7 +332,7 @@ def test_keep_masks_are_bernoulli(temperature) -> None:
 
 
 def test_keep_log_probs_reach_the_logits() -> None:
-    state = wait(tiny_qwen())
+    state = wait(TINY["qwen2_5_vl"]())
     logits = torch.randn(int(state.visual.sum()), requires_grad=True)
     keep, log_probs = sample_keep(state, logits, torch.tensor([0, 0, 2]))
     log_probs.sum().backward()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from conftest import TINY, picture, tiny_qwen
+from conftest import TINY, picture
 from glimpseprune import checkpoint, evaluate, losses, train
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
@@ -91,7 +91,7 @@ def test_hard_gate_is_pruned_prefill(name):
     module.eval()
     with torch.no_grad():
         shared = module.share(inputs)
-        keep = module.decide(shared.logits[-1], shared.counts)
+        keep = module.pruner.mask(shared.logits[-1], shared.counts)
         weight = torch.ones(shared.state.visual.shape).masked_scatter(shared.state.visual, keep.float())
         gated = module.answer_logits(shared.state, inputs.answer_ids, inputs.answer_mask, Gate(weight))
         state = prefill(module.backbone, shared.encoded, module.pruner)
@@ -380,16 +380,16 @@ def test_a_typo_does_not_cost_the_run_it_would_overwrite(world, capsys, tmp_path
     (tmp_path / "config.yaml").write_text("precious")
     args = [*world["args"], f"out={tmp_path}", "overwrite=true"]
     assert "threshold" in fails(train.main, [*args, "pruner.options.thresold=0.4"], capsys)
-    assert "stage=options" in fails(train.main, [*args, "stage=options"], capsys)
-    assert "stage=pretrain" in fails(train.main, [*args, "stage=pretrain"], capsys)
+    assert "choices are glimpse, grpo" in fails(train.main, [*args, "stage=pretrain"], capsys)
     assert (tmp_path / "config.yaml").read_text() == "precious"
 
 
 def test_checkpoint_of_another_backbone_names_the_tensor(world, capsys, tmp_path):
-    from glimpseprune.training import pretrain
+    from glimpseprune.tiny.config import PretrainConfig, TinyConfig
+    from glimpseprune.tiny.module import PretrainModule
 
-    wider = pretrain.TinyConfig(layers=3, hidden=64, intermediate=32, vision_layers=4, vision_hidden=32)
-    pretrain.PretrainModule(pretrain.PretrainConfig(model=wider)).save(str(tmp_path / "wider"))
+    wider = TinyConfig(layers=3, hidden=64, intermediate=32, vision_layers=4, vision_hidden=32)
+    PretrainModule(PretrainConfig(model=wider)).save(str(tmp_path / "wider"))
     error = fails(
         evaluate.main, [f"ckpt={world['run']}", f"backbone.path={tmp_path / 'wider'}"], capsys, after_loading=True
     )
@@ -413,7 +413,7 @@ def test_truncated_and_foreign_weights_are_refused(world, tmp_path):
 
 def test_published_weights_load_with_a_backbone(tmp_path):
     """A folder as the paper's authors publish it, made here from a pruner of ours."""
-    backbone = tiny_qwen()
+    backbone = TINY["qwen2_5_vl"]()
     options = OPTIONS | {"probe_layers": [1]}
     pruner = build("glimpse", options, backbone)
     own = pruner.state_dict()

@@ -1,11 +1,11 @@
-"""Watching: what is measured, what stops a run before it is spoiled, and who is named when nothing moves any more."""
+"""Whole runs that are watched: what stages count and score, what stops one before it is spoiled, who is named when
+nothing moves any more. (The callbacks one by one: test_throughput.py, test_nonfinite.py, test_stalls.py)"""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import random
 import socket
 import subprocess
 import sys
@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import TINY, picture
 from glimpseprune import train
 from glimpseprune.data.collate import Collator
-from glimpseprune.data.module import PADDING, ShardDataset, ShardLoader
 from glimpseprune.data.shards import write
+from glimpseprune.data.stream import PADDING
 from glimpseprune.options import (
     BackboneOptions,
     DataOptions,
@@ -35,11 +35,10 @@ from glimpseprune.options import (
     LossOptions,
     RewardOptions,
     TrainConfig,
-    WatchOptions,
 )
 from glimpseprune.pruners import build
-from glimpseprune.running import watch
-from glimpseprune.running.watch import EXIT_CODE, Stall, StopOnNonFinite, Throughput, Usual, Window, rates, verdict
+from glimpseprune.running.stalls import EXIT_CODE
+from glimpseprune.running.throughput import Throughput
 from glimpseprune.training.glimpse import GlimpseModule
 from glimpseprune.training.grpo import GRPOModule
 from glimpseprune.types import Inputs, Sample
@@ -76,168 +75,6 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -
     return module
 
 
-# ------------------------------------------------------------------------------------------------------------- speed
-
-
-class Loader(SimpleNamespace):
-    waited = 0.0
-
-
-class Trainer(SimpleNamespace):
-    """A rank of several that all measure the same but for ``others``: a change to each window that is gathered."""
-
-    def __init__(self, ranks: int = 1, others: Any = None):
-        self.gathered: list[Tensor] = []
-        self.lines: list[tuple[int, dict[str, float]]] = []
-
-        def gather(own: Tensor) -> Tensor:
-            self.gathered.append(own)
-            others_of = others or (lambda own: own)
-            return own if ranks == 1 else torch.stack([own, *[others_of(own.clone()) for _ in range(ranks - 1)]])
-
-        logger = SimpleNamespace(log_metrics=lambda values, step: self.lines.append((step, values)))
-        super().__init__(
-            global_step=0,
-            train_dataloader=Loader(),
-            strategy=SimpleNamespace(all_gather=gather),
-            loggers=[logger],
-            callback_metrics={},
-            fit_loop=SimpleNamespace(epoch_loop=SimpleNamespace(_batches_that_stepped=0)),
-        )
-
-
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-IMAGE = 7
-MODULE = SimpleNamespace(
-    device=torch.device("cpu"),
-    automatic_optimization=True,
-    backbone=SimpleNamespace(image_token_id=IMAGE),
-    flops=lambda batch: 5e12,
-)
-BATCH = Inputs({"input_ids": torch.tensor([[1, IMAGE, IMAGE], [IMAGE, 1, 1]])}, SAMPLES[:2])
-
-
-class Timed:
-    """A callback that is driven batch by batch, on a clock of ours."""
-
-    def __init__(self, trainer: Trainer, every: int = 2, **options: Any):
-        self.trainer, self.clock = trainer, Clock()
-        self.callback = Throughput(WatchOptions(**options), every, self.clock)
-        self.callback.on_train_start(trainer, MODULE)
-
-    def batch(self, wait: float, alone: float, rest: float, steps: bool = True, between: float = 0.0) -> None:
-        self.clock.now += wait + between
-        self.trainer.train_dataloader.waited += wait
-        self.callback.on_train_batch_start(self.trainer, MODULE, BATCH, 0)
-        self.clock.now += alone
-        self.callback.on_own_work_end(self.trainer, MODULE)
-        self.clock.now += rest
-        self.trainer.global_step += steps
-        self.callback.on_train_batch_end(self.trainer, MODULE, None, BATCH, 0)
-
-
-def test_rates_of_a_window():
-    timed = Timed(Trainer())
-    timed.batch(wait=50, alone=2, rest=1)  # the workers start: no wait that will come again
-    timed.batch(wait=1, alone=2, rest=1)
-    (step, values), *more = timed.trainer.lines
-    assert (step, more) == (0, [])
-    assert values == pytest.approx(
-        {
-            "perf/samples_per_s": 4 / 7,
-            "perf/visual_tokens_per_s": 6 / 7,
-            "perf/step_s": 3.5,
-            "perf/data_wait": 1 / 7,
-            "perf/rank_skew": 0,
-        }
-    )
-    timed.batch(wait=6, alone=2, rest=1)
-    timed.batch(wait=6, alone=2, rest=1, between=2)  # a progress bar, say: neither wait nor work, but time
-    assert timed.trainer.lines[1][1]["perf/data_wait"] == pytest.approx(12 / 20)
-    assert {name: float(value) for name, value in timed.trainer.callback_metrics.items()} == pytest.approx(
-        timed.trainer.lines[1][1]
-    )
-
-
-@pytest.mark.parametrize("pause", ["on_validation_start", "on_save_checkpoint"])
-def test_validations_and_checkpoints_do_not_count(pause):
-    timed = Timed(Trainer())
-    timed.batch(wait=0, alone=2, rest=2)
-    getattr(timed.callback, pause)(timed.trainer, MODULE, *([{}] if "save" in pause else []))
-    timed.batch(wait=1, alone=2, rest=2, between=1000)
-    values = timed.trainer.lines[0][1]
-    assert values["perf/step_s"] == pytest.approx(9 / 2) and values["perf/data_wait"] == pytest.approx(1 / 9)
-    timed.batch(wait=0, alone=2, rest=2, between=3)  # only once
-    timed.batch(wait=0, alone=2, rest=2, between=3)
-    assert timed.trainer.lines[1][1]["perf/step_s"] == pytest.approx(7)
-
-
-def test_ranks_gather_once_per_line_and_batches_that_accumulate_are_one_step():
-    timed = Timed(Trainer(), every=2)
-    for batch in range(8):
-        timed.batch(wait=0, alone=1, rest=0, steps=batch % 2 == 1)
-    assert len(timed.trainer.gathered) == 2
-    assert [values["perf/step_s"] for _, values in timed.trainer.lines] == pytest.approx([2, 2])
-    timed = Timed(Trainer(), every=3)  # two updates per batch, as grpo.num_iterations makes them
-    for _ in range(6):
-        timed.batch(wait=0, alone=1, rest=0, steps=2)
-    assert len(timed.trainer.gathered) == 4
-    assert [values["perf/step_s"] for _, values in timed.trainer.lines] == pytest.approx([0.5] * 4)
-
-
-def test_skew_is_that_of_the_ranks_own_work():
-    def slow(own: Tensor) -> Tensor:  # the batch takes all ranks equally long, since they wait for each other
-        own[list(vars(Window())).index("alone")] *= 2
-        return own
-
-    timed = Timed(Trainer(2, slow))
-    timed.batch(wait=0, alone=1, rest=3)
-    timed.batch(wait=0, alone=1, rest=3)
-    values = timed.trainer.lines[0][1]
-    assert timed.trainer.gathered[0].tolist() == [8, 0, 2, 4, 6, 0, 0]
-    assert values["perf/rank_skew"] == pytest.approx(2 / 1.5 - 1)
-    assert values["perf/samples_per_s"] == pytest.approx(8 / 8) and values["perf/step_s"] == pytest.approx(4)
-
-
-def test_mfu_and_memory_where_they_are_known():
-    columns = torch.tensor([[10.0, 2, 4, 32, 640, 4e15, 3 * 2**30], [10.0, 4, 4, 32, 640, 4e15, 2 * 2**30]])
-    values = rates(columns.double(), steps=5, peak=1000.0)
-    assert values["perf/mfu"] == pytest.approx(8e15 / (10 * 2 * 1e15))
-    assert values["perf/gpu_memory_gib"] == pytest.approx(3) and values["perf/data_wait"] == pytest.approx(0.4)
-    assert "perf/mfu" not in rates(columns, 5)
-    columns[:, 5:] = 0
-    assert not {"perf/mfu", "perf/gpu_memory_gib"} & set(rates(columns, 5, 1000.0))
-    timed = Timed(Trainer(), peak_tflops=10.0)
-    timed.batch(wait=0, alone=1, rest=0)
-    timed.batch(wait=0, alone=1, rest=0)
-    assert timed.trainer.lines[0][1]["perf/mfu"] == pytest.approx(0.5)  # 5 of 10 TFLOP/s
-
-
-@pytest.mark.parametrize(
-    ("name", "peak"),
-    [
-        ("NVIDIA H200", 989),
-        ("NVIDIA H100 80GB HBM3", 989),
-        ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA L40S", 362),
-        ("NVIDIA L4", 121),
-        ("NVIDIA GH200 480GB", 989),
-        ("Some H2000 of the future", None),
-    ],
-)
-def test_peaks_by_name(monkeypatch, name, peak):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert watch.peak_tflops(torch.device("cuda")) == peak
-    assert watch.peak_tflops(torch.device("cpu")) is None
-
-
 @pytest.mark.parametrize("name", sorted(TINY))
 @pytest.mark.parametrize(
     ("loss", "progress"),
@@ -261,71 +98,6 @@ def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     short = Collator(module.backbone)(SAMPLES[1:2])
     padded = Collator(module.backbone)([long, SAMPLES[1]])
     assert module.flops(padded) == pytest.approx(module.flops(inputs) + module.flops(short))
-
-
-def test_loaders_know_how_long_they_were_waited_for(tmp_path):
-    write(SAMPLES, tmp_path, split="train")
-
-    def slow(samples: list[Sample]) -> int:
-        time.sleep(0.02)
-        return len(samples)
-
-    loader = ShardLoader(ShardDataset(tmp_path, "train"), slow, 1)
-    for _ in loader:
-        time.sleep(0.2)
-    assert 0.06 <= loader.waited < 0.6
-
-
-# ----------------------------------------------------------------------------------------------------------- numbers
-
-
-def stopper(**options: Any) -> StopOnNonFinite:
-    return StopOnNonFinite("", WatchOptions(**options))
-
-
-def test_what_is_not_finite_stops_at_once_and_names_its_ranks():
-    fine, nan, inf = [1.0, 2.0], [math.nan, math.nan], [math.inf, 2.0]
-    assert stopper().verdict([fine, fine], signed=False) == (None, [])
-    reason, ranks = stopper().verdict([[1.0, math.nan], nan], signed=False)  # gradients are exchanged: all have it
-    assert "loss is nan" in reason and ranks == [1]
-    assert stopper(explode=None).verdict([inf, fine, inf], signed=True)[1] == [0, 2]
-    reason, ranks = stopper().verdict([[1.0, math.inf], [1.0, math.inf]], signed=False)
-    assert "gradient" in reason and ranks == [0, 1]
-
-
-def test_an_explosion_is_far_above_what_is_usual():
-    callback = stopper(explode=20.0)
-    for step in range(30):
-        assert callback.verdict([[2.0 + step % 3, 1.0], [1.0, 1.0]], signed=False) == (None, [])
-    assert callback.verdict([[50.0, 1.0], [1.0, 1.0]], signed=False) == (None, [])  # mean 25.5
-    reason, ranks = callback.verdict([[500.0, 1.0], [1.0, 1.0]], signed=False)
-    assert "the loss explodes: 250.5" in reason and ranks == [0]
-    again = stopper(explode=20.0)
-    again.load_state_dict(callback.state_dict())
-    assert again.verdict([[500.0, 1.0], [1.0, 1.0]], signed=False)[1] == [0]
-    never = stopper(explode=None)
-    never.load_state_dict(callback.state_dict())
-    assert never.verdict([[1e9, 1.0], [1.0, 1.0]], signed=False) == (None, [])
-
-
-def test_a_signed_loss_explodes_by_its_gradient():
-    callback = stopper(explode=20.0)
-    for step in range(40):  # every other group agrees, and teaches nothing
-        assert callback.verdict([[(-1) ** step * 1e-3, float(step % 2)]], signed=True) == (None, [])
-    assert callback.verdict([[-5.0, 1.0]], signed=True) == (None, [])
-    assert "gradient norm explodes" in callback.verdict([[1e-3, 50.0]], signed=True)[0]
-
-
-@pytest.mark.parametrize("spread", [0.3, 1.0, 2.0])
-def test_a_healthy_run_is_left_alone(spread):
-    """Losses that fall by a factor of 1000 and differ between batches, up to orders of magnitude."""
-    for seed in range(5):
-        draw, usual = random.Random(seed), Usual(20.0)
-        for step in range(2000):
-            loss = 10 ** (-3 * step / 2000) * math.exp(draw.gauss(0, spread))
-            assert loss <= usual.limit(), (seed, step)
-            usual.add(loss)
-        assert usual.limit() < 1e6
 
 
 # --------------------------------------------------------------------------------------------------- the command, once
@@ -551,133 +323,6 @@ def test_means_are_over_samples_of_all_ranks():
     assert module.trainer.strategy.shape == (size, 2) and module.sums == {}
     with pytest.raises(ValueError, match="'box_iuo' is not one of"):
         module.tally({"box_iuo": (torch.tensor(1.0), 1)})
-
-
-# -------------------------------------------------------------------------------------------------------- standstill
-
-
-def heart(rank: int, beats: int, phase: str = "computes", time: float = 1000.0, **more: Any) -> dict[str, Any]:
-    own = {"rank": rank, "host": f"node{rank}", "pid": 7, "beats": beats, "step": 3, "phase": phase}
-    return own | {"since": 100.0, "time": time} | more
-
-
-def test_verdict_names_who_is_behind():
-    late = heart(1, 8, where="glimpse.py:90 training_step")
-    said = verdict([heart(0, 9, "runs backward"), late, heart(2, 9, "runs backward")], 3, 300)
-    assert "behind is rank 1 (node1, pid 7)" in said and "glimpse.py:90 training_step" in said
-    assert "at step 3 computes for 15.0 min" in said and "rank 0" not in said and "rank 2" not in said
-    dead = verdict([heart(0, 9), heart(1, 9, time=100.0)], 2, 300)
-    assert "rank 1 (node1, pid 7) has shown no sign of life for 900 s" in dead and "rank 0" not in dead
-    assert "rank 1, 2 never wrote" in verdict([heart(0, 9)], 3, 300)
-    assert "all ranks are at the same point: rank 0" in verdict([heart(0, 9), heart(1, 9)], 2, 300)
-    assert verdict([heart(0, 9)], 1, 300).startswith("rank 0 (node0, pid 7), which at step 3")
-    assert len(verdict([heart(rank, rank // 500) for rank in range(512)], 512, 300)) < 1500
-
-
-class Watched(Stall):
-    """Takes note instead of ending the process."""
-
-    def __init__(self, folder: Path, seconds: float):
-        super().__init__(folder, seconds / 60)
-        self.gave_up = threading.Event()
-
-    def give_up(self) -> None:
-        self.gave_up.set()
-        self.over.set()
-
-    def arm(self) -> None:
-        pass
-
-
-@pytest.fixture
-def watched(tmp_path):
-    found = []
-
-    def start(seconds: float) -> tuple[Watched, Any]:
-        callback = Watched(tmp_path / "heartbeats", seconds)
-        strategy = SimpleNamespace(barrier=lambda: None)
-        trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, global_step=3, strategy=strategy)
-        callback.on_fit_start(trainer, None)
-        found.append(callback)
-        return callback, trainer
-
-    yield start
-    for callback in found:
-        callback.stop()
-
-
-def test_a_run_that_moves_is_left_alone_until_it_does_not(watched):
-    callback, trainer = watched(1.0)
-    for _ in range(10):  # together longer than it may stand still
-        time.sleep(0.2)
-        callback.on_validation_batch_end(trainer)
-        assert not callback.gave_up.is_set()
-    (own,) = callback.read()
-    assert (own["rank"], own["step"], own["phase"], own["pid"]) == (0, 3, "validates", os.getpid())
-    assert callback.gave_up.wait(10)
-
-
-def test_a_checkpoint_takes_longer(watched):
-    callback, trainer = watched(1.0)
-    callback.on_save_checkpoint(trainer)
-    time.sleep(2)
-    assert not callback.gave_up.is_set()
-    assert callback.gave_up.wait(20)
-
-
-def test_who_was_suspended_has_not_stalled(watched, monkeypatch):
-    later = [0.0]
-    monkeypatch.setattr(watch.time, "monotonic", lambda clock=time.monotonic: clock() + later[0])
-    callback, _ = watched(4.0)
-    time.sleep(0.5)
-    later[0] = 1e6
-    time.sleep(1)
-    assert not callback.gave_up.is_set()
-
-
-def test_the_others_notice_and_a_new_run_does_not(watched):
-    callback, trainer = watched(600.0)
-    callback.tick = 0.1
-    (callback.folder / "stalled").touch()
-    callback.stop()
-    callback.on_fit_start(trainer, None)  # what an earlier run has left is no news
-    assert not callback.gave_up.wait(0.5)
-    (callback.folder / "stalled").touch()
-    assert callback.gave_up.wait(10)
-
-
-def test_a_rank_that_fails_says_so_and_is_no_longer_watched(watched):
-    callback, trainer = watched(1.0)
-    callback.on_exception(trainer, None, RuntimeError("no"))
-    assert "failed (RuntimeError)" in verdict(callback.read(), 1, 300)
-    assert not callback.gave_up.wait(2)
-
-
-GRASP = """
-import ctypes, sys, time
-from types import SimpleNamespace
-from glimpseprune.running.watch import Stall
-
-strategy = SimpleNamespace(barrier=lambda: None)
-trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, global_step=3, strategy=strategy)
-Stall(sys.argv[1], 0.05).on_fit_start(trainer, None)
-time.sleep(1)
-
-def hold():
-    ctypes.PyDLL(None).sleep(200)  # and with it the interpreter
-
-hold()
-"""
-
-
-@pytest.mark.slow
-def test_not_even_the_thread_can_run(tmp_path):
-    """Then there is no verdict, but an end, and a stack."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", GRASP, str(tmp_path)], env=env, timeout=150, capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "Timeout" in done.stderr and "in hold" in done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------- two processes

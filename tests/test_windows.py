@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from conftest import prompts, tiny_qwen
+from conftest import TINY, prompts
 from glimpseprune.windows import NAME, batch_windows
 
 
 def test_equals_the_loop_over_ragged_windows():
-    tower = copy.deepcopy(tiny_qwen().model.model.visual)
-    prompt = prompts(tiny_qwen())
+    tower = copy.deepcopy(TINY["qwen2_5_vl"]().model.model.visual)
+    prompt = prompts(TINY["qwen2_5_vl"]())
     tower.config._attn_implementation = "sdpa"
     loop = tower(prompt["pixel_values"], grid_thw=prompt["image_grid_thw"]).pooler_output
     batch_windows(tower)
@@ -22,7 +22,7 @@ def test_equals_the_loop_over_ragged_windows():
 
 @pytest.mark.parametrize("backend", ["eager", "flash_attention_2"])
 def test_other_backends_are_left_alone(backend):
-    tower = copy.deepcopy(tiny_qwen().model.model.visual)
+    tower = copy.deepcopy(TINY["qwen2_5_vl"]().model.model.visual)
     tower.config._attn_implementation = backend
     batch_windows(tower)
     assert tower.config._attn_implementation == backend

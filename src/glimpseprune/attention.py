@@ -27,6 +27,10 @@ Probe = Callable[[int, Tensor, Tensor, float], None]
 """Called with layer index, query [B, H, Q, d] and key [B, H_kv, S, d], both after RoPE, and the scale of q . k."""
 
 
+class Enough(Exception):
+    """Raised by a probe that has seen what it came for: the call that it is in ends there."""
+
+
 @dataclass
 class Gate:
     """How far each key may be seen (docs/method.md §5); needs no gradient at inference.
@@ -74,6 +78,18 @@ def logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     with torch.autocast(query.device.type, enabled=False):
         groups = query.float().unflatten(1, (key.shape[1], -1))  # [B, H_kv, H / H_kv, Q, d]
         return (groups @ key.float()[:, :, None].transpose(-1, -2)).flatten(1, 2) * scaling  # [B, H, Q, S]
+
+
+def last_row(seen: dict[int, Tensor], columns: Tensor) -> Probe:
+    """A probe that puts the log of the last query's attention to ``columns`` [B, S] bool into ``seen``: layer ->
+    [B, S, H], float32."""
+
+    def see(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        row = logits(query[:, :, -1:], key, scaling)[:, :, 0]  # [B, H, S]
+        row = row.masked_fill(~columns[:, None], torch.finfo(row.dtype).min)
+        seen[layer] = row.log_softmax(-1).transpose(1, 2)  # [B, S, H]
+
+    return see
 
 
 def gated(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, gate: Gate, scaling: float) -> Tensor:

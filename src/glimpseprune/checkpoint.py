@@ -21,12 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from . import backbones, config, pruners, sharded
-from .backbones import LVLM
-from .config import UserError
-from .generate import generate
-from .options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
-from .types import Rollout
+from glimpseprune import backbones, config, pruners, resources, sharded
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError
+from glimpseprune.generate import generate
+from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
+from glimpseprune.types import Rollout
 
 CONFIG, TRAINABLE, PUBLISHED = "config.yaml", "trainable.safetensors", "new_modules_gp.pt"
 LVLM_PREFIX = "lvlm."
@@ -54,8 +54,7 @@ class GlimpsePrune:
         Returns:
             Rollout: ``tokens`` [B, T], and per row ``keep`` [V] and ``keep_maps()`` [rows, cols] per image.
         """
-        names = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", "image_sizes", "mm_token_type_ids")
-        prompt = {name: inputs.pop(name) for name in names if name in inputs}
+        prompt = {name: inputs.pop(name) for name in self.backbone.prompt_keys if name in inputs}
         return generate(self.backbone, self.pruner, prompt, **inputs)
 
 
@@ -85,7 +84,7 @@ def load(
     pruners.options_of(method.name, method.options)  # a typo is answered before a model is loaded
     where = _backbone_options(backbone, saved, ckpt)
     model = backbones.load(
-        where.path,
+        resources.find(where.path),
         dtype=where.dtype,
         attn=where.attention,
         device=device,
@@ -96,9 +95,9 @@ def load(
     tuned = {name.removeprefix(LVLM_PREFIX): x for name, x in (weights or {}).items() if name.startswith(LVLM_PREFIX)}
     adapters = saved.lora if lora is None and saved is not None else lora
     if adapters is not None:
-        from .lora import inject
+        from glimpseprune.lora import inject
 
-        inject(model, adapters, module.layers[0] if module.layers else 0)
+        inject(model, adapters, module.stops[0].depth if module.stops else 0)
     if tuned:
         restore_lvlm(model, tuned, str(ckpt))
     if weights is not None and method.name == saved.pruner.name:
@@ -119,9 +118,9 @@ def outline(
     with torch.device("meta"):
         module = pruners.build(pruner.name, options, model)
         if lora is not None:
-            from .lora import inject
+            from glimpseprune.lora import inject
 
-            inject(model, lora, module.layers[0] if module.layers else 0)
+            inject(model, lora, module.stops[0].depth if module.stops else 0)
     return GlimpsePrune(model, module, pruner.name)
 
 
@@ -204,7 +203,7 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
 
 def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:
     """The configuration and weights (None where there are none) of a run folder or of published weights."""
-    folder = Path(ckpt)
+    folder = Path(resources.find(ckpt))
     if not folder.is_dir() and _looks_like_hub_id(str(ckpt)):
         folder = _download(str(ckpt))
     if (folder / CONFIG).is_file():
@@ -228,7 +227,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _published(folder: Path) -> tuple[TrainConfig, dict[str, Tensor]]:
-    from .pruners import glimpse
+    from glimpseprune.pruners import glimpse
 
     try:
         described = json.loads((folder / "config.json").read_text())

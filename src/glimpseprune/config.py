@@ -13,10 +13,13 @@ import difflib
 import functools
 import inspect
 import json
+import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import field, fields, is_dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -24,7 +27,21 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["MISSING", "UserError", "entry", "load", "merge_options", "option", "read", "save", "to_yaml"]
+from glimpseprune import resources
+
+__all__ = [
+    "MISSING",
+    "UserError",
+    "answering",
+    "as_typed",
+    "entry",
+    "load",
+    "merge_options",
+    "option",
+    "read",
+    "save",
+    "to_yaml",
+]
 
 T = TypeVar("T")
 
@@ -54,19 +71,20 @@ Under = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "", under: Under | None = None) -> T:
     """An instance of ``schema`` from command line arguments: ``a.yaml b.yaml key=value``, later ones win.
 
-    Files come before overrides whatever their order. ``-h`` or ``--help`` prints every key and exits with 0.
+    Files come before overrides whatever their order; one that is not there may be of those that the package brings
+    (:mod:`.resources`). ``-h`` or ``--help`` prints every key and exits with 0.
 
     Raises:
         UserError: unknown key, wrong type, missing mandatory key, absent or malformed file or argument.
     """
     if {"-h", "--help"} & set(argv):
-        print(_help(schema, prog, doc))
+        print(as_typed(_help(schema, prog, doc)))
         raise SystemExit(0)
     files = [arg for arg in argv if "=" not in arg]
     for arg in files:
         if not arg.endswith((".yaml", ".yml")):
             raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
-    layers = [(f"{file}: ", _read_yaml(Path(file))) for file in files]
+    layers = [(f"{file}: ", _read_yaml(Path(resources.find(file)))) for file in files]
     layers += [("", _override(schema, arg)) for arg in argv if "=" in arg]
     if under is not None:
         given = OmegaConf.to_container(OmegaConf.merge(*({}, *(layer for _, layer in layers))))
@@ -106,27 +124,72 @@ def save(cfg: Any, path: str | Path) -> None:
 def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
     """Make ``main(cfg)`` an entry point ``main(argv=None)`` that loads its config from the command line.
 
-    The help text opens with the docstring of main's module. A :class:`UserError`, whether from the config or from
-    main, is printed to stderr as ``error: ...`` and the exit code is 2.
+    The help text opens with the docstring of main's module. What is wrong in the config, or within main, is told as by
+    :func:`answering`. A function of another name than ``main`` is a command within that of its module.
     """
 
     def decorate(main: Callable[[T], Any]) -> Callable[..., Any]:
-        name = main.__module__.rpartition(".")[2]
+        prog = f"python -m src.{main.__module__.rpartition('.')[2]}"
+        prog += "" if main.__name__ == "main" else f" {main.__name__}"
 
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> Any:
-            prog = f"python -m src.{name}" if sys.argv[0].endswith(".py") else f"glimpseprune-{name}"
             doc = inspect.getdoc(inspect.getmodule(main)) or ""
-            try:
+            with answering(prog):
                 return main(load(schema, sys.argv[1:] if argv is None else argv, prog=prog, doc=doc, under=under))
-            except UserError as error:
-                print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-                raise SystemExit(2) from None
 
         del run.__wrapped__  # its signature is ours, not that of main
         return run
 
     return decorate
+
+
+@contextmanager
+def answering(command: str) -> Iterator[None]:
+    """Answer a :class:`UserError`, or an extra that is not installed, with one line ``error: ...`` on stderr and exit
+    code 2; ``command`` is the one at work, as :func:`as_typed` takes it."""
+    try:
+        yield
+    except UserError as error:
+        said = " ".join(str(error).splitlines())
+    except ModuleNotFoundError as error:
+        package, extra = _extra(error)
+        if extra is None:
+            raise
+        said = f"{command} needs the package {package}: pip install 'glimpseprune[{extra}]'"
+    else:
+        return
+    print("error:", as_typed(said), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def as_typed(text: str) -> str:
+    """``text``, in which commands are written as ``python -m src.x``, with all of them named the way that the present
+    one was typed, such as ``glimpseprune x``."""
+    typed = Path(sys.argv[0])
+    if typed.name == "glimpseprune":
+        way = "glimpseprune "
+    elif typed.parts[-2:] == ("glimpseprune", "__main__.py"):
+        way = "python -m glimpseprune "
+    else:
+        return text
+    return re.sub(r"(python -m )?\bsrc\.(?=[a-z])", way, text)
+
+
+def _extra(error: ModuleNotFoundError) -> tuple[str, str | None]:
+    """The package that was not found, and which extra of ours, as its metadata say, would bring it (None: no one)."""
+    # Who looks before they import tell the name in words only, as Lightning does of tensorboard.
+    names = [error.name.partition(".")[0]] if error.name else re.findall(r"[\w-]+", str(error))
+    try:
+        requirements = metadata.requires("glimpseprune") or []
+    except metadata.PackageNotFoundError:  # a checkout that was not installed
+        requirements = []
+    for requirement in requirements:
+        package = re.match(r"[\w.-]+", requirement)[0]
+        extra = re.search(r"extra == ['\"](.+?)['\"]", requirement)
+        if extra and {"scikit-learn": "sklearn"}.get(package, package.replace("-", "_")) in names:
+            return package, extra[1]
+    return names[0], None
 
 
 def _build(schema: type[T], layers: Iterable[tuple[str, Mapping[str, Any]]], prefix: str = "") -> T:

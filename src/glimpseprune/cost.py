@@ -1,32 +1,51 @@
-"""What pruning costs and saves, counted from shapes alone: FLOPs, KV bytes, mean visual tokens; and a stopwatch.
+"""What pruning costs and saves: FLOPs, KV bytes, mean visual tokens, read from the trace of a prefill; and a stopwatch.
 
-A multiply-add is two FLOPs. Counted: every matrix product of the vision tower (patch embedding, windowed and full
-attention), merger or projector, decoder layers, glimpse position, VIP and last-position lm_head. Not counted: norms,
-activations, softmax, rotary embeddings, biases, embedding look-ups, gathers, and the D x D projection of the glimpse
-embeddings, which does not depend on the input. Attention counts every query-key pair, as kernels that do not skip the
-masked half compute it; ``causal=True`` counts the half that a causal kernel needs. A pruning schedule is a list of
-stages ``(decoder layers, visual tokens they saw)``, so that methods with several stages are counted alike.
+A trace says how many visual tokens were left after each decision and what deciding cost (:class:`types.Cut`); all that
+is known beside it are the model's shapes. Nothing about a method is assumed: staged, merging and private looks are
+counted alike. A multiply-add is two FLOPs. Counted: every matrix product of the vision tower (patch embedding, windowed
+and full attention), merger or projector, decoder layers, decisions (as declared by their methods) and last-position
+lm_head. Not counted: norms, activations, softmax, rotary embeddings, biases, embedding look-ups, gathers, and the D x D
+projection of the glimpse embeddings, which does not depend on the input. Attention counts every query-key pair, as
+kernels that do not skip the masked half compute it; ``causal=True`` counts the half that a causal kernel needs.
 
-Source: docs/method.md §1, docs/evaluation.md §4. The published tool (HVision-NKU/GlimpsePrune@210b56d,
-cal_flops.py) counts decoder layers as here but leaves out: the text tokens in the layers after pruning (it passes the
-number of kept visual tokens as the whole length); vision tower, merger and lm_head, which pruning does not shrink and
-which therefore bring the ratio nearer to 1; the glimpse position; in the VIP the input, conditioning and output
-projections, and all but one position of W_o. It also lets the VIP attend across images, where the method does not.
+Source: docs/evaluation.md §4. The published tool (HVision-NKU/GlimpsePrune@210b56d, cal_flops.py) counts
+decoder layers as here but leaves out: the text tokens in the layers after pruning (it passes the number of kept visual
+tokens as the whole length); vision tower, merger and lm_head, which pruning does not shrink and which therefore bring
+the ratio nearer to 1; the glimpse position; in the VIP the input, conditioning and output projections, and all but one
+position of W_o. It also lets the VIP attend across images, where the method does not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .types import Grid
+    from glimpseprune.types import Cut, Grid, Layout
 
-Stage = tuple[int, int]
-"""Decoder layers, and how many visual tokens they saw."""
+Span = tuple[int, int]
+"""Decoder layers, and how many visual tokens (or columns) each of them saw (or holds)."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """A decision in numbers, as one row of a trace has it; the first is the prompt itself, at depth 0."""
+
+    depth: int
+    """Decoder layers that had run."""
+    kept: int
+    """Visual tokens left."""
+    flops: int = 0
+    """Of deciding."""
+    prune_cache: bool = True
+
+
+def steps_of(trace: Sequence[Cut], row: int) -> list[Step]:
+    """One row of a trace."""
+    return [Step(cut.stop.depth, int(cut.kept[row]), int(cut.flops[row]), cut.stop.prune_cache) for cut in trace]
 
 
 @dataclass(frozen=True)
@@ -68,8 +87,6 @@ class Vip:
     cond_width: int = 512
     blocks: int = 4
     probes: int = 1
-    window: bool = False
-    """Attend within the vision tower's windows only."""
 
     @classmethod
     def of(cls, pruner: Any) -> Vip | None:
@@ -78,7 +95,7 @@ class Vip:
             return None
         options = pruner.options
         probes, blocks = len(options.probe_layers), len(options.vision_layers)
-        return cls(options.width, options.cond_width, blocks, probes, window=options.window)
+        return cls(options.width, options.cond_width, blocks, probes)
 
 
 @dataclass(frozen=True)
@@ -90,62 +107,6 @@ class Shapes:
     projector: tuple[tuple[int, int], ...]
     """Linear layers (in, out) that each visual token passes between tower and decoder."""
 
-    @classmethod
-    def from_config(cls, config: Any) -> Shapes:
-        """From a Hugging Face config with ``text_config`` and ``vision_config`` of the Qwen2.5-VL or CLIP form."""
-        text, vision = config.text_config, config.vision_config
-        decoder = Decoder(
-            layers=text.num_hidden_layers,
-            width=text.hidden_size,
-            heads=text.num_attention_heads,
-            kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
-            head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-            mlp=text.intermediate_size,
-            vocab=text.vocab_size,
-        )
-        if hasattr(vision, "spatial_merge_size"):
-            merge = vision.spatial_merge_size
-            tower = Tower(
-                layers=vision.depth,
-                width=vision.hidden_size,
-                mlp=vision.intermediate_size,
-                patch=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
-                gated=True,
-                merge=merge,
-                window=vision.window_size // merge // vision.patch_size,
-                full=tuple(vision.fullatt_block_indexes),
-            )
-            merged = merge**2 * tower.width
-            return cls(decoder, tower, ((merged, merged), (merged, decoder.width)))
-        tower = Tower(
-            layers=vision.num_hidden_layers,
-            width=vision.hidden_size,
-            mlp=vision.intermediate_size,
-            patch=vision.num_channels * vision.patch_size**2,
-            extra=1,
-        )
-        return cls(decoder, tower, ((tower.width, decoder.width), (decoder.width, decoder.width)))
-
-
-_QWEN_TOWER = Tower(32, 1280, 3420, 3 * 2 * 14**2, gated=True, merge=2, window=4, full=(7, 15, 23, 31))
-_CLIP_TOWER = Tower(24, 1024, 4096, 3 * 14**2, extra=1)
-
-SHAPES = {
-    "qwen2.5-vl-3b": Shapes(
-        Decoder(36, 2048, 16, 2, 128, 11008, 151936), _QWEN_TOWER, ((5120, 5120), (5120, 2048))
-    ),
-    "qwen2.5-vl-7b": Shapes(
-        Decoder(28, 3584, 28, 4, 128, 18944, 152064), _QWEN_TOWER, ((5120, 5120), (5120, 3584))
-    ),
-    "llava-1.5-7b": Shapes(
-        Decoder(32, 4096, 32, 32, 128, 11008, 32064), _CLIP_TOWER, ((1024, 4096), (4096, 4096))
-    ),
-    "llava-1.5-13b": Shapes(
-        Decoder(40, 5120, 40, 40, 128, 13824, 32064), _CLIP_TOWER, ((1024, 5120), (5120, 5120))
-    ),
-}  # fmt: skip
-"""From the config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct and llava-hf/llava-1.5-{7b,13b}-hf."""
-
 
 @dataclass(frozen=True)
 class Flops:
@@ -154,9 +115,7 @@ class Flops:
     tower: float
     projector: float
     decoder: float
-    glimpse: float
-    vip: float
-    extra: float
+    decisions: float
     lm_head: float
 
     @property
@@ -166,7 +125,7 @@ class Flops:
     @property
     def prunable(self) -> float:
         """Without tower, projector and lm_head: what the paper's ratio is about."""
-        return self.decoder + self.glimpse + self.vip + self.extra
+        return self.decoder + self.decisions
 
 
 @dataclass(frozen=True)
@@ -182,90 +141,93 @@ class Account:
     ratio: float
     """The same, divided by that of the unpruned model."""
     decoder_ratio: float
-    """The same of decoder, glimpse and VIP alone."""
+    """The same of decoder and decisions alone."""
     kv_bytes: int
     """Of the cache at the first answer token."""
+    kv_ratio: float
+    """Visual tokens in that cache, mean over layers, divided by those of the unpruned model."""
 
 
-def stages(layers: int, visual: int, cuts: Iterable[tuple[int, int]] = ()) -> list[Stage]:
-    """The schedule of a decoder of ``layers`` layers on ``visual`` tokens, from ``cuts`` in order: (layers that have
-    run by then, visual tokens kept). No cut: unpruned."""
-    schedule, depth = [], 0
-    for after, kept in (*cuts, (layers, visual)):
-        schedule.append((after - depth, visual))
-        depth, visual = after, kept
-    return schedule
+def spans(layers: int, steps: Sequence[Step]) -> list[Span]:
+    """What each of ``layers`` decoder layers saw in prefill."""
+    ends = [step.depth for step in steps[1:]] + [layers]
+    return [(end - step.depth, step.kept) for step, end in zip(steps, ends)]
+
+
+def cached(layers: int, steps: Sequence[Step]) -> list[Span]:
+    """Visual tokens that each of ``layers`` decoder layers holds in its cache after prefill: those that it saw, or
+    those left by a later decision that pruned the cache, too."""
+    held = []
+    for index, (count, seen) in enumerate(spans(layers, steps)):
+        later = [step.kept for step in steps[index + 1 :] if step.prune_cache]
+        held.append((count, later[-1] if later else seen))
+    return held
 
 
 def account(
     shapes: Shapes,
     text: int,
-    grids: Sequence[Grid],
-    schedule: Sequence[Stage],
-    vip: Vip | None = None,
+    layouts: Sequence[Layout],
+    steps: Sequence[Step],
     *,
-    extra: float = 0.0,
-    prune_cache: bool = True,
+    looked: Sequence[Layout] | None = None,
     itemsize: int = 2,
 ) -> Account:
-    """Everything about one sample: ``text`` tokens and images of ``grids`` under a pruning ``schedule``.
+    """Everything about one sample: ``text`` tokens, images of ``layouts``, and what was done to them.
 
     Args:
-        vip: given for a glimpse pruner, which then also pays for its glimpse position in the first stage.
-        extra: FLOPs of another pruner's scores.
-        prune_cache: whether the layers before a cut drop the pruned columns from their cache too.
+        steps: one row of the trace, :func:`steps_of`.
+        looked: layouts of the images that the tower encoded in fact, where a look before it changed them.
         itemsize: bytes of a cached number.
     """
-    flops = prefill_flops(shapes, text, grids, schedule, vip, extra=extra)
-    visual = sum(rows * cols for rows, cols in grids)
-    full = prefill_flops(shapes, text, grids, stages(shapes.decoder.layers, visual))
-    kept = schedule[-1][1]
-    cached = [(layers, text + (kept if prune_cache else seen)) for layers, seen in schedule]
+    layers, visual = shapes.decoder.layers, sum(layout.count for layout in layouts)
+    seen, held = spans(layers, steps), cached(layers, steps)
+    decisions = sum(step.flops for step in steps)
+    flops = prefill_flops(shapes, text, layouts if looked is None else looked, seen, decisions)
+    full = prefill_flops(shapes, text, layouts, [(layers, visual)])
     return Account(
-        kept=kept,
-        mean_tokens=mean_visual_tokens(schedule),
+        kept=steps[-1].kept,
+        mean_tokens=mean_visual_tokens(seen),
         flops=flops.total,
         ratio=flops.total / full.total,
         decoder_ratio=flops.prunable / full.prunable,
-        kv_bytes=kv_bytes(shapes, cached, itemsize),
+        kv_bytes=kv_bytes(shapes, [(count, text + tokens) for count, tokens in held], itemsize),
+        kv_ratio=mean_visual_tokens(held) / visual if visual else 1.0,
     )
 
 
 def prefill_flops(
     shapes: Shapes,
     text: int,
-    grids: Sequence[Grid],
-    schedule: Sequence[Stage],
-    vip: Vip | None = None,
+    layouts: Sequence[Layout],
+    seen: Sequence[Span],
+    decisions: float = 0,
     *,
-    extra: float = 0.0,
     causal: bool = False,
 ) -> Flops:
-    """FLOPs of one prefill, by part; arguments as in :func:`account`.
+    """FLOPs of one prefill, by part: decoder layers on the visual tokens that they ``seen``, :func:`spans`.
 
     Raises:
-        ValueError: the schedule does not run every layer once.
+        ValueError: the spans do not run every layer once.
     """
     decoder = shapes.decoder
-    if sum(layers for layers, _ in schedule) != decoder.layers:
-        raise ValueError(f"schedule {list(schedule)} does not add up to {decoder.layers} layers")
-    visual = sum(rows * cols for rows, cols in grids)
-    probed = schedule[0][0]  # layers that the glimpse runs through
+    if sum(layers for layers, _ in seen) != decoder.layers:
+        raise ValueError(f"spans {list(seen)} do not add up to {decoder.layers} layers")
+    encoded = [grid for layout in layouts for grid in layout.encoded]
+    projected = sum(rows * cols for rows, cols in encoded)
     return Flops(
-        tower=_tower_flops(shapes.tower, grids),
-        projector=visual * sum(2 * width_in * width_out for width_in, width_out in shapes.projector),
-        decoder=sum(layers * layer_flops(decoder, text + seen, causal=causal) for layers, seen in schedule),
-        glimpse=probed * layer_flops(decoder, 1, text + visual, causal=causal) if vip else 0,
-        vip=_vip_flops(vip, shapes, grids) if vip else 0,
-        extra=extra,
+        tower=_tower_flops(shapes.tower, encoded),
+        projector=projected * sum(2 * width_in * width_out for width_in, width_out in shapes.projector),
+        decoder=sum(layers * layer_flops(decoder, text + tokens, causal=causal) for layers, tokens in seen),
+        decisions=decisions,
         lm_head=2 * decoder.width * decoder.vocab,
     )
 
 
-def decode_flops(shapes: Shapes, cached: int | Sequence[Stage]) -> float:
-    """FLOPs of one new token, lm_head included, on ``cached`` columns: a number, or (layers, columns) pairs."""
+def decode_flops(shapes: Shapes, columns: int | Sequence[Span]) -> float:
+    """FLOPs of one new token, lm_head included, on so many cached columns: a number, or one per span of layers."""
     decoder = shapes.decoder
-    per_layer = [(decoder.layers, cached)] if isinstance(cached, int) else cached
+    per_layer = [(decoder.layers, columns)] if isinstance(columns, int) else columns
     run = sum(layers * layer_flops(decoder, 1, columns) for layers, columns in per_layer)
     return run + 2 * decoder.width * decoder.vocab
 
@@ -278,16 +240,27 @@ def layer_flops(decoder: Decoder, new: int, cached: int = 0, *, causal: bool = F
     return new * linear + 4 * pairs * width
 
 
-def kv_bytes(shapes: Shapes, cached: int | Sequence[Stage], itemsize: int = 2) -> int:
-    """Bytes of a cache of ``cached`` columns: a number for all layers, or (layers, columns) pairs."""
+def kv_bytes(shapes: Shapes, columns: int | Sequence[Span], itemsize: int = 2) -> int:
+    """Bytes of a cache of so many columns: a number for all layers, or one per span of layers."""
     decoder = shapes.decoder
-    per_layer = [(decoder.layers, cached)] if isinstance(cached, int) else cached
+    per_layer = [(decoder.layers, columns)] if isinstance(columns, int) else columns
     return sum(layers * columns for layers, columns in per_layer) * 2 * decoder.kv_heads * decoder.head_width * itemsize
 
 
-def mean_visual_tokens(schedule: Sequence[Stage]) -> float:
-    """Visual tokens that a decoder layer saw, mean over layers."""
-    return sum(layers * seen for layers, seen in schedule) / sum(layers for layers, _ in schedule)
+def row_flops(decoder: Decoder, columns: int, queries: int = 1) -> int:
+    """Of the logits of ``queries`` rows of attention, all heads, taken once more from q and k that are there."""
+    return 2 * decoder.heads * decoder.head_width * columns * queries
+
+
+def peek_flops(decoder: Decoder, columns: int) -> int:
+    """Of :func:`decoder.peek`: queries, keys and values of all columns in one layer, and one row of attention."""
+    width = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_width
+    return 2 * decoder.width * width * columns + row_flops(decoder, columns)
+
+
+def mean_visual_tokens(per_layer: Sequence[Span]) -> float:
+    """Visual tokens of a decoder layer, mean over layers."""
+    return sum(layers * tokens for layers, tokens in per_layer) / sum(layers for layers, _ in per_layer)
 
 
 def _tower_flops(tower: Tower, grids: Sequence[Grid]) -> float:
@@ -303,11 +276,23 @@ def _tower_flops(tower: Tower, grids: Sequence[Grid]) -> float:
     return total
 
 
-def _vip_flops(vip: Vip, shapes: Shapes, grids: Sequence[Grid]) -> float:
-    n, f = sum(rows * cols for rows, cols in grids), vip.width
+def attention_flops(tower: Tower, grids: Sequence[Grid], layer: int) -> int:
+    """Of the attention that tokens receive in one ``layer`` of the tower, computed once more from q and k that are
+    there: the class token's row, or the logits of all queries within their segments."""
+    total = 0
+    for grid in grids:
+        tokens = grid[0] * grid[1] * tower.merge**2 + tower.extra
+        windowed = tower.window and layer not in tower.full
+        pairs = tower.merge**4 * _window_pairs(grid, tower.window) if windowed else tokens**2
+        total += 2 * tower.width * (tokens if tower.extra else pairs)
+    return total
+
+
+def vip_flops(vip: Vip, shapes: Shapes, segments: Sequence[int]) -> int:
+    """Of the predictor on one row, whose tokens attend within ``segments`` of so many tokens each."""
+    n, f = sum(segments), vip.width
     wide = f + vip.cond_width
-    side = shapes.tower.window if vip.window else 0
-    pairs = sum(_window_pairs(grid, side) if side else (grid[0] * grid[1]) ** 2 for grid in grids)
+    pairs = sum(size**2 for size in segments)
     ends = 2 * n * f * (vip.probes * shapes.decoder.heads + 1)
     condition = 2 * n * shapes.tower.width * vip.cond_width
     block = n * (4 * wide**2 + 4 * f**2 + 12 * f**2) + 2 * pairs * (wide + f)

@@ -1,71 +1,156 @@
 """The prefill loop: run unmodified decoder layers to a depth, prune, run on. The heart of the project.
 
 A :class:`Prefill` is a batch on its way through the decoder. ``start`` makes one from an encoded prompt, ``run_layers``
-takes it deeper, ``select`` drops columns, ``append`` adds new ones (the glimpse, an answer, a decoded token), ``fork``
-shares a cache so that one branch does not see the other's tokens, ``fan_out`` makes many prunings of one prompt,
-``prefill`` puts them together for any pruner, and ``follow`` scores tokens behind it.
+takes it deeper, ``cut`` drops columns (or makes many prunings of one prompt), ``append`` adds new ones (the glimpse, an
+answer, a decoded token), ``fork`` shares a cache so that one branch does not see the other's tokens, ``follow`` scores
+tokens behind a prompt. ``advance`` is the one driver of pruners, from wherever a prompt stands; prefill, sampled masks,
+training and reinforcement all go through it or its steps ``approach`` (to the next stop) and ``decide`` (there).
+
 Only public sub-modules of the text model are called (``layers``, ``rotary_emb``); nothing of it is copied or patched.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 
-from . import attention
-from .types import Encoded, Frame, Prefill
+from glimpseprune import attention
+from glimpseprune.types import Cut, Decision, Encoded, Frame, Needs, Prefill, Stop
 
 if TYPE_CHECKING:
-    from .backbones import Backbone
+    from glimpseprune.backbones import Backbone
 
 
-@dataclass
+@dataclass(frozen=True)
 class View:
-    """What a pruner decides from. ``state.visual`` [B, S] marks the columns it may drop."""
+    """What a pruner decides from, and must leave as it is. ``state.visual`` [B, S] marks the columns it may drop."""
 
     state: Prefill
     encoded: Encoded
     backbone: Backbone
+    stop: Stop | None = None
+
+    @property
+    def tokens(self) -> Tensor:
+        """[N'] places of the tokens that are left, among all N that the tower made."""
+        visual = self.encoded.visual
+        place = (visual.flatten().cumsum(0) - 1).view(visual.shape)[self.state.row]  # [B, S]
+        return place.gather(1, self.state.source)[self.state.visual]
+
+    def pick(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [N', ...]: of the tokens that are left."""
+        return x if self.untouched else x[self.tokens]
+
+    @property
+    def untouched(self) -> bool:
+        """Whether every row still has all its visual tokens, as encoded."""
+        return len(self.state.trace) == 1 and len(self.state.mask) == len(self.encoded.mask)
+
+    @property
+    def counts(self) -> list[int]:
+        """Visual tokens that are left in each row; N' in all."""
+        return self.encoded.counts if self.untouched else self.state.trace[-1].kept.tolist()
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns that are left in each row, text included."""
+        return self.state.mask.sum(1).tolist()
+
+    @property
+    def probes(self) -> dict[int, Tensor]:
+        """Decoder layer -> [N', H], as the pruner's ``needs`` asked."""
+        return {layer: probe[self.state.visual] for layer, probe in self.state.probes.items()}
 
 
 class Pruner(Protocol):
-    """A pruning method: where and what to keep. ``renumber`` and ``prune_cache`` are its declared facts.
+    """A pruning method: where it decides, what it must have collected for it, and what to keep.
 
-    ``layers``: prune when this many decoder layers have run, ascending, 0 = before the first, L = after the last.
-    ``vision_layers``: vision-tower layers whose states ``backbone.encode`` should collect for it.
-    ``renumber``: survivors get positions 0, 1, 2 ... in the layers above (earlier layers keep theirs).
-    ``prune_cache``: drop the K/V of the layers that have run, too.
+    A method that acts before the vision tower also has ``look(backbone, prompt) -> (prompt, flops per row)``, which
+    gives the prompt anew (a coarse image, crops). Methods with weights are ``nn.Module``s. Whatever else a method has
+    is its own business, and no other code may ask for it.
     """
 
-    layers: tuple[int, ...]
-    vision_layers: tuple[int, ...]
-    renumber: bool
-    prune_cache: bool
+    stops: tuple[Stop, ...]
+    """Depths ascending; several looks of one method are several stops."""
+    needs: Needs
 
-    def keep(self, view: View) -> Tensor:
-        """bool [B, S]; text columns and padding are the driver's business and may hold anything."""
+    def decide(self, view: View) -> Decision:
+        """What stays at ``view.stop``. Text columns and padding are the driver's business."""
+
+
+# ----------------------------------------------------------------------------------------------------------- the driver
+
+
+def see(backbone: Backbone, pruner: Pruner, prompt: Mapping[str, Any], targets: list[Tensor] | None = None) -> Encoded:
+    """A prompt as ``pruner`` wants it: after its look before the tower, if it takes one, and with what it needs."""
+    flops: Sequence[float] = ()
+    if hasattr(pruner, "look"):
+        prompt, flops = pruner.look(backbone, prompt)
+    return replace(backbone.encode(prompt, pruner.needs, targets), flops=flops)
+
+
+def approach(backbone: Backbone, state: Prefill, pruner: Pruner) -> Prefill:
+    """On to the pruner's next stop, where nothing is decided yet; behind the last one nothing is done."""
+    taken = len(state.trace) - 1
+    if taken == len(pruner.stops):
+        return state
+    return run_layers(backbone, state, pruner.stops[taken].depth, probes=pruner.needs.probes)
+
+
+def decide(backbone: Backbone, encoded: Encoded, state: Prefill, pruner: Pruner) -> Prefill:
+    """On to the pruner's next stop, and its decision there. Text always stays."""
+    state, stop = approach(backbone, state, pruner), pruner.stops[len(state.trace) - 1]
+    decision = pruner.decide(View(state, encoded, backbone, stop))
+    return cut(state, decision.keep, stop, merge=decision.merge, flops=decision.flops)
+
+
+def advance(backbone: Backbone, encoded: Encoded, state: Prefill, pruner: Pruner, until: int | None = None) -> Prefill:
+    """On through the decoder from wherever ``state`` stands, pruned wherever ``pruner`` says.
+
+    Args:
+        encoded: the prompts that ``state`` was started from; its rows may be others, :attr:`Prefill.row` says which.
+        until: wait as soon as so many decisions have been taken; default: take all, and run through all layers.
+    """
+    for _ in pruner.stops[len(state.trace) - 1 : until]:
+        state = decide(backbone, encoded, state, pruner)
+    return run_layers(backbone, state, backbone.num_layers) if until is None else state
+
+
+def prefill(backbone: Backbone, encoded: Encoded, pruner: Pruner) -> Prefill:
+    """The whole prompt through the whole decoder."""
+    return advance(backbone, encoded, start(encoded), pruner)
+
+
+# ----------------------------------------------------------------------------------------------------------- its steps
 
 
 def start(encoded: Encoded, cache: DynamicCache | None = None) -> Prefill:
     """A prompt at depth 0 on an empty ``cache``. Right padding is turned into left padding."""
     mask = encoded.mask
+    device, batch = mask.device, len(mask)
     last = encoded.positions.masked_fill(~mask, -1).amax(-1)  # [B] or [3, B]
+    visual = encoded.visual & mask
     state = Prefill(
         hidden=encoded.embeds,
         positions=encoded.positions,
         mask=mask,
-        visual=encoded.visual & mask,
-        source=torch.arange(mask.shape[1], device=mask.device).expand(mask.shape),  # [B, S]
+        visual=visual,
+        source=torch.arange(mask.shape[1], device=device).expand(mask.shape),  # [B, S]
+        row=torch.arange(batch, device=device),
         next_position=(last.amax(0) if last.ndim == 2 else last) + 1,  # [B]
         cache=DynamicCache() if cache is None else cache,
+        added=encoded.added,
+        trace=(Cut(Stop(0), visual.sum(1), _flops(encoded.flops, mask)),),
     )
-    return state if bool(mask[:, -1].all()) else select(state, mask)
+    return state if bool(mask[:, -1].all()) else _select(state, mask, state.row, prune_cache=True, renumber=False)
 
 
 def run_layers(
@@ -74,18 +159,26 @@ def run_layers(
     stop: int,
     *,
     probe: attention.Probe | None = None,
+    probes: Sequence[int] = (),
     gate: attention.Gate | None = None,
     inject: Tensor | None = None,
+    layers: Mapping[int, nn.Module] | None = None,
 ) -> Prefill:
     """Run decoder layers ``state.depth`` .. ``stop`` - 1 on ``state.hidden``; their K/V join ``state.cache``.
 
-    ``probe`` sees q and k of each layer, ``gate`` weighs the keys (see :mod:`glimpseprune.attention`). ``inject``
-    [L, n, D] is added to the first n of the Q columns at the input of every layer but the first (docs/method.md §1.2).
+    Args:
+        probe: sees q and k of each layer, see :mod:`glimpseprune.attention`.
+        probes: layers whose attention from the last column is put into ``state.probes``.
+        gate: weighs the keys.
+        inject: [L, n, D], added to the first n of the Q columns at the input of every layer but the first (the
+            glimpse, docs/method.md §1.2).
+        layers: modules to run in place of the decoder's own, by their number (a method's private layers).
     """
     text, hidden = backbone.text_model, state.hidden
     queries = hidden.shape[1]
     implementation = backbone.attention if gate is None else "sdpa"
     prepared: dict[int, tuple] = {}
+    seen: dict[int, Tensor] = {}
     for index in range(state.depth, stop):
         frame = _frame(state, index)
         if id(frame) not in prepared:
@@ -95,85 +188,85 @@ def run_layers(
         rope, mask = prepared[id(frame)]
         if inject is not None and index > 0:
             hidden = hidden + F.pad(inject[index], (0, 0, 0, queries - inject.shape[1]))  # [B, Q, D]
-        hidden = text.layers[index](
+        layer = text.layers[index] if layers is None or index not in layers else layers[index]
+        hidden = layer(
             hidden,
             attention_mask=mask,
             position_embeddings=rope,
             past_key_values=state.cache,
             use_cache=True,
-            probe=probe,
+            probe=attention.last_row(seen, frame.mask) if index in probes else probe,
             gate=gate,
         )  # [B, Q, D]
-    return replace(state, hidden=hidden, depth=max(stop, state.depth))
-
-
-def select(state: Prefill, keep: Tensor, *, prune_cache: bool = True, renumber: bool = False) -> Prefill:
-    """Keep the columns where ``keep`` [B, S] and the mask are True: hidden states, positions and (with
-    ``prune_cache``) the K/V of the layers that have run. Rows are left-padded to the longest.
-
-    The cache object is changed in place; fork it before if the unpruned columns are still needed.
-    """
-    _require_whole(state)
-    keep = keep & state.mask
-    size = int(keep.sum(1).max())
-    # A stable sort puts the dropped columns first and leaves the survivors in order: left padding for free.
-    order = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - size :]  # [B, S']
-    mask = keep.gather(1, order)
-
-    def columns(positions: Tensor) -> Tensor:
-        return positions.gather(-1, order.expand(*positions.shape[:-1], size))
-
-    positions, next_position, frames = columns(state.positions), state.next_position, state.frames
-    if prune_cache:
-        for layer in state.cache.layers[: state.depth]:
-            layer.keys, layer.values = _gather(layer.keys, order), _gather(layer.values, order)
-        frames = tuple(replace(frame, positions=columns(frame.positions), mask=mask) for frame in frames)
-    if state.depth > 0 and (renumber or not prune_cache):
-        old = (positions, mask) if prune_cache else (state.positions, state.mask)
-        frames = (*frames, Frame(state.depth, *old, next_position))
-    if renumber:
-        positions = (mask.cumsum(1) - 1).clamp(min=0).expand(positions.shape)
-        next_position = mask.sum(1)
+        if index in state.added:
+            hidden = hidden + state.added[index][:, -queries:]
     return replace(
         state,
-        hidden=state.hidden.gather(1, order[..., None].expand(-1, -1, state.hidden.shape[-1])),
-        positions=positions,
-        mask=mask,
-        visual=state.visual.gather(1, order) & mask,
-        source=state.source.gather(1, order),
-        next_position=next_position,
-        frames=frames,
+        hidden=hidden,
+        depth=max(stop, state.depth),
+        added={index: features for index, features in state.added.items() if index >= stop},
+        probes=state.probes | seen,
     )
 
 
-def fan_out(state: Prefill, index: Tensor, keep: Tensor) -> Prefill:
-    """Rows ``index`` [R] (repeats allowed), each with the columns ``keep`` [R, S] of its own, on a cache of their own.
+def peek(backbone: Backbone, state: Prefill) -> Tensor:
+    """Log of the attention from the last column in the decoder layer that comes next, [B, S, H], from the states that
+    wait before it. Of that layer nothing but queries, keys and values is computed, and nothing is cached."""
+    text, seen = backbone.text_model, {}
+    look = attention.last_row(seen, state.mask)
 
-    What ``select(rows(state, index), keep)`` gives, without ever holding R copies of the unpruned columns: this is how
-    G rollouts with G masks share one prefill.
+    def see(*given: Any) -> None:
+        look(*given)
+        raise attention.Enough
+
+    rope = text.rotary_emb(state.hidden, state.positions)
+    with suppress(attention.Enough):
+        text.layers[state.depth](state.hidden, attention_mask=None, position_embeddings=rope, probe=see)
+    return seen[state.depth]
+
+
+def cut(
+    state: Prefill,
+    keep: Tensor,
+    stop: Stop | None = None,
+    *,
+    index: Tensor | None = None,
+    merge: Tensor | None = None,
+    flops: Sequence[float] | Tensor = (),
+) -> Prefill:
+    """Keep the visual columns where ``keep`` [R, S] is True, and all text: hidden states, positions and (unless
+    ``stop`` says otherwise) the K/V of the layers that have run. Rows are left-padded to the longest.
+
+    Args:
+        stop: how; default: positions stay and the cache is pruned.
+        index: [R] rows of ``state`` to be pruned, repeats allowed: G prunings of a prompt share one prefill, and R
+            copies of the unpruned columns are never held. The new state then has a cache of its own; without
+            ``index`` every row is pruned once and the cache object is changed in place (fork it before if the
+            unpruned columns are still needed).
+        merge: [N', D] hidden states of the visual tokens that stay.
+        flops: per row, of deciding.
+
+    Raises:
+        ValueError: tokens have been appended since, or ``merge`` is not of the survivors' size.
     """
-    _require_whole(state)
-    if state.frames:
-        raise ValueError("fan_out needs a state that has not been pruned before")
-    mask = state.mask[index]
-    keep = keep & mask
-    size = int(keep.sum(1).max())
-    order = keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - size :]  # [R, S']
-    row, mask = index[:, None], keep.gather(1, order)
-    cache = fork(state.cache)
-    for layer in cache.layers[: state.depth]:
-        # Advanced indices with a slice between them come first: [R, S', H, d].
-        layer.keys, layer.values = (x[row, :, order].transpose(1, 2) for x in (layer.keys, layer.values))
-    return replace(
-        state,
-        hidden=state.hidden[row, order],
-        positions=state.positions[..., row, order],
-        mask=mask,
-        visual=state.visual[row, order] & mask,
-        source=state.source[row, order],
-        next_position=state.next_position[index],
-        cache=cache,
-    )
+    if state.hidden.shape[1] != state.mask.shape[1]:
+        raise ValueError("pruning needs the hidden states of all columns: prune before tokens are appended")
+    stop = Stop(state.depth) if stop is None else stop
+    if index is None:
+        index = torch.arange(len(state.mask), device=state.mask.device)
+    else:
+        state = replace(state, cache=fork(state.cache))
+        if not stop.prune_cache:
+            state.cache.batch_select_indices(index)
+    keep = keep | ~state.visual[index]
+    state = _select(state, keep, index, prune_cache=stop.prune_cache, renumber=stop.renumber)
+    if merge is not None:
+        count = int(state.visual.sum())
+        if merge.shape != (count, state.hidden.shape[-1]):
+            expected = [count, state.hidden.shape[-1]]
+            raise ValueError(f"merged states are {list(merge.shape)}, the tokens that stay ask for {expected}")
+        state = replace(state, hidden=state.hidden.masked_scatter(state.visual[..., None], merge.to(state.hidden)))
+    return replace(state, trace=(*state.trace, Cut(stop, state.visual.sum(1), _flops(flops, state.mask))))
 
 
 def append(state: Prefill, embeds: Tensor, mask: Tensor | None = None) -> Prefill:
@@ -181,26 +274,29 @@ def append(state: Prefill, embeds: Tensor, mask: Tensor | None = None) -> Prefil
 
     Each row goes on at its own next position, counting only tokens where ``mask`` [B, T] is True (default: all).
     """
+    count = embeds.shape[1]
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)  # [B, T]
     offset = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
 
-    def grow(frame: Frame | Prefill) -> dict:
+    def grow(frame: Frame | Prefill) -> dict[str, Tensor]:
         positions = (frame.next_position[:, None] + offset).expand(*frame.positions.shape[:-1], -1)
+        source = frame.source[:, -1:] + 1 + torch.arange(count, device=embeds.device)  # [B, T]
         return {
             "positions": torch.cat([frame.positions, positions], -1),
             "mask": torch.cat([frame.mask, mask], 1),
+            "source": torch.cat([frame.source, source], 1),
             "next_position": frame.next_position + mask.sum(1),
         }
 
-    source = state.source[:, -1:] + 1 + torch.arange(embeds.shape[1], device=embeds.device)  # [B, T]
     return replace(
         state,
         **grow(state),
         frames=tuple(replace(frame, **grow(frame)) for frame in state.frames),
         hidden=embeds,
         visual=torch.cat([state.visual, torch.zeros_like(mask)], 1),
-        source=torch.cat([state.source, source], 1),
+        added={layer: F.pad(features, (0, 0, 0, count)) for layer, features in state.added.items()},
+        probes={},
         depth=0,
     )
 
@@ -221,39 +317,25 @@ def rows(state: Prefill, index: Tensor) -> Prefill:
     """Batch rows ``index`` [B'] (repeats allowed) on a fork: G continuations of a prompt share one prefill."""
     cache = fork(state.cache)
     cache.batch_select_indices(index)
-
-    def pick(frame: Frame | Prefill) -> dict:
-        return {
-            "positions": frame.positions[..., index, :],
-            "mask": frame.mask[index],
-            "next_position": frame.next_position[index],
-        }
-
     return replace(
         state,
-        **pick(state),
-        frames=tuple(replace(frame, **pick(frame)) for frame in state.frames),
+        **_rows(state, index),
+        frames=tuple(replace(frame, **_rows(frame, index)) for frame in state.frames),
         hidden=state.hidden[index],
         visual=state.visual[index],
-        source=state.source[index],
+        row=state.row[index],
+        added={layer: features[index] for layer, features in state.added.items()},
+        probes={layer: probe[index] for layer, probe in state.probes.items()},
+        trace=_trace_rows(state, index),
         cache=cache,
     )
-
-
-def prefill(backbone: Backbone, encoded: Encoded, pruner: Pruner) -> Prefill:
-    """The whole prompt through the whole decoder, pruned wherever ``pruner`` says. Text always stays."""
-    state = start(encoded)
-    for stop in pruner.layers:
-        state = run_layers(backbone, state, stop)
-        keep = pruner.keep(View(state, encoded, backbone)) | ~state.visual
-        state = select(state, keep, prune_cache=pruner.prune_cache, renumber=pruner.renumber)
-    return run_layers(backbone, state, backbone.num_layers)
 
 
 def follow(
     backbone: Backbone, state: Prefill, ids: Tensor, mask: Tensor, *, gate: attention.Gate | None = None
 ) -> Tensor:
-    """Logits [B, T, vocabulary] that predict the tokens ``ids`` [B, T] behind a prompt that waits at some depth.
+    """Logits [B, T, vocabulary] that predict the tokens ``ids`` [B, T] behind a prompt that waits at some depth, its
+    last decision taken.
 
     The tokens run through the layers below on the cache that the prompt left there, then prompt and tokens run on
     together: what decoding them one by one computes, in one pass. ``mask`` [B, T]: False on right padding.
@@ -267,15 +349,89 @@ def follow(
     return backbone.logits(final.hidden[:, -ids.shape[1] :])
 
 
-def _require_whole(state: Prefill) -> None:
-    if state.hidden.shape[1] != state.mask.shape[1]:
-        raise ValueError("pruning needs the hidden states of all columns: prune before tokens are appended")
+def _select(state: Prefill, keep: Tensor, index: Tensor, *, prune_cache: bool, renumber: bool) -> Prefill:
+    """Columns ``keep`` [R, S] of the rows ``index`` [R]; a cache that is not pruned has these rows already."""
+    keep = keep & state.mask[index]
+    size = int(keep.sum(1).max())
+    order = _order(keep, size)  # [R, S']
+    row, mask = index[:, None], keep.gather(1, order)
+    positions, next_position = state.positions[..., row, order], state.next_position[index]
+    frames, depth = state.frames, state.depth
+    if prune_cache:
+        below, pruned = 0, []
+        for frame in frames:  # whose columns may be others than those that are left above them
+            own = _order(_among(frame, state, index, keep), size)  # [R, S']
+            _prune(state.cache, range(below, frame.stop), row, own)
+            places = frame.positions[..., row, own], mask, frame.source[row, own]
+            pruned.append(Frame(frame.stop, *places, frame.next_position[index]))
+            below = frame.stop
+        _prune(state.cache, range(below, depth), row, order)
+        frames = tuple(pruned)
+    else:
+        frames = tuple(replace(frame, **_rows(frame, index)) for frame in frames)
+    source = state.source[row, order]
+    if depth > 0 and prune_cache and renumber:
+        frames = (*frames, Frame(depth, positions, mask, source, next_position))
+    elif depth > 0 and not prune_cache:
+        frames = (*frames, Frame(depth, **_rows(state, index)))
+    if renumber:
+        positions = (mask.cumsum(1) - 1).clamp(min=0).expand(positions.shape)
+        next_position = mask.sum(1)
+    return replace(
+        state,
+        hidden=state.hidden[row, order],
+        positions=positions,
+        mask=mask,
+        visual=state.visual[row, order] & mask,
+        source=source,
+        row=state.row[index],
+        next_position=next_position,
+        added={layer: features[row, order] for layer, features in state.added.items()},
+        probes={layer: probe[row, order] for layer, probe in state.probes.items()},
+        trace=_trace_rows(state, index),
+        frames=frames,
+    )
+
+
+def _among(frame: Frame, state: Prefill, index: Tensor, keep: Tensor) -> Tensor:
+    """``keep`` [R, S] of a state's columns, as bool [R, S''] over those of a frame below it."""
+    width = int(frame.source.max()) + 1  # columns of the unpruned prompt
+    kept = torch.zeros(len(index), width, dtype=torch.long, device=keep.device)
+    kept = kept.scatter_reduce(1, state.source[index], keep.long(), "amax")
+    return kept.gather(1, frame.source[index]).bool() & frame.mask[index]
+
+
+def _order(keep: Tensor, size: int) -> Tensor:
+    """[R, S] bool -> [R, size] columns: those kept, in order, behind as many others as rows need to be equally long."""
+    # A stable sort puts the dropped columns first and leaves the survivors in order: left padding for free.
+    return keep.long().argsort(dim=1, stable=True)[:, keep.shape[1] - size :]
+
+
+def _prune(cache: DynamicCache, layers: range, row: Tensor, order: Tensor) -> None:
+    for layer in cache.layers[layers.start : layers.stop]:
+        # Advanced indices with a slice between them come first: [R, S', H, d].
+        layer.keys, layer.values = (x[row, :, order].transpose(1, 2) for x in (layer.keys, layer.values))
+
+
+def _rows(frame: Frame | Prefill, index: Tensor) -> dict[str, Tensor]:
+    return {
+        "positions": frame.positions[..., index, :],
+        "mask": frame.mask[index],
+        "source": frame.source[index],
+        "next_position": frame.next_position[index],
+    }
+
+
+def _trace_rows(state: Prefill, index: Tensor) -> tuple[Cut, ...]:
+    return tuple(replace(past, kept=past.kept[index], flops=past.flops[index]) for past in state.trace)
+
+
+def _flops(flops: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """[B] int64 on the device of ``like`` [B, ...]; nothing said is 0."""
+    if not len(flops):
+        return torch.zeros(len(like), dtype=torch.long, device=like.device)
+    return torch.as_tensor(flops, dtype=torch.float64, device=like.device).round().long().expand(len(like))
 
 
 def _frame(state: Prefill, layer: int) -> Frame | Prefill:
     return next((frame for frame in state.frames if layer < frame.stop), state)
-
-
-def _gather(x: Tensor, order: Tensor) -> Tensor:
-    """[B, H, S, d], [B, S'] -> [B, H, S', d]"""
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

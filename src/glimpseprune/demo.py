@@ -1,8 +1,8 @@
-"""``make demo``: prepare a small data set, train stage 1 on the shipped tiny LVLM, evaluate, and say where to look.
+"""Prepare a small data set, train stage 1 on the shipped tiny LVLM, evaluate, and say where to look.
 
-``make demo-plus`` goes on from there: GlimpsePrune+ on a harder task (larger images, more distractors, worn
-handwriting), where the base is weak. Each runs on two CPU cores in less than ten minutes and downloads nothing. Every
-step is one of the ordinary commands.
+``python -m src.demo`` is ``make demo``. ``python -m src.demo plus=true`` (``make demo-plus``) goes on from there:
+GlimpsePrune+ on a harder task (larger images, more distractors, worn handwriting), where the base is weak. Each runs on
+two CPU cores in less than ten minutes and downloads nothing. Every step is one of the ordinary commands.
 """
 
 from __future__ import annotations
@@ -76,4 +76,4 @@ def stage2(cfg: DemoConfig) -> str:
 def say(what: str, command: str) -> None:
     from rich.console import Console
 
-    Console().print(f"\n[bold]{what}[/bold]\n    [dim]{command}[/dim]", highlight=False)
+    Console().print(f"\n[bold]{what}[/bold]\n    [dim]{config.as_typed(command)}[/dim]", highlight=False)

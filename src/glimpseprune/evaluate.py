@@ -25,9 +25,10 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from functools import partial, reduce
 from itertools import groupby
+from operator import or_
 from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any, TextIO
@@ -128,7 +129,7 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
     import torch
 
     from glimpseprune.data.collate import Collator
-    from glimpseprune.data.module import ShardDataset, ShardLoader
+    from glimpseprune.data.stream import ShardDataset, ShardLoader
     from glimpseprune.lookup import function
     from glimpseprune.pictures import grid
 
@@ -233,8 +234,8 @@ def line_up(cfg: EvaluateConfig, saved: TrainConfig, model: GlimpsePrune) -> tup
         methods.append(Method(*first, base, context))
     control("none+", "none", {}, model.backbone)
     methods.append(own)
-    if model.pruner.layers:
-        layer = {"prune_layer": model.pruner.layers[0] - 1}
+    if model.pruner.stops:
+        layer = {"prune_layer": model.pruner.stops[0].depth - 1}
         control("random", "random", layer, model.backbone)
         control("oracle", "oracle", layer, model.backbone)
         control("zero", "random", layer | {"keep": 0.0, "min_keep": 0}, model.backbone)
@@ -276,10 +277,8 @@ class Evaluation:
     """Methods over a stream of batches; all that share a backbone see the same encoded batch."""
 
     def __init__(self, cfg: EvaluateConfig, methods: list[Method], own: Method, metric: Any, stream: TextIO):
-        from glimpseprune.cost import Shapes
-
         self.cfg, self.methods, self.own, self.metric, self.stream = cfg, methods, own, metric, stream
-        self.shapes = Shapes.from_config(own.backbone.model.config)
+        self.shapes = own.backbone.shapes
         self.tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
         self.seconds: dict[str, list[float]] = defaultdict(list)  # time to first token per batch
         self.panels: list[Any] = []
@@ -300,13 +299,13 @@ class Evaluation:
         counts = None
         for backbone, group in groupby(self.methods, key=lambda method: method.backbone):
             methods = list(group)
-            layers = sorted({layer for method in methods for layer in method.pruner.vision_layers})
+            needs = reduce(or_, (method.pruner.needs for method in methods))
             began = time.perf_counter()
-            encoded = backbone.encode(inputs.prompt, layers, inputs.targets)
+            encoded = backbone.encode(inputs.prompt, needs, inputs.targets)
             seconds = time.perf_counter() - began
             for method in methods:
                 if method.name == "random" and method is not self.own:
-                    method.pruner.counts = counts
+                    method.pruner.counts = [counts]
                 with method.context():
                     rollout = self.answer(method, encoded, seconds)
                 times = len(rollout.keep) // len(inputs.samples)
@@ -338,21 +337,15 @@ class Evaluation:
         """Every prompt k times, each with a keep mask of its own, which is drawn from the gate: [B k, S]."""
         import torch
 
-        from glimpseprune.decoder import View, fan_out, run_layers, start
+        from glimpseprune.decoder import View, advance, approach, cut, start
         from glimpseprune.rollout import sample_keep
 
         backbone, pruner = self.own.backbone, self.own.pruner
-        state = run_layers(backbone, start(encoded), pruner.layers[0])
+        state = approach(backbone, start(encoded), pruner)
         index = torch.arange(len(encoded.mask), device=backbone.device).repeat_interleave(self.cfg.samples)  # [B k]
         keep, _ = sample_keep(state, pruner.logits(View(state, encoded, backbone)), index)
-        state = run_layers(backbone, fan_out(state, index, keep), backbone.num_layers)
-        return replace(  # decoding asks no more than this of the prompts
-            encoded,
-            input_ids=encoded.input_ids[index],
-            mask=encoded.mask[index],
-            visual=encoded.visual[index],
-            grids=[encoded.grids[row] for row in index.tolist()],
-        ), state
+        state = cut(state, keep, pruner.stops[0], index=index)
+        return encoded, advance(backbone, encoded, state, pruner)
 
     def scores(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
         """How right each answer to its sample is, 0 to 1. A judge, who wants many at once, belongs here."""
@@ -370,7 +363,7 @@ class Evaluation:
                 self.skipped += own
                 continue
             draws = range(row * times, (row + 1) * times)
-            tally = self.cost(method.pruner, encoded, row, [kept[draw] for draw in draws])
+            tally = self.cost(encoded, row, rollout, draws)
             tally.score, tally.best = mean(scores[draw] for draw in draws), max(scores[draw] for draw in draws)
             for kind in {"all", sample.kind}:
                 self.tallies[method.name, kind].add(tally)
@@ -392,20 +385,18 @@ class Evaluation:
                 lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {ratio:.1%}"]
                 self.panels.append(panel(sample, rollout.keep_maps()[draws[0]], lines))
 
-    def cost(self, pruner: Any, encoded: Encoded, row: int, kept: list[int]) -> Tally:
-        """What one sample cost, without its score: the mean over its draws, which ``kept`` so many visual tokens."""
+    def cost(self, encoded: Encoded, row: int, rollout: Rollout, draws: Sequence[int]) -> Tally:
+        """What one sample cost, without its score: the mean over its draws, rows of the rollout."""
         from glimpseprune import cost
 
-        layers, visual = self.shapes.decoder.layers, encoded.counts[row]
+        layouts, visual = encoded.layouts[row], encoded.counts[row]
         text = int(encoded.mask[row].sum()) - visual
-        accounts = []
-        for number in kept:
-            schedule = cost.stages(layers, visual, [(depth, number) for depth in pruner.layers])
-            accounts.append(cost.account(self.shapes, text, encoded.grids[row], schedule, cost.Vip.of(pruner)))
+        trace = rollout.prefill.trace
+        accounts = [cost.account(self.shapes, text, layouts, cost.steps_of(trace, draw)) for draw in draws]
         return Tally(
             n=1,
-            kept=mean(kept) / visual,
-            kept_tokens=mean(kept),
+            kept=mean(account.kept for account in accounts) / visual,
+            kept_tokens=mean(account.kept for account in accounts),
             mean_tokens=mean(account.mean_tokens for account in accounts),
             flops=mean(account.ratio for account in accounts),
         )

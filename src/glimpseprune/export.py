@@ -64,7 +64,7 @@ def run(cfg: ExportConfig) -> None:
     where = replace(saved.backbone, path=checkpoint.HERE, dtype="auto")
     alone = replace(saved, out=str(out), init_from=None, resume=False, overwrite=False, lora=None, backbone=where)
     checkpoint.save(out, alone, checkpoint.trained(model.pruner))
-    print(f"exported to {out}   evaluate it: python -m src.evaluate ckpt={out}")
+    print(config.as_typed(f"exported to {out}   evaluate it: python -m src.evaluate ckpt={out}"))
 
 
 def save_processor(processor: Any, out: Path) -> None:

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
-from .backbones import LVLM
-from .config import UserError
-from .decoder import append, branch, prefill, rows, run_layers
-from .types import Encoded, Prefill, Rollout
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError
+from glimpseprune.decoder import Pruner, append, branch, prefill, rows, run_layers, see
+from glimpseprune.types import Encoded, Prefill, Rollout
 
 
 @torch.no_grad()
 def generate(
     backbone: LVLM,
-    pruner: nn.Module,
+    pruner: Pruner,
     prompt: Mapping[str, Tensor],
     *,
     targets: list[Tensor] | None = None,
@@ -52,7 +52,7 @@ def generate(
     Raises:
         UserError: as ``backbone.encode`` and the pruner; or a decoding mode other than greedy and sampling.
     """
-    encoded = backbone.encode(prompt, pruner.vision_layers, targets)
+    encoded = see(backbone, pruner, prompt, targets)
     state = prefill(backbone, encoded, pruner)
     return continue_from(backbone, encoded, state, generation_config, synced, **kwargs)
 
@@ -66,7 +66,8 @@ def continue_from(
     synced: bool = False,
     **kwargs: Any,
 ) -> Rollout:
-    """:func:`generate` for a prompt that has been prefilled; ``state``'s cache is left as it is."""
+    """:func:`generate` for prompts that have been prefilled; ``state``'s cache is left as it is. Its rows may be others
+    than those of ``encoded``, :attr:`Prefill.row` says which."""
     kwargs, streamer = dict(kwargs), kwargs.get("streamer")
     tokenizer = kwargs.pop("tokenizer", None) or getattr(backbone.processor, "tokenizer", None)
     strings = kwargs.pop("stop_strings", None) or getattr(generation_config, "stop_strings", None)
@@ -118,9 +119,9 @@ def continue_from(
             streamer.end()
         return first, input_ids[:, size:end]
 
-    mask = encoded.mask.long()
+    mask = encoded.mask[state.row].long()
     first, tokens = backbone.model.generate(
-        encoded.input_ids,
+        encoded.input_ids[state.row],
         attention_mask=mask,
         position_ids=mask.cumsum(1),  # of no use to our loop; keeps the model from deriving its own
         generation_config=generation_config,
@@ -131,7 +132,7 @@ def continue_from(
     return Rollout(
         tokens=tokens,
         keep=[row for row in kept(encoded, state) for _ in range(times)],
-        grids=[row for row in encoded.grids for _ in range(times)],
+        layouts=[encoded.layouts[row] for row in state.row.tolist() for _ in range(times)],
         prefill=state if times == 1 else first,
         extra={name: torch.stack(values, 1) for name, values in extra.items()},
     )
@@ -147,8 +148,9 @@ def anyone(running: Tensor, synced: bool) -> bool:
 
 
 def kept(encoded: Encoded, state: Prefill) -> list[Tensor]:
-    """Per row bool [V]: the visual tokens of the prompt that are left in ``state``."""
-    columns = torch.zeros_like(encoded.visual)
+    """Per row of ``state`` bool [V]: the visual tokens of the prompt that are left."""
+    visual = encoded.visual[state.row]
+    columns = torch.zeros_like(visual)
     row, column = state.visual.nonzero(as_tuple=True)
     columns[row, state.source[row, column]] = True
-    return [columns[row][visual] for row, visual in enumerate(encoded.visual)]
+    return [columns[row][own] for row, own in enumerate(visual)]

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import MISSING, UserError, option
+from glimpseprune.config import UserError
+from glimpseprune.options import JudgeOptions
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -57,27 +58,6 @@ Row = tuple[str, tuple[str, ...], str]
 """Question, answers, prediction."""
 
 
-@dataclass
-class JudgeOptions:
-    base_url: str = option(MISSING, "an OpenAI-compatible server, such as http://localhost:8000/v1")
-    model: str = option(MISSING, "model name, as the server knows it")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key, if the server wants one")
-    concurrency: int = option(16, "requests under way at the same time")
-    timeout: float = option(60.0, "seconds per request, from its start to the last byte of the reply")
-    retries: int = option(3, "further attempts after 429, 5xx, a timeout or a lost connection")
-    backoff: float = option(0.5, "seconds before the first further attempt, doubled each time")
-    max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict")
-
-    def __post_init__(self) -> None:
-        if not self.base_url.startswith(("http://", "https://", MISSING)):
-            raise UserError(f"the judge's base_url must begin with http:// or https://, got {self.base_url!r}")
-        for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0), ("max_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"the judge's {name} must be at least {least}, got {getattr(self, name)}")
-        if not self.timeout > 0:
-            raise UserError(f"the judge's timeout must be positive, got {self.timeout}")
-
-
 @dataclass(frozen=True)
 class _Missing:
     """Why there is no verdict. ``retry``: another attempt may help, after ``wait`` seconds at least."""
@@ -92,7 +72,7 @@ class Judge:
     """Asks the server that ``options`` name, at temperature 0.
 
     Raises:
-        UserError: the package ``openai`` is not installed.
+        ModuleNotFoundError: the package ``openai`` is not installed (:func:`.config.answering` says what to do).
     """
 
     def __init__(self, options: JudgeOptions) -> None:
@@ -239,8 +219,6 @@ def parse_score(reply: str) -> float | None:
 
 
 def _openai():
-    try:
-        import openai
-    except ImportError:
-        raise UserError("the judge needs the package openai: pip install openai") from None
+    import openai
+
     return openai

@@ -13,7 +13,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
 
-from .config import UserError
+from glimpseprune.config import UserError
 
 
 def names(package: str) -> list[str]:

@@ -14,11 +14,11 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .backbones import LVLM
-from .config import UserError
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError
 
 if TYPE_CHECKING:
-    from .options import LoraOptions
+    from glimpseprune.options import LoraOptions
 
 
 def inject(backbone: LVLM, options: LoraOptions, prune_depth: int) -> None:

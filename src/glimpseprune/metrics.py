@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from .config import UserError
+from glimpseprune.config import UserError
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:

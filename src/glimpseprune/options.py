@@ -9,8 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glimpseprune.config import MISSING, option
-from glimpseprune.judge import JudgeOptions
+from glimpseprune.config import MISSING, UserError, option
 
 
 @dataclass
@@ -96,6 +95,27 @@ class GRPOOptions:
     zero_variance: Literal["skip", "resample"] = option("skip", "what happens to groups whose rewards are all equal")
     resample_tries: int = option(2, "how often such a group is rolled out again")
     micro_batch: int = option(32, "rollouts per backward pass")
+
+
+@dataclass
+class JudgeOptions:
+    base_url: str = option(MISSING, "an OpenAI-compatible server, such as http://localhost:8000/v1")
+    model: str = option(MISSING, "model name, as the server knows it")
+    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key, if the server wants one")
+    concurrency: int = option(16, "requests under way at the same time")
+    timeout: float = option(60.0, "seconds per request, from its start to the last byte of the reply")
+    retries: int = option(3, "further attempts after 429, 5xx, a timeout or a lost connection")
+    backoff: float = option(0.5, "seconds before the first further attempt, doubled each time")
+    max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict")
+
+    def __post_init__(self) -> None:
+        if not self.base_url.startswith(("http://", "https://", MISSING)):
+            raise UserError(f"the judge's base_url must begin with http:// or https://, got {self.base_url!r}")
+        for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0), ("max_tokens", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"the judge's {name} must be at least {least}, got {getattr(self, name)}")
+        if not self.timeout > 0:
+            raise UserError(f"the judge's timeout must be positive, got {self.timeout}")
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .types import Sample
+from glimpseprune.types import Sample
 
 SIDE = 336  # pixels of a drawn image's longer side
 LINE = 15  # pixels per line of text

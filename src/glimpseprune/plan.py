@@ -19,7 +19,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glimpseprune import config, cost
+from glimpseprune import config, cost, resources
 from glimpseprune.config import UserError, option
 from glimpseprune.memory import Held, Load, Model, Peak, held, moments
 from glimpseprune.options import BackboneOptions, TrainConfig
@@ -35,10 +35,6 @@ MARGIN = 0.08
 """Share of the GPU that is left free, for fragmentation."""
 RESERVED = GIB
 """CUDA context, NCCL and cuBLAS."""
-PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
-"""Least and most pixels of an image, in the preprocessor_config.json of Qwen2.5-VL."""
-TIED = ("qwen2.5-vl-3b",)
-"""Models of ``cost.SHAPES`` whose lm_head is their embedding."""
 
 
 @dataclass
@@ -71,43 +67,14 @@ def architecture(path: str) -> Any:
     if not folder.exists():
         with suppress(OSError, ValueError):
             return AutoConfig.from_pretrained(path, local_files_only=True)
-    for name, shapes in cost.SHAPES.items():
+    published = backbones.published()
+    for name, make in published.items():
         if name in folder.name.lower():
-            return published(name, shapes)
+            return make()
     raise UserError(
         f"backbone.path={path}: no folder with config.json, not downloaded (`hf download {path} config.json`), and "
-        f"none of {', '.join(cost.SHAPES)}"
+        f"none of {', '.join(published)}"
     )
-
-
-def published(name: str, shapes: cost.Shapes) -> Any:
-    """The config of a published model ``name`` as far as sizes go."""
-    from transformers import AutoConfig
-
-    decoder, tower = shapes.decoder, shapes.tower
-    text = {
-        "hidden_size": decoder.width,
-        "intermediate_size": decoder.mlp,
-        "num_hidden_layers": decoder.layers,
-        "num_attention_heads": decoder.heads,
-        "num_key_value_heads": decoder.kv_heads,
-        "vocab_size": decoder.vocab,
-        "tie_word_embeddings": name in TIED,
-    }
-    vision = {"hidden_size": tower.width, "intermediate_size": tower.mlp, "patch_size": 14}
-    if tower.merge > 1:
-        kind = "qwen2_5_vl"
-        vision |= {"depth": tower.layers, "num_heads": 16, "out_hidden_size": decoder.width}
-        vision |= {"window_size": 14 * tower.merge * tower.window, "fullatt_block_indexes": list(tower.full)}
-    else:
-        kind = "llava"
-        text["model_type"] = "llama"
-        vision |= {"model_type": "clip_vision_model", "num_hidden_layers": tower.layers, "num_attention_heads": 16}
-        vision |= {"image_size": 336}
-    tied = name in TIED
-    found = AutoConfig.for_model(kind, text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    found.dtype = "bfloat16"
-    return found
 
 
 def skeleton(cfg: TrainConfig, architecture: Any) -> StageModule:
@@ -127,8 +94,9 @@ def describe(stage: StageModule) -> Model:
     layers = enumerate(stage.backbone.text_model.layers)
     trained = [index for index, layer in layers if any(p.requires_grad for p in layer.parameters())]
     probed = max(getattr(pruner, "probe_layers", ()), default=-1) + 1
-    shapes = cost.Shapes.from_config(stage.backbone.model.config)
-    return Model(shapes, stage.depth, min(trained, default=None), cost.Vip.of(pruner), probed, dict(counts))
+    return Model(
+        stage.backbone.shapes, stage.depth, min(trained, default=None), cost.Vip.of(pruner), probed, dict(counts)
+    )
 
 
 def visual_tokens(architecture: Any, options: BackboneOptions, image: str) -> int:
@@ -137,28 +105,22 @@ def visual_tokens(architecture: Any, options: BackboneOptions, image: str) -> in
     Raises:
         UserError: not a size.
     """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+    from glimpseprune import backbones
 
-    vision = architecture.vision_config
     try:
         width, height = map(int, image.lower().split("x"))
-        if not hasattr(vision, "spatial_merge_size"):
-            return (vision.image_size // vision.patch_size) ** 2
-        side = vision.patch_size * vision.spatial_merge_size
-        least, most = pixel_bounds(options)
-        height, width = smart_resize(height, width, side, least, most)
+        return backbones.layout_of(architecture, (width, height), *pixel_bounds(options)).count
     except (ValueError, ZeroDivisionError) as error:
         raise UserError(f"image={image}: give width x height in pixels, such as 1344x1344 ({error})") from None
-    return (height // side) * (width // side)
 
 
-def pixel_bounds(options: BackboneOptions) -> tuple[int, int]:
-    """Least and most pixels of an image: of the options, of the checkpoint's processor, of the published one."""
+def pixel_bounds(options: BackboneOptions) -> tuple[int | None, int | None]:
+    """Least and most pixels of an image: of the options, of the checkpoint's processor; None: of the published one."""
     file = Path(options.path) / "preprocessor_config.json"
     saved = json.loads(file.read_text()) if file.is_file() else {}
     size = saved.get("size") or {}
-    least = options.min_pixels or saved.get("min_pixels") or size.get("shortest_edge") or PIXELS[0]
-    most = options.max_pixels or saved.get("max_pixels") or size.get("longest_edge") or PIXELS[1]
+    least = options.min_pixels or saved.get("min_pixels") or size.get("shortest_edge")
+    most = options.max_pixels or saved.get("max_pixels") or size.get("longest_edge")
     return least, most
 
 
@@ -289,6 +251,7 @@ def main(cfg: PlanConfig) -> None:
     for key in ("num_generations", "micro_batch", "max_completion_length"):
         if getattr(cfg.grpo, key) < 1:
             raise UserError(f"grpo.{key}={getattr(cfg.grpo, key)}: it must be at least 1")
+    cfg.backbone.path = resources.find(cfg.backbone.path)
     found = architecture(cfg.backbone.path)
     stage = skeleton(cfg, found)
     model = describe(stage)

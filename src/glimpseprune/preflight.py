@@ -1,8 +1,8 @@
-"""Before a job is queued: ``python -m src.preflight train conf/stage1.yaml ...``, with the arguments of src.train.
+"""Before a job is queued: ``python -m src.preflight train conf/stage1.yaml ...``.
 
-Says on a login node, in seconds, what would otherwise fail when the job has started at last: a typo,
-missing data or weights, a run folder in use. ``evaluate`` in place of ``train`` takes the arguments of src.evaluate.
-Nothing is loaded: whether weights fit, and whether there is enough memory for them, is left to the run.
+Takes the arguments of src.train, or with ``evaluate`` in its place those of src.evaluate. Says on a login node, in
+seconds, what would otherwise fail when the job has started at last: a typo, missing data or weights, a run folder in
+use. Nothing is loaded: whether weights fit, and whether there is enough memory for them, is left to the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glimpseprune import config, lookup
+from glimpseprune import config, resources, training
 from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards
 from glimpseprune.evaluate import EvaluateConfig
@@ -39,7 +39,7 @@ def train(cfg: TrainCheck) -> None:
     from glimpseprune.pruners import options_of  # which imports torch; an evaluation needs none
 
     last = last_checkpoint(cfg)
-    lookup.choose(cfg.stage, lookup.names("glimpseprune.training"), "glimpseprune.training")
+    training.require(cfg.stage)
     options_of(cfg.pruner.name, cfg.pruner.options)
     check_weights(cfg.backbone.path, "backbone.path")
     if cfg.init_from is not None:
@@ -62,8 +62,9 @@ def evaluate(cfg: EvaluateCheck) -> None:
         return
     check_checkpoint(cfg.ckpt, "ckpt")
     path, backbone = cfg.data.path, cfg.backbone.path
-    if (Path(cfg.ckpt) / "config.yaml").is_file():
-        saved = config.read(TrainConfig, Path(cfg.ckpt) / "config.yaml")
+    saved = Path(resources.find(cfg.ckpt)) / "config.yaml"
+    if saved.is_file():
+        saved = config.read(TrainConfig, saved)
         path = path or saved.data.path
         backbone = backbone or (cfg.ckpt if saved.backbone.path == "." else saved.backbone.path)
     if path is not None:
@@ -75,7 +76,7 @@ def evaluate(cfg: EvaluateCheck) -> None:
 
 def check_weights(path: str, key: str) -> Path:
     """The folder with the weights of an LVLM, all of them; ``path`` is a folder or a hub id that was downloaded."""
-    folder = Path(path) if Path(path).is_dir() else _downloaded(path, key)
+    folder = _folder(path, key)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -88,15 +89,17 @@ def check_weights(path: str, key: str) -> Path:
 
 def check_checkpoint(path: str, key: str) -> None:
     """A run folder or a published folder with its weights."""
-    folder = Path(path) if Path(path).is_dir() else _downloaded(path, key)
+    folder = _folder(path, key)
     weights = ("trainable.safetensors", "new_modules_gp.pt")
     if not any((folder / name).is_file() for name in weights):
         raise UserError(f"{key}={path} holds no weights: neither {weights[0]} (a run folder) nor {weights[1]}")
 
 
-def _downloaded(path: str, key: str) -> Path:
+def _folder(path: str, key: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    if (folder := Path(resources.find(path))).is_dir():
+        return folder
     try:
         return Path(snapshot_download(path, local_files_only=True))
     except Exception:  # not in the cache, or no name that the hub could know
@@ -109,7 +112,10 @@ def _downloaded(path: str, key: str) -> Path:
 def main(argv: Sequence[str] | None = None) -> None:
     command, *arguments = (sys.argv[1:] if argv is None else argv) or [""]
     commands = {"train": train, "evaluate": evaluate}
-    if command not in commands:
-        print(f"error: give {' or '.join(commands)}, then the arguments of that command", file=sys.stderr)
-        raise SystemExit(2)
+    if command in ("-h", "--help"):
+        print(config.as_typed(f"usage: python -m src.preflight <train or evaluate> ...\n\n{__doc__.strip()}"))
+        return
+    with config.answering("python -m src.preflight"):
+        if command not in commands:
+            raise UserError(f"give {' or '.join(commands)}, then the arguments of that command")
     commands[command](arguments)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from glimpseprune import config
-from glimpseprune.training.pretrain import PretrainConfig
+from glimpseprune.tiny.config import PretrainConfig
 
 
 @config.entry(PretrainConfig)
@@ -17,7 +17,7 @@ def main(cfg: PretrainConfig) -> None:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from glimpseprune.training.pretrain import PretrainModule
+    from glimpseprune.tiny.module import PretrainModule
 
     out = Path(cfg.out)
     out.mkdir(parents=True, exist_ok=True)

@@ -29,9 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lookup
-from .config import UserError
-from .judge import Judge, JudgeOptions
+from glimpseprune import lookup
+from glimpseprune.config import UserError
+from glimpseprune.judge import Judge
+from glimpseprune.options import JudgeOptions
 
 Values = Sequence[float | None]
 Reward = Callable[..., Values | Awaitable[Values]]

@@ -4,7 +4,8 @@ The actions of a rollout are the Bernoulli decision of every visual token and th
 log-probabilities are those of the very distribution that was sampled: the prompt is full in layers < K, only the
 survivors run above, and the answer sees only survivors in every layer (docs/method.md §3). The prompt's layers < K run
 once for all its rollouts, which take from its cache no more than their survivors; above, rollouts with the same mask
-are one prompt with several answers.
+are one prompt with several answers. Masks are drawn at a pruner's first stop; what it decides at later ones it decides
+itself.
 
 Left out: top-k, top-p and repetition penalties, under which the ratio of two policies is no longer that of their
 log-probabilities; ``generate`` has them for inference. Speculative or paged decoding: answers here are short.
@@ -18,11 +19,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .backbones import LVLM
-from .decoder import append, fan_out, follow, rows, run_layers
-from .generate import anyone
-from .losses import keep_log_probs
-from .types import Prefill
+from glimpseprune.backbones import LVLM
+from glimpseprune.decoder import Pruner, advance, append, branch, cut, follow, rows, run_layers
+from glimpseprune.generate import anyone
+from glimpseprune.losses import keep_log_probs
+from glimpseprune.types import Encoded, Prefill
 
 
 def sample_keep(state: Prefill, keep_logits: Tensor, index: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -40,18 +41,16 @@ def sample_keep(state: Prefill, keep_logits: Tensor, index: Tensor, temperature:
 def answer(
     backbone: LVLM,
     state: Prefill,
-    index: Tensor,
-    keep: Tensor,
     max_new_tokens: int,
     ends: Sequence[int],
     *,
     temperature: float = 1.0,
     synced: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Sample R answers: each behind the prompt of ``index`` [R], pruned to ``keep`` [R, S].
+    """Sample an answer behind each of R prompts.
 
     Args:
-        state: the unpruned prompts at depth K.
+        state: as :func:`prefilled` gives them.
         ends: ids of the tokens that end an answer.
         synced: other processes hold parts of the weights, so all go on until the last of them has finished.
 
@@ -59,15 +58,14 @@ def answer(
         Tokens [R, T] (right-padded, end of turn included), their log-probabilities [R, T] (0 on padding), mask [R, T],
         and ended [R], False where an answer was cut. Rows that have ended leave the batch once half of it has.
     """
-    device, count = backbone.device, len(index)
+    device, count = backbone.device, len(state.mask)
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     log_probs = torch.zeros(count, max_new_tokens, device=device)
     mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
     ending = torch.tensor(list(ends), device=device)
     alive = torch.arange(count, device=device)  # rows of the batch -> rollouts
     running = torch.ones(count, dtype=torch.bool, device=device)
-    length = 0
-    current = pruned(backbone, state, index, keep)
+    length, current = 0, branch(state)
     for step in range(max_new_tokens):
         distribution = (backbone.logits(current.hidden[:, -1]).float() / temperature).log_softmax(-1)
         drawn = torch.multinomial(distribution.exp(), 1)  # [R', 1]
@@ -90,26 +88,36 @@ def answer(
 
 
 def score(
-    backbone: LVLM, state: Prefill, index: Tensor, keep: Tensor, tokens: Tensor, mask: Tensor, temperature: float = 1.0
+    backbone: LVLM, state: Prefill, tokens: Tensor, mask: Tensor, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities of the answers' ``tokens`` and the entropies where they were drawn, both [r, T], with gradient.
 
-    ``state``: the unpruned prompts at depth K. Before any update the log-probabilities are those that :func:`answer`
-    returned. 0 on padding.
+    ``state``: the r prompts as :func:`prefilled` gives them. Before any update the log-probabilities are those that
+    :func:`answer` returned. 0 on padding.
     """
-    logits = follow(backbone, pruned(backbone, state, index, keep), tokens, mask).float() / temperature
+    logits = follow(backbone, state, tokens, mask).float() / temperature
     log_probs = logits.log_softmax(-1)  # [r, T, vocabulary]
     entropy = -(log_probs.exp() * log_probs).sum(-1)
     return log_probs.gather(2, tokens[..., None])[..., 0] * mask, entropy * mask
 
 
-def pruned(backbone: LVLM, state: Prefill, index: Tensor, keep: Tensor) -> Prefill:
-    """Prompts ``index`` [R] pruned to ``keep`` [R, S] behind all layers, hidden states of the last column alone; what
-    occurs several times is run once."""
-    _, place = torch.cat([index[:, None], keep], 1).unique(dim=0, return_inverse=True)  # [R]
+def prefilled(
+    backbone: LVLM, encoded: Encoded, pruner: Pruner, state: Prefill, index: Tensor, keep: Tensor | None
+) -> Prefill:
+    """Prompts ``index`` [R] of a ``state`` that waits at the pruner's first stop, behind all stops and layers, hidden
+    states of the last column alone; what occurs several times is run once.
+
+    ``keep`` [R, S]: the first decision of each; None: the pruner's own.
+    """
+    alike = index[:, None] if keep is None else torch.cat([index[:, None], keep], 1)
+    _, place = alike.unique(dim=0, return_inverse=True)  # [R]
     count = torch.arange(len(index), device=index.device)
     first = count.new_full((int(place.max()) + 1,), len(index)).scatter_reduce(0, place, count, "amin")  # [U]
-    state = run_layers(backbone, fan_out(state, index[first], keep[first]), backbone.num_layers)
+    if keep is None:
+        state = rows(state, index[first])
+    else:
+        state = cut(state, keep[first], pruner.stops[0] if pruner.stops else None, index=index[first])
+    state = advance(backbone, encoded, state, pruner)
     return rows(replace(state, hidden=state.hidden[:, -1:]), place)
 
 

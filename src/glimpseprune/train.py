@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config
+from glimpseprune import config, resources, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
@@ -27,7 +27,7 @@ JOB = "slurm-job"
 
 def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
     """What a run takes over from the run folder it starts from, unless told otherwise."""
-    source = Path(str(given.get("init_from"))) / "config.yaml"
+    source = Path(resources.find(str(given.get("init_from")))) / "config.yaml"
     if not source.is_file():
         if given.get("init_from") is not None and "path" not in given.get("backbone", {}):
             raise UserError(f"init_from={given['init_from']} is no run folder, which would say what backbone it has")
@@ -46,6 +46,7 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
+    training.require(cfg.stage)
     last = last_checkpoint(cfg)
     if is_first_process():
         make_missing(cfg.data.path, cfg.data.prepare)
@@ -58,22 +59,21 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
-    from glimpseprune.lookup import find
     from glimpseprune.running import slurm, strategies
     from glimpseprune.running.callbacks import GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
-    from glimpseprune.running.watch import Stall, StopOnNonFinite, Throughput
+    from glimpseprune.running.nonfinite import StopOnNonFinite
+    from glimpseprune.running.stalls import Stall
+    from glimpseprune.running.throughput import Throughput
 
     warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
     warnings.filterwarnings("ignore", ".*when logging on epoch level.*")  # means were taken over ranks before
-    stage = getattr(find("glimpseprune.training", cfg.stage), "Stage", None)
-    if not (isinstance(stage, type) and issubclass(stage, L.LightningModule)):
-        raise UserError(f"stage={cfg.stage} is not a stage of training: give glimpse or grpo")
+    stage = training.stage_of(cfg.stage)
     out = Path(cfg.out)
     if cfg.lora is None and cfg.init_from is not None and checkpoint.read_config(cfg.init_from).lora is not None:
         raise UserError(f"lora=null, but {cfg.init_from} has adapters: leave lora out, or merge them with src.export")
     # Everything but the numbers: what is wrong with the options is said before a model is loaded.
-    architecture = backbones.architecture(cfg.backbone.path)
+    architecture = backbones.architecture(resources.find(cfg.backbone.path))
     outline = checkpoint.outline(architecture, cfg.backbone, cfg.pruner, cfg.lora)
     outline = stage(cfg, outline.backbone, outline.pruner)
     strategies.read(cfg.trainer.strategy)
@@ -155,7 +155,7 @@ def main(cfg: TrainConfig) -> None:
         print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")
     strategies.leave()
     if trainer.is_global_zero:
-        print(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}")
+        print(config.as_typed(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}"))
 
 
 def is_first_process() -> bool:

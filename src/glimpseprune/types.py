@@ -1,15 +1,17 @@
 """The nouns that travel through the library, and the legend of tensor shapes.
 
 B batch, S sequence (columns of the prompt), V visual tokens of one row (over all its images), N visual tokens of
-the whole batch, Q query columns of one call, T new tokens, H heads, d head width, D model width, L decoder layers,
-K layers that see every token, C width of the vision tower, G rollouts of one prompt.
+the whole batch, N' those of them that are left, Q query columns of one call, T new tokens, H heads, d head width,
+D model width, L decoder layers, K layers that see every token, C width of the vision tower, G rollouts of one prompt.
 
-Visual tokens are always listed row by row, image by image, in raster order: flattening ``hidden[visual]`` gives the
-same N rows as every ``[N, ...]`` tensor below. Only dataclasses live here; this module imports nothing of ours.
+Visual tokens are always listed row by row, image by image, in the order in which the decoder gets them (raster order
+within a grid): flattening ``embeds[visual]`` gives the same N rows as every ``[N, ...]`` tensor below. Only dataclasses
+live here; this module imports nothing of ours.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,91 @@ Box = tuple[float, float, float, float]
 """x0, y0, x1, y1 in pixels of the original image, x to the right, y down."""
 
 Grid = tuple[int, int]
-"""Rows and columns of the visual tokens of one image (after the backbone's merger)."""
+"""Rows and columns of visual tokens (after the backbone's merger)."""
+
+
+# ------------------------------------------------------------------------------------------- where visual tokens lie
+
+
+@dataclass(frozen=True)
+class Part:
+    """One grid of visual tokens of an image: the whole of it, a thumbnail, its tiles put together, a frame."""
+
+    rows: int
+    cols: int
+    box: Box = (0.0, 0.0, 1.0, 1.0)
+    """What it shows, as fractions of the image's width and height."""
+    newline: bool = False
+    """Every row ends in one more token that is no cell of the picture, such as a learned newline."""
+    newline_stays: bool = False
+    """These tokens may not go: they are columns like text, and nowhere counted as visual."""
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of the tokens that may go; newlines, if they may, are one more column."""
+        return self.rows, self.cols + (self.newline and not self.newline_stays)
+
+    @property
+    def cells(self) -> list[bool]:
+        """For each token that may go, whether it is a cell of the picture."""
+        row = [True] * self.cols + [False] * (self.grid[1] - self.cols)
+        return row * self.rows
+
+    @property
+    def free(self) -> list[bool]:
+        """For each token that the prompt has a place for, whether it may go."""
+        return ([True] * self.cols + [not self.newline_stays] * self.newline) * self.rows
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the visual tokens of one image lie."""
+
+    parts: tuple[Part, ...]
+    """In the decoder's order."""
+    encoded: tuple[Grid, ...]
+    """Grids of the pictures that the vision tower was given; not those of ``parts`` where padding is cut away."""
+
+    @classmethod
+    def of(cls, *grids: Grid) -> Layout:
+        """Of an image whose ``grids`` all show the whole of it, as the tower encoded them."""
+        return cls(tuple(Part(rows, cols) for rows, cols in grids), grids)
+
+    @property
+    def count(self) -> int:
+        """Visual tokens."""
+        return sum(rows * cols for rows, cols in (part.grid for part in self.parts))
+
+    @property
+    def places(self) -> int:
+        """Columns of the prompt, tokens that may not go included."""
+        return sum(len(part.free) for part in self.parts)
+
+    def map(self, keep: Tensor) -> Tensor:
+        """``keep`` bool [V] of one image as bool [rows, cols] over the whole of it, as fine as its finest part: a cell
+        is kept if any part keeps one that shows it."""
+        rows, cols = (
+            max(round(size / (part.box[axis + 2] - part.box[axis])) for part, size in sizes)
+            for axis, sizes in ((1, [(p, p.rows) for p in self.parts]), (0, [(p, p.cols) for p in self.parts]))
+        )
+        y, x = (torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols
+        seen = torch.zeros(rows, cols, dtype=torch.bool)
+        for part, own in zip(self.parts, keep.cpu().split([rows * cols for rows, cols in self.grids])):
+            left, top, right, bottom = part.box
+            row = ((y - top) / (bottom - top) * part.rows).floor().long()
+            col = ((x - left) / (right - left) * part.cols).floor().long()
+            inside = ((row >= 0) & (row < part.rows))[:, None] & ((col >= 0) & (col < part.cols))
+            shown = own.view(part.grid)[row.clamp(0, part.rows - 1)[:, None], col.clamp(0, part.cols - 1)]
+            seen |= shown & inside
+        return seen
+
+    @property
+    def grids(self) -> list[Grid]:
+        """Of each part."""
+        return [part.grid for part in self.parts]
+
+
+# ------------------------------------------------------------------------------------------------- samples and batches
 
 
 @dataclass
@@ -61,6 +147,65 @@ class Inputs:
     """Per row bool [V]: visual tokens under an evidence box. Rows without boxes are all True."""
 
 
+# ------------------------------------------------------------------------------------------------ what pruners ask for
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where a pruning method decides."""
+
+    depth: int
+    """Decoder layers that have run; 0 = before the first, L = after the last."""
+    renumber: bool = False
+    """Survivors get positions 0, 1, 2 ... in the layers above (those below keep theirs)."""
+    prune_cache: bool = True
+    """Drop the K/V of the layers that have run, too."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What ``encode`` and the driver collect for a pruner, and nothing else. Layers are numbered as the backbone's
+    ``vision_layers``; negative ones count from the end."""
+
+    states: tuple[int, ...] = ()
+    """Tower layers: hidden states [N, C], pooled to visual tokens."""
+    keys: tuple[int, ...] = ()
+    """Tower layers: keys [N, H, d], after RoPE, pooled to visual tokens."""
+    attention: tuple[int, ...] = ()
+    """Tower layers: attention that each visual token receives, mean over heads [N]: from the class token where there
+    is one, else from all queries of its segment, on average."""
+    probes: tuple[int, ...] = ()
+    """Decoder layers: log of the attention from the prompt's last column to the visual ones [N', H]."""
+
+    def __or__(self, other: Needs) -> Needs:
+        """What serves both."""
+        pairs = ((getattr(self, name), getattr(other, name)) for name in ("states", "keys", "attention", "probes"))
+        return Needs(*(tuple(dict.fromkeys((*mine, *theirs))) for mine, theirs in pairs))
+
+
+@dataclass
+class Decision:
+    """What a pruner decides at a stop."""
+
+    keep: Tensor  # [B, S] bool over the columns that are left; text and padding may hold anything
+    merge: Tensor | None = None
+    """[N', D]: the survivors' hidden states from here on, where dropped tokens are merged into them."""
+    flops: Sequence[float] | Tensor = ()
+    """Of deciding, one number per row; empty: none worth counting."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A decision that was taken at ``stop``. The first of a trace is the prompt as it entered the decoder."""
+
+    stop: Stop
+    kept: Tensor  # [B] visual tokens that are left
+    flops: Tensor  # [B] int64, of deciding
+
+
+# ------------------------------------------------------------------------------------------------ through the decoder
+
+
 @dataclass
 class Encoded:
     """A prompt turned into decoder inputs by a backbone."""
@@ -69,17 +214,28 @@ class Encoded:
     embeds: Tensor  # [B, S, D]
     positions: Tensor  # [B, S], or [3, B, S] for M-RoPE
     mask: Tensor  # [B, S] bool, False on padding
-    visual: Tensor  # [B, S] bool
-    grids: list[list[Grid]]
+    visual: Tensor  # [B, S] bool, columns that a pruner may drop
+    layouts: list[list[Layout]]
     """Per row, per image."""
-    vision_states: dict[int, Tensor] = field(default_factory=dict)
-    """Vision-tower layer -> [N, C], pooled to visual tokens."""
+    states: dict[int, Tensor] = field(default_factory=dict)
+    """Of the tower, as :class:`Needs` asked for them; so are ``keys`` and ``attention``."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    added: dict[int, Tensor] = field(default_factory=dict)
+    """Decoder layer -> [B, S, D], which is added to its output (deepstack)."""
     targets: list[Tensor] | None = None
+    flops: Sequence[float] = ()
+    """Per row, of a look before the tower."""
+
+    @property
+    def grids(self) -> list[list[Grid]]:
+        """Per row, of each part of its images."""
+        return [[grid for layout in row for grid in layout.grids] for row in self.layouts]
 
     @property
     def counts(self) -> list[int]:
         """V of each row."""
-        return [sum(rows * cols for rows, cols in grids) for grids in self.grids]
+        return [sum(layout.count for layout in row) for row in self.layouts]
 
 
 @dataclass
@@ -93,6 +249,7 @@ class Frame:
     stop: int
     positions: Tensor  # [B, S'] or [3, B, S']
     mask: Tensor  # [B, S'] bool
+    source: Tensor  # [B, S']
     next_position: Tensor  # [B]
 
 
@@ -109,10 +266,16 @@ class Prefill:
     mask: Tensor  # [B, S] bool
     visual: Tensor  # [B, S] bool
     source: Tensor  # [B, S] column of the unpruned prompt; only meaningful where mask is True
+    row: Tensor  # [B] row of the encoded prompt that each row continues
     next_position: Tensor  # [B] position of the token that comes next, equal on every axis
     cache: DynamicCache
     depth: int = 0
     """How many decoder layers have run on ``hidden``."""
+    added: dict[int, Tensor] = field(default_factory=dict)  # as Encoded's, for the columns left and the layers ahead
+    probes: dict[int, Tensor] = field(default_factory=dict)
+    """Decoder layer -> [B, S, H], log of the last column's attention; of the layers that a pruner needs."""
+    trace: tuple[Cut, ...] = ()
+    """The prompt, and every decision since: what costs are read from."""
     frames: tuple[Frame, ...] = ()
     """Only for pruners that renumber or do not prune the cache; ordered by ``stop``."""
 
@@ -124,13 +287,13 @@ class Rollout:
     tokens: Tensor  # [B, T] new tokens, right-padded with the pad token after the end of turn
     keep: list[Tensor]
     """Per row bool [V] over all its images: the visual tokens that decoding saw."""
-    grids: list[list[Grid]]
+    layouts: list[list[Layout]]
     prefill: Prefill
     extra: dict[str, Any] = field(default_factory=dict)
 
     def keep_maps(self) -> list[list[Tensor]]:
         """Per row, per image: bool [rows, cols], ready to be laid over the image."""
         return [
-            [part.view(shape) for part, shape in zip(torch.split(keep, [r * c for r, c in grids]), grids)]
-            for keep, grids in zip(self.keep, self.grids)
+            [layout.map(part) for layout, part in zip(row, keep.split([layout.count for layout in row]))]
+            for keep, row in zip(self.keep, self.layouts)
         ]

@@ -56,7 +56,12 @@ class VIP(nn.Module):
             nn.init.constant_(output.bias, init_bias)
 
     def forward(
-        self, probes: Tensor, states: Sequence[Tensor], grids: Sequence[Grid], window: int | None = None
+        self,
+        probes: Tensor,
+        states: Sequence[Tensor],
+        grids: Sequence[Grid],
+        window: int | None = None,
+        tokens: Tensor | None = None,
     ) -> Tensor:
         """Keep logits, one row per output, the last one counts.
 
@@ -65,13 +70,16 @@ class VIP(nn.Module):
             states: per block [N, C], in the same order.
             grids: rows and columns of each image.
             window: attend within windows of this side (the vision tower's), not within whole images.
+            tokens: [N] places of the tokens in ``grids``, where some of them have been dropped before.
 
         Returns:
             [1, N], or [blocks, N] under deep supervision.
         """
         dtype = self.attn_in_proj.weight.dtype
-        rope = rope_2d(grid_positions(grids).to(probes.device), self.head_width)  # [N, 1, e] each
-        segments = Segments(window_ids(grids, window).to(probes.device))
+        places, ids = (t.to(probes.device) for t in (grid_positions(grids), window_ids(grids, window)))
+        if tokens is not None:
+            places, ids = places[tokens], ids[tokens].unique(return_inverse=True)[1]
+        rope, segments = rope_2d(places, self.head_width), Segments(ids)  # [N, 1, e] each
         x = self.attn_in_proj(probes.to(dtype)).to(dtype)  # [N, F]; the residual stream keeps its precision
         logits = []
         for index, (block, project, state) in enumerate(zip(self.layers, self.cond_in_projs, states, strict=True)):

@@ -12,7 +12,9 @@ from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, prompt, prompts
 from glimpseprune import backbones
 from glimpseprune.backbones import _lvlm
 from glimpseprune.config import UserError
+from glimpseprune.export import save_processor
 from glimpseprune.lookup import find, names
+from glimpseprune.types import Needs
 
 NAMES = names("glimpseprune.backbones")
 
@@ -26,39 +28,35 @@ def tiny(request):
     return TINY[request.param]()
 
 
-def first_layer(backbone) -> int:
-    return 0 if backbone.window else 1  # LLaVA counts hidden states, whose 0 are the embeddings
-
-
 @torch.no_grad()
 def test_encode(tiny) -> None:
-    inputs, layers = prompts(tiny), (first_layer(tiny) + 1, first_layer(tiny))
-    encoded = tiny.encode(inputs, layers)
+    inputs, layers = prompts(tiny), (tiny.vision_layers[1], tiny.vision_layers[0])
+    encoded = tiny.encode(inputs, Needs(states=layers))
     batch, size = inputs["input_ids"].shape
     assert encoded.embeds.shape == (batch, size, tiny.hidden_size)
     assert encoded.positions.shape[-2:] == encoded.mask.shape == encoded.visual.shape == (batch, size)
     assert encoded.visual.sum(1).tolist() == encoded.counts
-    assert encoded.grids == tiny.grids(inputs)
-    assert [len(row) for row in encoded.grids] == [len(row) for row in PICTURES]
+    assert encoded.layouts == tiny.layouts(inputs)
+    assert [len(row) for row in encoded.layouts] == [len(row) for row in PICTURES]
     assert not (encoded.visual & ~encoded.mask).any()
-    assert sorted(encoded.vision_states) == sorted(layers)
-    for state in encoded.vision_states.values():
+    assert sorted(encoded.states) == sorted(layers)
+    for state in encoded.states.values():
         assert state.shape == (sum(encoded.counts), tiny.vision_width)
     assert torch.equal(encoded.embeds[~encoded.visual], tiny.embed(inputs["input_ids"])[~encoded.visual])
-    assert tiny.encode(inputs).vision_states == {}
+    assert tiny.encode(inputs).states == {}
     targets = [torch.ones(count, dtype=torch.bool) for count in encoded.counts]
     assert tiny.encode(inputs, targets=targets).targets is targets
 
 
 @torch.no_grad()
 def test_rows_do_not_depend_on_the_batch(tiny) -> None:
-    layers = (first_layer(tiny),)
-    together = tiny.encode(prompts(tiny), layers)
-    states = together.vision_states[layers[0]].split(together.counts)
+    layers = (tiny.vision_layers[0],)
+    together = tiny.encode(prompts(tiny), Needs(states=layers))
+    states = together.states[layers[0]].split(together.counts)
     for row in range(len(QUESTIONS)):
-        alone, mask = tiny.encode(prompt(tiny, row), layers), together.mask[row]
+        alone, mask = tiny.encode(prompt(tiny, row), Needs(states=layers)), together.mask[row]
         torch.testing.assert_close(together.embeds[row][mask], alone.embeds[0])
-        torch.testing.assert_close(states[row], alone.vision_states[layers[0]])
+        torch.testing.assert_close(states[row], alone.states[layers[0]])
         assert torch.equal(together.positions[..., row, :][..., mask], alone.positions[..., 0, :])
 
 
@@ -68,11 +66,12 @@ def test_vision_states_are_in_raster_order(tiny) -> None:
     picture = PICTURES[2][0].resize((112, 112))
     changed = picture.copy()
     changed.paste((255, 255, 255), (84, 0, 112, 28))
-    layer = first_layer(tiny)
+    layer = tiny.vision_layers[0]
     states = [
-        tiny.encode(tiny.prepare(["?"], [[image]]), (layer,)).vision_states[layer] for image in (picture, changed)
+        tiny.encode(tiny.prepare(["?"], [[image]]), Needs(states=(layer,))).states[layer]
+        for image in (picture, changed)
     ]
-    rows, cols = tiny.grids(tiny.prepare(["?"], [[picture]]))[0][0]
+    rows, cols = tiny.layouts(tiny.prepare(["?"], [[picture]]))[0][0].grids[0]
     moved = (states[0] - states[1]).norm(dim=1).view(rows, cols)
     assert divmod(int(moved.argmax()), cols) in {(0, cols - 1), (1, cols - 1), (0, cols - 2)}
 
@@ -106,17 +105,17 @@ def test_image_tokens_that_do_not_match_the_images(tiny) -> None:
     column = int((inputs["input_ids"][1] == tiny.image_token_id).nonzero()[-1])
     broken = {**inputs, "input_ids": inputs["input_ids"].clone()}
     broken["input_ids"][1, column] = 9
-    count = sum(rows * cols for rows, cols in tiny.grids(inputs)[1])
+    count = sum(layout.places for layout in tiny.layouts(inputs)[1])
     with pytest.raises(UserError, match=f"prompt 1 has {count - 1} image tokens, its images make {count}"):
         tiny.encode(broken)
     without = {**inputs, "input_ids": inputs["input_ids"][:2], "attention_mask": inputs["attention_mask"][:2]}
     with pytest.raises(UserError, match="1 more images"):
-        tiny.grids(without)
+        tiny.layouts(without)
 
 
 def test_vision_layers_that_do_not_exist(tiny) -> None:
-    with pytest.raises(UserError, match=r"vision layers \[9\] do not exist"):
-        tiny.encode(prompt(tiny), (first_layer(tiny), 9))
+    with pytest.raises(UserError, match=r"vision layer 9 does not exist"):
+        tiny.encode(prompt(tiny), Needs(states=(tiny.vision_layers[0], 9)))
 
 
 def test_a_backbone_without_processor(tiny) -> None:
@@ -130,9 +129,7 @@ def test_a_backbone_without_processor(tiny) -> None:
 def test_load_is_found_by_model_type(name, tmp_path) -> None:
     tiny = TINY[name]()
     tiny.model.save_pretrained(tmp_path)
-    parts = (tiny.processor.tokenizer, tiny.processor.image_processor) if tiny.window else (tiny.processor,)
-    for part in parts:
-        part.save_pretrained(tmp_path)
+    save_processor(tiny.processor, tmp_path)
     loaded = backbones.load(tmp_path, dtype="float32", attn="eager")
     assert type(loaded) is find("glimpseprune.backbones", name).Backbone
     assert loaded.attention == "eager" and not loaded.model.training
@@ -145,8 +142,8 @@ def test_load_is_found_by_model_type(name, tmp_path) -> None:
 
 def test_pixel_bounds(tiny_folder) -> None:
     small = backbones.load(tiny_folder, min_pixels=4 * 28 * 28, max_pixels=6 * 28 * 28)
-    (rows, cols), *_ = small.grids(small.prepare(["?"], [[PICTURES[0][0].resize((560, 560))]]))[0]
-    assert rows * cols <= 6
+    layout = small.layouts(small.prepare(["?"], [[PICTURES[0][0].resize((560, 560))]]))[0][0]
+    assert layout.count <= 6
 
 
 def test_folders_that_are_no_checkpoints(tmp_path) -> None:

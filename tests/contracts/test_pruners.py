@@ -9,10 +9,11 @@ import torch
 
 from conftest import TINY, prompt, prompts
 from glimpseprune.config import UserError
-from glimpseprune.decoder import View, prefill, run_layers, start
+from glimpseprune.decoder import View, approach, prefill, start
 from glimpseprune.generate import generate, kept
 from glimpseprune.lookup import find, names
 from glimpseprune.pruners import build, glimpse
+from glimpseprune.types import Needs, Stop
 
 NAMES = names("glimpseprune.pruners")
 VIP = {"width": 16, "cond_width": 8, "num_heads": 2}
@@ -35,21 +36,23 @@ def targets(encoded) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def view_of(backbone, pruner, inputs) -> View:
-    encoded = backbone.encode(inputs, pruner.vision_layers)
+    encoded = backbone.encode(inputs, pruner.needs)
     encoded.targets = targets(encoded)
-    return View(run_layers(backbone, start(encoded), pruner.layers[0] if pruner.layers else 0), encoded, backbone)
+    stop = pruner.stops[0] if pruner.stops else None
+    return View(approach(backbone, start(encoded), pruner), encoded, backbone, stop)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_pruner_declares_and_decides(tiny, name) -> None:
     pruner = build(name, options(name), tiny).eval()
-    assert list(pruner.layers) == sorted(set(pruner.layers)) and all(0 <= x <= tiny.num_layers for x in pruner.layers)
-    assert isinstance(pruner.renumber, bool) and isinstance(pruner.prune_cache, bool)
+    depths = [stop.depth for stop in pruner.stops]
+    assert depths == sorted(set(depths)) and all(0 <= depth <= tiny.num_layers for depth in depths)
+    assert isinstance(pruner.needs, Needs)
     view = view_of(tiny, pruner, prompts(tiny))
     before = [layer.keys.clone() for layer in view.state.cache.layers]
     with torch.no_grad():
-        keep = pruner.keep(view)
-        again = pruner.keep(view)
+        keep = pruner.decide(view).keep
+        again = pruner.decide(view).keep
     assert keep.shape == view.state.mask.shape and keep.dtype == torch.bool
     assert torch.equal(keep, again)
     for layer, keys in zip(view.state.cache.layers, before, strict=True):
@@ -61,12 +64,12 @@ def test_a_pruner_decides_for_each_row_alone(tiny, name) -> None:
     pruner = build(name, options(name), tiny).eval()
     with torch.no_grad():
         together = view_of(tiny, pruner, prompts(tiny))
-        keep = pruner.keep(together)
+        keep = pruner.decide(together).keep
         for row in range(3):
             alone = view_of(tiny, pruner, prompt(tiny, row))
             alone.encoded.targets = together.encoded.targets[row : row + 1]
             visual = together.state.visual[row]
-            assert torch.equal(pruner.keep(alone)[0][alone.state.visual[0]], keep[row][visual])
+            assert torch.equal(pruner.decide(alone).keep[0][alone.state.visual[0]], keep[row][visual])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -134,7 +137,7 @@ def test_random_keeps_what_it_is_told(tiny) -> None:
     assert counts(build("random", {"keep": 0.0, "min_keep": 0}, tiny)) == [0, 0, 0]
     assert counts(build("random", {"keep": 1.0}, tiny)) == encoded.counts
     told = build("random", {"keep": 0.25}, tiny)
-    told.counts = [3, 0, 7]
+    told.counts = [[3, 0, 7]]
     assert counts(told) == [3, 0, 7]
 
 
@@ -155,8 +158,8 @@ def test_bad_random_options(tiny) -> None:
 
 
 def test_prune_layer_beyond_the_last_is_after_the_last(tiny) -> None:
-    assert build("random", {"prune_layer": 1000}, tiny).layers == (tiny.num_layers,)
-    assert build("random", {"prune_layer": -1}, tiny).layers == (0,)
+    assert build("random", {"prune_layer": 1000}, tiny).stops == (Stop(tiny.num_layers),)
+    assert build("random", {"prune_layer": -1}, tiny).stops == (Stop(0),)
 
 
 LOGITS = torch.tensor([2.0, -1.0, 0.5, -3.0, 0.0] + [-5.0, -4.0, 9.0])  # two rows, of 5 and 3 tokens
@@ -176,20 +179,20 @@ LOGITS = torch.tensor([2.0, -1.0, 0.5, -3.0, 0.0] + [-5.0, -4.0, 9.0])  # two ro
         ({"min_keep": 3}, [[0, 2, 4], [0, 1, 2]]),
     ],
 )
-def test_decide(settings, expected) -> None:
-    keep = glimpse.decide(LOGITS, [5, 3], **settings)
+def test_chosen(settings, expected) -> None:
+    keep = glimpse.chosen(LOGITS, [5, 3], **settings)
     assert [row.nonzero().flatten().tolist() for row in keep.split([5, 3])] == expected
 
 
 def test_max_keep_is_compared_as_a_fraction() -> None:
     logits = torch.linspace(1, -1, 100)
-    keep = glimpse.decide(logits, [100], threshold=float(logits.sigmoid()[29]), max_keep=0.29)
+    keep = glimpse.chosen(logits, [100], threshold=float(logits.sigmoid()[29]), max_keep=0.29)
     assert int(keep.sum()) == 29  # though .29 * 100 < 29 in floating point
 
 
 def test_min_keep_above_the_number_of_tokens(tiny) -> None:
     with pytest.raises(UserError, match="min_keep is 4 but a prompt has only 3 visual tokens"):
-        glimpse.decide(LOGITS, [5, 3], min_keep=4)
+        glimpse.chosen(LOGITS, [5, 3], min_keep=4)
     pruner = build("glimpse", {"vision_layers": (1,), "min_keep": 999, **VIP}, tiny)
     with pytest.raises(UserError, match="min_keep is 999"):
         generate(tiny, pruner, prompts(tiny), max_new_tokens=1)

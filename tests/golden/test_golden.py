@@ -36,12 +36,12 @@ from transformers import (
 
 from glimpseprune import lora, losses
 from glimpseprune.backbones import LVLM, llava1_5, qwen2_5_vl
-from glimpseprune.decoder import View, append, branch, fan_out, prefill, run_layers, start
+from glimpseprune.decoder import View, append, branch, cut, prefill, run_layers, start
 from glimpseprune.generate import continue_from
 from glimpseprune.options import LoraOptions
 from glimpseprune.pruners import build, glimpse
-from glimpseprune.rollout import score
-from glimpseprune.types import Encoded
+from glimpseprune.rollout import prefilled, score
+from glimpseprune.types import Encoded, Needs, Stop
 
 RECORDINGS = Path(os.environ.get("GLIMPSEPRUNE_RECORDINGS") or Path(__file__).parent / "recordings")
 SHARED = {"images.pt", "le_vectors.pt", "new_modules_gp.pt"}
@@ -75,7 +75,7 @@ def test_there_are_recordings() -> None:
 def test_inference(file: Path) -> None:
     case, backbone = load(file), load_backbone(file)
     pruner, targets = load_pruner(file, case, backbone)
-    encoded = backbone.encode(prompt_of(file, case, backbone), pruner.vision_layers, targets)
+    encoded = backbone.encode(prompt_of(file, case, backbone), pruner.needs, targets)
     real = encoded.mask
     if "position_ids_full" in case:
         same_columns(encoded.positions, real, case["position_ids_full"])
@@ -83,12 +83,12 @@ def test_inference(file: Path) -> None:
         same_columns(encoded.input_ids, real, case["input_ids_full"])
     if "image_embeds" in case:
         close(encoded.embeds[encoded.visual], case["image_embeds"])
-    for layer, state in zip(pruner.vision_layers, case.get("vip_cond", ())):
-        close(encoded.vision_states[layer], state.reshape(-1, state.shape[-1]))
+    for layer, state in zip(pruner.needs.states, case.get("vip_cond", ())):
+        close(encoded.states[layer], state.reshape(-1, state.shape[-1]))
 
     if isinstance(pruner, glimpse.Pruner):
         check_glimpse(
-            file, case, View(run_layers(backbone, start(encoded), pruner.layers[0]), encoded, backbone), pruner
+            file, case, View(run_layers(backbone, start(encoded), pruner.stops[0].depth), encoded, backbone), pruner
         )
 
     state = prefill(backbone, encoded, pruner)
@@ -125,7 +125,7 @@ def test_training(file: Path) -> None:
     answer_ids = torch.zeros_like(answer_mask, dtype=torch.long).masked_scatter(answer_mask, ids[answer])
     only_prompt = {**case, "attention_mask": case["attention_mask"].bool() & ~answer}
     with torch.no_grad():
-        encoded = backbone.encode(prompt_of(file, only_prompt, backbone), pruner.vision_layers)
+        encoded = backbone.encode(prompt_of(file, only_prompt, backbone), pruner.needs)
         state = run_layers(backbone, start(encoded), backbone.num_layers)
 
     # The glimpse comes last in the prompt, and the answer one position later.
@@ -164,8 +164,11 @@ def test_reinforcement(file: Path) -> None:
     grids = load(file.parent / "images.pt")["grid_thw"]
     prompt |= {"images": case["images"], "image_grid_thw": torch.stack([grids[x].view(3) for x in case["images"]])}
     oracle = build("oracle", {"prune_layer": glimpse.options_from_published(published(file)).prune_layer}, backbone)
-    encoded = backbone.encode(prompt_of(file, prompt, backbone), (), [case["ref_token_mask"].flatten()])
-    keep = (oracle.keep(View(start(encoded), encoded, backbone)) | ~encoded.visual).expand(len(case["sampled"]), -1)
+    targets = [case["ref_token_mask"].flatten()]
+    encoded = backbone.encode(prompt_of(file, prompt, backbone), targets=targets)
+    keep = (oracle.decide(View(start(encoded), encoded, backbone)).keep | ~encoded.visual).expand(
+        len(case["sampled"]), -1
+    )
     lengths = torch.tensor([len(row) for row in case["completion_logps"]])
     mask = torch.arange(int(lengths.max())) < lengths[:, None]  # [R, T]
     check_columns(case, encoded, keep, mask)
@@ -173,10 +176,11 @@ def test_reinforcement(file: Path) -> None:
     def log_probs(depth: int, keep: Tensor, columns: slice) -> Tensor:
         """Of some columns of the rollouts, on prompts pruned to ``keep`` when ``depth`` layers have run."""
         state, index = run_layers(backbone, start(encoded), depth), torch.zeros(len(keep), dtype=torch.long)
-        return score(backbone, state, index, keep, case["sampled"][:, : mask.shape[1]], mask)[0][:, columns]
+        prompts = prefilled(backbone, encoded, Given(depth), state, index, keep)
+        return score(backbone, prompts, case["sampled"][:, : mask.shape[1]], mask)[0][:, columns]
 
     first, later = slice(0, 1), slice(1, None)
-    policy = torch.cat([log_probs(oracle.layers[0], keep, first), log_probs(0, keep, later)], 1)
+    policy = torch.cat([log_probs(oracle.stops[0].depth, keep, first), log_probs(0, keep, later)], 1)
     with torch.no_grad(), lora.disabled(backbone.model):
         reference = torch.cat([log_probs(0, torch.ones_like(keep), first), log_probs(0, keep, later)], 1)
     for ours, name in ((policy, "completion_logps"), (reference, "ref_completion_logps")):
@@ -192,6 +196,15 @@ def test_reinforcement(file: Path) -> None:
     (reward_loss + kd_loss).backward()
     for name, norm in case["grad_norm"].items():
         assert adapters[name].grad.norm().item() == pytest.approx(float(norm), abs=1e-4, rel=1e-4), name
+
+
+class Given:
+    """A pruner whose masks are given to it."""
+
+    needs = Needs()
+
+    def __init__(self, depth: int) -> None:
+        self.stops = (Stop(depth),)
 
 
 def adapted(file: Path, case: dict) -> tuple[LVLM, dict[str, torch.nn.Parameter]]:
@@ -210,7 +223,7 @@ def adapted(file: Path, case: dict) -> tuple[LVLM, dict[str, torch.nn.Parameter]
 def check_columns(case: dict, encoded: Encoded, keep: Tensor, mask: Tensor) -> None:
     """The pruned prompts with the rollouts behind them: which tokens, at which positions."""
     columns = case["conv_in"]
-    state = fan_out(start(encoded), torch.zeros(len(keep), dtype=torch.long), keep)
+    state = cut(start(encoded), keep, index=torch.zeros(len(keep), dtype=torch.long))
     size = state.mask.shape[1]
     full = append(state, torch.zeros(*mask.shape, encoded.embeds.shape[-1]), mask)
     assert torch.equal(full.mask, columns["attention_mask"].bool())
@@ -296,9 +309,9 @@ def prompt_of(file: Path, case: dict, backbone: LVLM) -> dict[str, Tensor]:
             "image_grid_thw": case["image_grid_thw"],
         }
     # LLaVA's recordings have one placeholder per image.
-    rows = []
+    rows, places = [], backbone.visual_tokens((1, 1))
     for ids, real in zip(case["input_ids"], mask):
-        rows.append(ids[real].repeat_interleave(torch.where(ids[real] == PLACEHOLDER, backbone.side**2, 1)))
+        rows.append(ids[real].repeat_interleave(torch.where(ids[real] == PLACEHOLDER, places, 1)))
     ids, mask = (torch.zeros(len(rows), max(map(len, rows)), dtype=dtype) for dtype in (torch.long, torch.bool))
     for row, real in enumerate(rows):
         ids[row, -len(real) :], mask[row, -len(real) :] = real, True
@@ -318,7 +331,7 @@ def load_pruner(file: Path, case: dict, backbone: LVLM) -> tuple[torch.nn.Module
         if unknown := set(overrides) - {"reduce_layer"}:
             raise ValueError(f"{file.name} has given masks and overrides {sorted(unknown)}")
         images = iter(mask.flatten() for mask in case["ref_token_masks"])
-        grids = backbone.grids(prompt_of(file, case, backbone))
+        grids = backbone.layouts(prompt_of(file, case, backbone))
         targets = [torch.cat([next(images) for _ in row]) for row in grids]
         return build("oracle", {"prune_layer": options.prune_layer}, backbone), targets
     pruner = build("glimpse", options, backbone).eval()

@@ -1,23 +1,29 @@
 """Backbones: one file per LVLM, found by the ``model_type`` of a checkpoint's config.json.
 
-Each file defines ``Backbone`` (a subclass of :class:`LVLM`) and ``matches(config) -> bool``. The language model, the
-vision tower and the processor are transformers' own and unmodified.
+Each file defines ``Backbone`` (a subclass of :class:`LVLM`), ``MODEL_TYPE`` and ``PUBLISHED``: sizes of published
+models by name, as keyword arguments of their config, so that a training can be planned before anything is downloaded.
+The language model, the vision tower and the processor are transformers' own and unmodified.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from ..config import UserError
-from ..lookup import find, names
-from ._lvlm import LVLM
-from ._lvlm import require_attention as require_attention
+from glimpseprune.backbones._lvlm import LVLM
+from glimpseprune.backbones._lvlm import require_attention as require_attention
+from glimpseprune.config import UserError
+from glimpseprune.cost import Shapes
+from glimpseprune.lookup import find, names
+from glimpseprune.types import Layout
 
 Backbone = LVLM
 """The protocol all backbones follow (architecture: the only class that knows transformers' model classes)."""
@@ -29,12 +35,12 @@ def load(path: str | Path, **kwargs: Any) -> LVLM:
     Raises:
         UserError: nothing there, or no file in this folder knows its model type.
     """
-    return _class_for(_config(path), path).load(path, **kwargs)
+    return _module_for(_config(path), path).Backbone.load(path, **kwargs)
 
 
 def architecture(path: str | Path) -> PreTrainedConfig:
     """The Hugging Face config of the backbone in a folder or hub repository ``path``; raises as :func:`load`."""
-    _class_for(_config(path), path)
+    _module_for(_config(path), path)
     config = AutoConfig.from_pretrained(path)
     if config.dtype is None and (files := sorted(Path(path).glob("*.safetensors"))):
         with safe_open(files[0], "pt") as weights:  # where from_pretrained looks, too
@@ -52,18 +58,45 @@ def skeleton(architecture: PreTrainedConfig, dtype: str = "auto") -> LVLM:
     found = getattr(torch, found, None) if isinstance(found, str) else found
     if found not in (torch.float32, torch.bfloat16, torch.float16):
         raise UserError(f"backbone.dtype={dtype}: give auto, float32, bfloat16 or float16")
-    kind = _class_for({"model_type": architecture.model_type}, architecture.name_or_path)
+    kind = _module_of(architecture).Backbone
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(architecture, dtype=found, attn_implementation="sdpa")
         return kind(model.requires_grad_(False).eval())
 
 
-def _class_for(config: Mapping[str, Any], path: str | Path) -> type[LVLM]:
-    for name in (known := names(__name__)):
-        module = find(__name__, name)
-        if module.matches(config):
-            return module.Backbone
+def published() -> dict[str, Callable[[], PreTrainedConfig]]:
+    """Names of published models, and what makes the config of each, as far as sizes go."""
+
+    def config(module: ModuleType, sizes: Mapping[str, Any]) -> PreTrainedConfig:
+        made = AutoConfig.for_model(module.MODEL_TYPE, **copy.deepcopy(sizes))
+        made.dtype = "bfloat16"
+        return made
+
+    modules = [find(__name__, name) for name in names(__name__)]
+    return {name: partial(config, module, sizes) for module in modules for name, sizes in module.PUBLISHED.items()}
+
+
+def describe(architecture: PreTrainedConfig) -> Shapes:
+    """The matrices of a model with this config."""
+    return _module_for({"model_type": architecture.model_type}, architecture.name_or_path).Backbone.describe(
+        architecture
+    )
+
+
+def layout_of(architecture: PreTrainedConfig, size: tuple[int, int], *bounds: int | None) -> Layout:
+    """Of an image of ``size`` = (width, height) pixels, whose least and most pixels have ``bounds``."""
+    return _module_of(architecture).Backbone.layout_of(architecture, size, *bounds)
+
+
+def _module_of(architecture: PreTrainedConfig) -> ModuleType:
+    return _module_for({"model_type": architecture.model_type}, architecture.name_or_path)
+
+
+def _module_for(config: Mapping[str, Any], path: str | Path) -> ModuleType:
     kind = config.get("model_type")
+    for name in (known := names(__name__)):
+        if kind == (module := find(__name__, name)).MODEL_TYPE:
+            return module
     raise UserError(f"'{path}' is a '{kind}' model, which no backbone knows (there are {', '.join(known)})")
 
 

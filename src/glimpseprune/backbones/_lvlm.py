@@ -1,25 +1,41 @@
 """What every backbone shares: from a processor's output to decoder inputs, and from hidden states to logits.
 
-A subclass says how its checkpoint is loaded, how many visual tokens an image makes, how the vision tower is run and
-which positions tokens get. Everything downstream sees :class:`glimpseprune.types.Encoded` only.
+A subclass owns every fact about its model: how a checkpoint is loaded, which tensors a prompt has, how the visual
+tokens of an image lie, how the vision tower is run and looked into, which positions tokens get, what is added inside
+the decoder, matrix shapes, published sizes, and a tiny random model for the tests. Everything downstream sees
+:class:`glimpseprune.types.Encoded` and :class:`glimpseprune.cost.Shapes` only.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from .. import attention
-from ..config import UserError
-from ..types import Encoded, Grid
+from glimpseprune import attention, cost
+from glimpseprune.config import UserError
+from glimpseprune.types import Encoded, Layout, Needs
+
+
+@dataclass
+class Seen:
+    """What the vision tower made of the images of a batch."""
+
+    tokens: Tensor  # [n, D], one for every place of the layouts, in order
+    states: dict[int, Tensor] = field(default_factory=dict)  # as in Encoded, [N, ...]; 0 for tokens that are no cell
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, Tensor] = field(default_factory=dict)
+    added: dict[int, Tensor] = field(default_factory=dict)
+    """Decoder layer -> [n, D], added to its output at the places of the tokens."""
 
 
 class LVLM(ABC):
@@ -27,11 +43,17 @@ class LVLM(ABC):
 
     ``model``: the Hugging Face model; ``text_model``: its decoder (``layers``, ``norm``, ``rotary_emb``); ``lm_head``;
     ``processor``; ``image_token_id``; ``vision_width`` C; ``num_heads`` H; ``hidden_size`` D; ``num_layers`` L;
-    ``norm_eps``; ``attention``: the attention backend; ``window``: side of the vision tower's attention windows in
-    visual tokens, None where it has none.
+    ``norm_eps``; ``attention``: the attention backend.
     """
 
     window: int | None = None
+    """Side of the vision tower's attention windows in visual tokens; None where it has none."""
+    vision_layers: range
+    """Numbers of the tower's layers."""
+    feature_layer: int
+    """The one whose output becomes the visual tokens."""
+    prompt_keys: tuple[str, ...]
+    """Tensors that the processor returns."""
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
@@ -66,25 +88,63 @@ class LVLM(ABC):
             UserError: unknown attention backend, or flash-attn not installed.
         """
 
+    @classmethod
     @abstractmethod
-    def image_grids(self, prompt: Mapping[str, Tensor]) -> list[Grid]:
-        """Visual tokens of each image in the prompt, in order."""
+    def tiny(cls, attn: str = "sdpa", seed: int = 0) -> LVLM:
+        """A random model of the smallest sensible size with a working processor, without any download."""
+
+    @staticmethod
+    @abstractmethod
+    def describe(config: PreTrainedConfig) -> cost.Shapes:
+        """The matrices of a model with this config."""
+
+    @staticmethod
+    @abstractmethod
+    def layout_of(
+        config: PreTrainedConfig, size: tuple[int, int], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Layout:
+        """That of an image of ``size`` = (width, height) pixels, as the processor would resize it; pixel bounds
+        default to the published processor's. Raises ValueError for an image that the processor refuses."""
+
+    @abstractmethod
+    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
+        """Of each image in the prompt, in order."""
 
     @abstractmethod
     def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         """What the processor made of the images with these numbers."""
 
     @abstractmethod
-    def see(self, prompt: Mapping[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
-        """Visual tokens [N, D], and the states of the tower's ``layers``, each pooled to [N, C]."""
+    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
+        """Run the vision tower, and collect what is needed of it."""
 
     @abstractmethod
-    def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, visual: Tensor) -> Tensor:
-        """Position ids, [B, S] or [3, B, S]; anything at padding."""
+    def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
+        """Position ids, [B, S] or [3, B, S]; anything at padding. ``places`` [B, S]: columns of visual tokens."""
 
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device
+
+    @cached_property
+    def shapes(self) -> cost.Shapes:
+        """The model's matrices, for the cost model."""
+        return self.describe(self.model.config)
+
+    def visual_tokens(self, size: tuple[int, int], min_pixels: int | None = None, max_pixels: int | None = None) -> int:
+        """How many an image of ``size`` = (width, height) pixels makes; arguments as of :meth:`layout_of`."""
+        return self.layout_of(self.model.config, size, min_pixels, max_pixels).count
+
+    def tower_layer(self, layer: int, key: str = "vision_layers") -> int:
+        """The number of a layer of the tower; a negative one counts from the last.
+
+        Raises:
+            UserError: there is no such layer; ``key`` says what option asked for it.
+        """
+        known = self.vision_layers
+        if layer not in known and not -len(known) <= layer < 0:
+            raise UserError(f"{key}: vision layer {layer} does not exist: there are {known[0]} to {known[-1]}")
+        return known[layer] if layer < 0 else layer
 
     def changed(self) -> dict[str, Tensor]:
         """Weights of the model that are not its checkpoint's: those restored from a run, and those that train."""
@@ -102,45 +162,67 @@ class LVLM(ABC):
     def encode(
         self,
         prompt: Mapping[str, Tensor],
-        vision_layers: Sequence[int] = (),
+        needs: Needs = Needs(),  # noqa: B008 (frozen)
         targets: list[Tensor] | None = None,
     ) -> Encoded:
         """Run the vision tower once and lay its tokens into the embedded prompt.
 
         Args:
             prompt: what the processor returns; without an attention mask no column is padding.
-            vision_layers: layers of the tower whose pooled states are wanted (no others are kept).
+            needs: what of the tower is wanted (nothing else is kept).
             targets: handed through, see :class:`Encoded`.
 
         Raises:
             UserError: a prompt without an image, or images whose number of tokens is not that of the prompt.
         """
         prompt = {key: value.to(self.device) for key, value in prompt.items() if isinstance(value, Tensor)}
-        grids = self.grids(prompt)
-        ids, mask, visual = self._columns(prompt)
-        tokens, states = self.see(prompt, vision_layers)
-        embeds = self.embed(ids.masked_fill(visual, 0))  # [B, S, D]
-        embeds = embeds.masked_scatter(visual[..., None], tokens.to(embeds.dtype))
-        return Encoded(ids, embeds, self.positions(prompt, mask, visual), mask, visual, grids, states, targets)
+        layouts = self.layouts(prompt)
+        ids, mask, places = self._columns(prompt)
+        for layer in (*needs.states, *needs.keys, *needs.attention):
+            self.tower_layer(layer)
+        seen = self.see(prompt, needs)
+
+        def lay(tokens: Tensor, into: Tensor) -> Tensor:
+            return into.masked_scatter(places[..., None], tokens.to(into.dtype))  # [B, S, D]
+
+        embeds = lay(seen.tokens, self.embed(ids.masked_fill(places, 0)))
+        visual, parts = places, [part for row in layouts for layout in row for part in layout.parts]
+        if any(part.newline_stays for part in parts):
+            free = [free for part in parts for free in part.free]
+            visual = places.masked_scatter(places, torch.tensor(free, device=places.device))
+        return Encoded(
+            input_ids=ids,
+            embeds=embeds,
+            positions=self.positions(prompt, mask, places),
+            mask=mask,
+            visual=visual,
+            layouts=layouts,
+            states=seen.states,
+            keys=seen.keys,
+            attention=seen.attention,
+            added={layer: lay(tokens, torch.zeros_like(embeds)) for layer, tokens in seen.added.items()},
+            targets=targets,
+        )
 
     def choose(self, prompt: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
         """The prompts ``rows`` [B'] of a batch, in that order, with their images and as much padding as there was."""
-        numbers = torch.arange(sum(map(len, grids := self.grids(prompt)))).split([len(row) for row in grids])
+        layouts = self.layouts(prompt)
+        numbers = torch.arange(sum(map(len, layouts))).split([len(row) for row in layouts])
         images = torch.cat([numbers[row] for row in rows.tolist()])
-        texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if len(x) == len(grids) and x.ndim == 2}
+        texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if x.shape == prompt["input_ids"].shape}
         return texts | self.choose_images(prompt, images)
 
-    def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
-        """Per row, per image: rows and columns of visual tokens, without running the model. Raises as ``encode``."""
+    def layouts(self, prompt: Mapping[str, Tensor]) -> list[list[Layout]]:
+        """Per row, per image: how the visual tokens lie, without running the model. Raises as ``encode``."""
         counts = self._columns(prompt)[2].sum(1).tolist()
-        images = iter(self.image_grids(prompt) if "pixel_values" in prompt else ())
-        result: list[list[Grid]] = []
+        images = iter(self.image_layouts(prompt) if "pixel_values" in prompt else ())
+        result: list[list[Layout]] = []
         for row, count in enumerate(counts):
-            found: list[Grid] = []
+            found: list[Layout] = []
             total = 0
-            while total < count and (grid := next(images, None)) is not None:
-                found.append(grid)
-                total += grid[0] * grid[1]
+            while total < count and (layout := next(images, None)) is not None:
+                found.append(layout)
+                total += layout.places
             if not found:
                 raise UserError(f"prompt {row} has no image: every prompt needs at least one")
             if total != count:
@@ -173,38 +255,24 @@ class LVLM(ABC):
         return dict(self.processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt"))
 
     def _columns(self, prompt: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, mask and visual columns, each [B, S]."""
+        """Ids, mask and places of visual tokens, each [B, S]."""
         ids = prompt["input_ids"]
         mask = prompt.get("attention_mask")
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         return ids, mask, (ids == self.image_token_id) & mask
 
 
-@contextmanager
-def tapped(
-    blocks: nn.ModuleList, layers: Sequence[int], pool: Callable[[Tensor], Tensor], first: int = 0
-) -> Iterator[dict[int, Tensor]]:
-    """Collect ``pool(output)`` of the blocks ``layers`` while the context lasts, and of no others; the number of the
-    first block is ``first``.
-
-    transformers can return all hidden states or none; at 7B all of them are 1.6 GB for a 5,000-token image.
-    """
-    if wrong := [layer for layer in layers if not first <= layer < first + len(blocks)]:
-        raise UserError(f"vision layers {wrong} do not exist: there are {first} to {first + len(blocks) - 1}")
-    states: dict[int, Tensor] = {}
-
-    def tap(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            states[layer] = pool(output[0] if isinstance(output, tuple) else output)
-
-        return hook
-
-    handles = [blocks[layer - first].register_forward_hook(tap(layer)) for layer in set(layers)]
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
+def decoder_shape(text: PreTrainedConfig) -> cost.Decoder:
+    """Grouped-query attention and SwiGLU, under the names that all configs of transformers have for them."""
+    return cost.Decoder(
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        heads=text.num_attention_heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_width=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        mlp=text.intermediate_size,
+        vocab=text.vocab_size,
+    )
 
 
 def destination(device: str | torch.device) -> dict[str, Any] | None:

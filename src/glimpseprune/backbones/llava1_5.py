@@ -7,30 +7,56 @@ the first block (checked against HVision-NKU/GlimpsePrune@091a3d5; Qwen2.5-VL's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+)
 
-from ..config import UserError
-from ..types import Grid
-from ._lvlm import LVLM, destination, require_attention, tapped
+from glimpseprune import cost
+from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
+from glimpseprune.backbones._tower import Watch, tapped, watched
+from glimpseprune.config import UserError
+from glimpseprune.types import Layout, Needs
 
-
-def matches(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "llava"
+MODEL_TYPE = "llava"
+_TOWER = {"model_type": "clip_vision_model", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+          "num_attention_heads": 16, "image_size": 336, "patch_size": 14}  # fmt: skip
+PUBLISHED = {
+    "llava-1.5-7b": {
+        "text_config": {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32064,
+                        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32},
+        "vision_config": _TOWER,
+    },
+    "llava-1.5-13b": {
+        "text_config": {"model_type": "llama", "hidden_size": 5120, "intermediate_size": 13824, "vocab_size": 32064,
+                        "num_hidden_layers": 40, "num_attention_heads": 40, "num_key_value_heads": 40},
+        "vision_config": _TOWER,
+    },
+}  # fmt: skip
+"""Sizes of published models: what is in the config.json of llava-hf/llava-1.5-{7b,13b}-hf."""
 
 
 class Backbone(LVLM):
+    prompt_keys = ("input_ids", "attention_mask", "pixel_values")
+
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         tower = model.model.vision_tower
         self.tower = getattr(tower, "vision_model", tower)
-        config = model.config.vision_config
-        self.side: int = config.image_size // config.patch_size
+        layers = model.config.vision_config.num_hidden_layers
+        self.vision_layers = range(1, layers + 1)
+        self.feature_layer = range(layers + 1)[model.config.vision_feature_layer]
         if model.config.vision_feature_select_strategy != "default":
             raise UserError("only vision_feature_select_strategy=default (patches without CLS) is supported")
 
@@ -57,19 +83,82 @@ class Backbone(LVLM):
             raise UserError(f"no processor in '{path}': {str(error).splitlines()[0]}") from error
         return cls(model.to(device).eval().requires_grad_(False), processor)
 
-    def image_grids(self, prompt: Mapping[str, Tensor]) -> list[Grid]:
-        return [(self.side, self.side)] * len(prompt["pixel_values"])
+    @classmethod
+    def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
+        """4 layers of width 32, 4 heads; CLIP tower of 4 blocks of width 24; every image makes 5x5 tokens."""
+        from glimpseprune.backbones import _tiny
+
+        config = LlavaConfig(
+            text_config=LlamaConfig(
+                vocab_size=_tiny.VOCABULARY,
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                bos_token_id=None,
+                eos_token_id=_tiny.id_of("<|im_end|>"),
+                pad_token_id=_tiny.id_of("<|endoftext|>"),
+                tie_word_embeddings=False,
+            ),
+            vision_config=CLIPVisionConfig(
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=4,
+                num_attention_heads=2,
+                image_size=70,
+                patch_size=14,
+            ),
+            image_token_id=_tiny.id_of("<image>"),
+            tie_word_embeddings=False,
+        )
+        config._attn_implementation = attn
+        processor = LlavaProcessor(
+            CLIPImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70}),
+            _tiny.tokenizer(),
+            patch_size=14,
+            vision_feature_select_strategy="default",
+            chat_template=_tiny.VICUNA,
+            image_token="<image>",
+            num_additional_image_tokens=1,
+        )
+        return cls(_tiny.randomise(LlavaForConditionalGeneration(config), seed), processor)
+
+    @staticmethod
+    def describe(config: PreTrainedConfig) -> cost.Shapes:
+        vision, decoder = config.vision_config, decoder_shape(config.text_config)
+        tower = cost.Tower(
+            layers=vision.num_hidden_layers,
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            patch=vision.num_channels * vision.patch_size**2,
+            extra=1,
+        )
+        return cost.Shapes(decoder, tower, ((tower.width, decoder.width), (decoder.width, decoder.width)))
+
+    @staticmethod
+    def layout_of(
+        config: PreTrainedConfig, size: tuple[int, int], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Layout:
+        side = config.vision_config.image_size // config.vision_config.patch_size
+        return Layout.of((side, side))
+
+    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
+        return [self.layout_of(self.model.config, (1, 1))] * len(prompt["pixel_values"])
 
     def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         return {"pixel_values": prompt["pixel_values"][images]}
 
-    def see(self, prompt: Mapping[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
         def pool(state: Tensor) -> Tensor:
-            return state[:, 1:].flatten(0, 1)  # [N, C]
+            return state[:, 1:].flatten(0, 1)  # [N, ...]
 
-        with tapped(self.tower.encoder.layers, layers, pool, first=1) as states:
-            images = self.model.model.get_image_features(prompt["pixel_values"].to(self.model.dtype))
-        return torch.cat(tuple(images.pooler_output)), states  # [N, D]
+        layers, pixels = self.tower.encoder.layers, prompt["pixel_values"].to(self.model.dtype)
+        modules = [{layer: layers[layer - 1].self_attn for layer in wanted} for wanted in (needs.keys, needs.attention)]
+        watch = Watch(*modules, from_class_token=True)
+        with tapped(layers, needs.states, pool, first=1) as states, watched(self.tower, watch) as watching:
+            images = self.model.model.get_image_features(pixels, **watching)
+        collected = (watch.collected(what, pool) for what in ("keys", "attention"))
+        return Seen(torch.cat(tuple(images.pooler_output)), states, *collected)  # [N, D]
 
-    def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, visual: Tensor) -> Tensor:
+    def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
         return (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]

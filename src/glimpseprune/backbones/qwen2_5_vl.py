@@ -8,7 +8,7 @@ are averaged over it (checked against HVision-NKU/GlimpsePrune@091a3d5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,43 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoTokenizer,
+    PreTrainedConfig,
+    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from ..config import UserError
-from ..types import Grid
-from ..vip import window_ids
-from ..windows import batch_windows
-from ._lvlm import LVLM, destination, require_attention, tapped
+from glimpseprune import cost
+from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
+from glimpseprune.backbones._tower import Watch, tapped, watched
+from glimpseprune.config import UserError
+from glimpseprune.types import Layout, Needs
+from glimpseprune.vip import window_ids
+from glimpseprune.windows import batch_windows
 
+MODEL_TYPE = "qwen2_5_vl"
+PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
+"""Least and most pixels of an image, in the published preprocessor_config.json."""
 
-def matches(config: Mapping[str, Any]) -> bool:
-    return config.get("model_type") == "qwen2_5_vl"
+_TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+          "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
+PUBLISHED = {
+    "qwen2.5-vl-3b": {
+        "text_config": {"hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36,
+                        "num_attention_heads": 16, "num_key_value_heads": 2, "vocab_size": 151936,
+                        "tie_word_embeddings": True},
+        "vision_config": _TOWER | {"out_hidden_size": 2048},
+        "tie_word_embeddings": True,
+    },
+    "qwen2.5-vl-7b": {
+        "text_config": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+                        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152064},
+        "vision_config": _TOWER | {"out_hidden_size": 3584},
+    },
+}  # fmt: skip
+"""Sizes of published models: what is in the config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct."""
 
 
 class ImageProcessor(Qwen2_5_VLProcessor):
@@ -42,6 +65,8 @@ class ImageProcessor(Qwen2_5_VLProcessor):
 
 
 class Backbone(LVLM):
+    prompt_keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = model.model.visual
@@ -49,6 +74,8 @@ class Backbone(LVLM):
         config = model.config.vision_config
         self.merge: int = config.spatial_merge_size
         self.window = config.window_size // config.patch_size // self.merge
+        self.vision_layers = range(config.depth)
+        self.feature_layer = config.depth - 1
 
     @classmethod
     def load(
@@ -67,8 +94,73 @@ class Backbone(LVLM):
         )
         return cls(model.to(device).eval().requires_grad_(False), load_processor(path, min_pixels, max_pixels))
 
-    def image_grids(self, prompt: Mapping[str, Tensor]) -> list[Grid]:
-        return [(h // self.merge, w // self.merge) for _, h, w in prompt["image_grid_thw"].tolist()]
+    @classmethod
+    def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
+        """4 layers of width 32, 4 query and 2 key heads; tower of 3 blocks of width 24, windows of 4x4 tokens."""
+        from glimpseprune.backbones import _tiny
+
+        config = Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": _tiny.VOCABULARY,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+                "bos_token_id": None,
+                "eos_token_id": _tiny.id_of("<|im_end|>"),
+                "pad_token_id": _tiny.id_of("<|endoftext|>"),
+                "tie_word_embeddings": False,
+            },
+            vision_config={
+                "depth": 3,
+                "hidden_size": 24,
+                "intermediate_size": 32,
+                "num_heads": 2,
+                "out_hidden_size": 32,
+                "fullatt_block_indexes": [1],
+                "window_size": 112,
+            },
+            image_token_id=_tiny.id_of("<|image_pad|>"),
+            video_token_id=_tiny.id_of("<|video_pad|>"),
+            vision_start_token_id=_tiny.id_of("<|vision_start|>"),
+            vision_end_token_id=_tiny.id_of("<|vision_end|>"),
+            eos_token_id=_tiny.id_of("<|im_end|>"),
+            pad_token_id=_tiny.id_of("<|endoftext|>"),
+            tie_word_embeddings=False,
+        )
+        config._attn_implementation = attn
+        images = Qwen2VLImageProcessorPil(min_pixels=4 * 28 * 28, max_pixels=48 * 28 * 28)
+        processor = ImageProcessor(images, _tiny.tokenizer(), None, chat_template=_tiny.template())
+        return cls(_tiny.randomise(Qwen2_5_VLForConditionalGeneration(config), seed), processor)
+
+    @staticmethod
+    def describe(config: PreTrainedConfig) -> cost.Shapes:
+        vision, merge = config.vision_config, config.vision_config.spatial_merge_size
+        tower = cost.Tower(
+            layers=vision.depth,
+            width=vision.hidden_size,
+            mlp=vision.intermediate_size,
+            patch=vision.in_channels * vision.temporal_patch_size * vision.patch_size**2,
+            gated=True,
+            merge=merge,
+            window=vision.window_size // merge // vision.patch_size,
+            full=tuple(vision.fullatt_block_indexes),
+        )
+        decoder, merged = decoder_shape(config.text_config), merge**2 * tower.width
+        return cost.Shapes(decoder, tower, ((merged, merged), (merged, decoder.width)))
+
+    @staticmethod
+    def layout_of(
+        config: PreTrainedConfig, size: tuple[int, int], min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> Layout:
+        side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+        height, width = smart_resize(size[1], size[0], side, min_pixels or PIXELS[0], max_pixels or PIXELS[1])
+        return Layout.of((height // side, width // side))
+
+    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
+        return [Layout.of((h // self.merge, w // self.merge)) for _, h, w in prompt["image_grid_thw"].tolist()]
 
     def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
         patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(1).tolist())
@@ -77,21 +169,26 @@ class Backbone(LVLM):
             "image_grid_thw": prompt["image_grid_thw"][images],
         }
 
-    def see(self, prompt: Mapping[str, Tensor], layers: Sequence[int]) -> tuple[Tensor, dict[int, Tensor]]:
+    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
         # The tower keeps its patches window by window: undo that.
-        windows = window_ids(self.image_grids(prompt), self.window)
-        raster = windows.argsort(stable=True).argsort().to(self.device)  # [N]
+        grids = [grid for layout in self.image_layouts(prompt) for grid in layout.grids]
+        raster = window_ids(grids, self.window).argsort(stable=True).argsort().to(self.device)  # [N]
 
         def pool(state: Tensor) -> Tensor:
-            return state.unflatten(0, (-1, self.merge**2)).mean(1)[raster]  # [N, C]
+            return state.unflatten(0, (-1, self.merge**2)).mean(1)[raster]  # [N, ...]
 
-        with tapped(self.tower.blocks, layers, pool) as states:
-            images = self.model.model.get_image_features(prompt["pixel_values"], prompt["image_grid_thw"])
-        return torch.cat(tuple(images.pooler_output)), states  # [N, D]
+        modules = [
+            {layer: self.tower.blocks[layer].attn for layer in wanted} for wanted in (needs.keys, needs.attention)
+        ]
+        watch, pixels, sizes = Watch(*modules), prompt["pixel_values"], prompt["image_grid_thw"]
+        with tapped(self.tower.blocks, needs.states, pool) as states, watched(self.tower, watch) as watching:
+            images = self.model.model.get_image_features(pixels, sizes, **watching)
+        collected = (watch.collected(what, lambda x: pool(x[0])) for what in ("keys", "attention"))
+        return Seen(torch.cat(tuple(images.pooler_output)), states, *collected)  # [N, D]
 
-    def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, visual: Tensor) -> Tensor:
+    def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
         return self.model.model.get_rope_index(
-            prompt["input_ids"], visual.int(), image_grid_thw=prompt["image_grid_thw"], attention_mask=mask
+            prompt["input_ids"], places.int(), image_grid_thw=prompt["image_grid_thw"], attention_mask=mask
         )[0]  # [3, B, S]
 
 

@@ -15,17 +15,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from glimpseprune.config import UserError
-from glimpseprune.types import Box, Grid, Inputs, Sample
+from glimpseprune.types import Box, Inputs, Layout, Part, Sample
 
 if TYPE_CHECKING:
-    Backbone = Any  # a module's class of that name under backbones/; only prepare, grids and processor are used here
+    Backbone = Any  # a module's class of that name under backbones/; only prepare, layouts and processor are used here
 
 
 class Collator:
     """list[Sample] -> Inputs, for one backbone. Runs no model, so it may live in a data worker.
 
     Args:
-        backbone: gives ``prepare``, ``grids`` and ``processor.tokenizer``.
+        backbone: gives ``prepare``, ``layouts`` and ``processor.tokenizer``.
         max_answer: at most this many answer tokens, end of turn included; a longer answer is cut and does not end.
         system: system prompt; None is the backbone's default.
         dilate: grow each box by this many visual tokens on every side.
@@ -53,7 +53,7 @@ class Collator:
         try:
             questions, images = [sample.question for sample in samples], [sample.images for sample in samples]
             prompt = dict(self.backbone.prepare(questions, images, self.system))
-            grids = self.backbone.grids(prompt)
+            layouts = self.backbone.layouts(prompt)
         except (ValueError, IndexError) as error:  # what processors raise; UserError is a ValueError
             if len(samples) == 1:
                 raise UserError(f"sample {samples[0].key!r}: {error}") from error
@@ -68,7 +68,7 @@ class Collator:
             samples=samples,
             answer_ids=answer_ids,
             answer_mask=torch.arange(answer_ids.shape[1]) < lengths[:, None],  # [B, T]
-            targets=[sample_targets(sample, of_row, self.dilate) for sample, of_row in zip(samples, grids)],
+            targets=[sample_targets(sample, of_row, self.dilate) for sample, of_row in zip(samples, layouts)],
         )
 
     def answer_ids(self, answer: str) -> Tensor:
@@ -77,27 +77,32 @@ class Collator:
         return torch.tensor(ids[: self.max_answer], dtype=torch.long)
 
 
-def sample_targets(sample: Sample, grids: Sequence[Grid], dilate: int = 0) -> Tensor:
+def sample_targets(sample: Sample, layouts: Sequence[Layout], dilate: int = 0) -> Tensor:
     """bool [V] over all images of a sample: under a box. All True where the source has no boxes."""
     if sample.boxes is None:
-        return torch.ones(sum(rows * cols for rows, cols in grids), dtype=torch.bool)
-    parts = zip(sample.boxes, sample.images, grids, strict=True)
-    return torch.cat([box_targets(boxes, image.size, grid, dilate) for boxes, image, grid in parts])
+        return torch.ones(sum(layout.count for layout in layouts), dtype=torch.bool)
+    images = zip(sample.boxes, sample.images, layouts, strict=True)
+    return torch.cat(
+        [box_targets(boxes, image.size, part, dilate) for boxes, image, layout in images for part in layout.parts]
+    )
 
 
-def box_targets(boxes: Iterable[Box], size: tuple[int, int], grid: Grid, dilate: int = 0) -> Tensor:
-    """bool [rows * cols] in raster order: cells int(x0 cols) .. min(int(x1 cols), cols - 1), both included, and the
-    same for y, with the box divided by ``size`` = (width, height) of the original image (docs/evaluation.md §2)."""
-    (width, height), (rows, cols) = size, grid
-    target = torch.zeros(rows, cols, dtype=torch.bool)
+def box_targets(boxes: Iterable[Box], size: tuple[int, int], part: Part, dilate: int = 0) -> Tensor:
+    """bool [tokens] of a ``part`` of an image, in raster order: cells int(x0 cols) .. min(int(x1 cols), cols - 1), both
+    included, and the same for y, with the box divided by ``size`` = (width, height) of the original image
+    (docs/evaluation.md §2), or of what the part shows of it. Tokens that are no cell are not targets."""
+    left, top, right, bottom = (edge * size[axis % 2] for axis, edge in enumerate(part.box))
+    target = torch.zeros(part.grid, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:
-        top, bottom = _cells(y0, y1, height, rows, dilate)
-        left, right = _cells(x0, x1, width, cols, dilate)
-        target[top : bottom + 1, left : right + 1] = True
+        if x1 < left or x0 > right or y1 < top or y0 > bottom:
+            continue
+        first, last = _cells(y0 - top, y1 - top, bottom - top, part.rows, dilate)
+        begin, end = _cells(x0 - left, x1 - left, right - left, part.cols, dilate)
+        target[first : last + 1, begin : end + 1] = True
     return target.flatten()
 
 
-def _cells(low: float, high: float, length: int, cells: int, dilate: int) -> tuple[int, int]:
+def _cells(low: float, high: float, length: float, cells: int, dilate: int) -> tuple[int, int]:
     """First and last cell of an interval. One that lies on the far edge belongs to the last cell."""
-    first, last = (min(int(edge / length * cells), cells - 1) for edge in (low, high))
+    first, last = (min(max(int(edge / length * cells), 0), cells - 1) for edge in (low, high))
     return max(first - dilate, 0), min(last + dilate, cells - 1)

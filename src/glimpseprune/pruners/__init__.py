@@ -1,7 +1,10 @@
 """Pruning methods: one file each, which defines ``Options`` (a dataclass) and ``Pruner`` (an ``nn.Module``).
 
-``Pruner(backbone, options)`` has ``layers``, ``vision_layers``, ``renumber``, ``prune_cache`` and ``keep(view)``, see
-:class:`glimpseprune.decoder.Pruner`. A new file is found by its name; nothing is registered.
+``Pruner(backbone, options)`` has ``stops``, ``needs`` and ``decide(view)``, see :class:`glimpseprune.decoder.Pruner`;
+every default of ``Options`` works on every backbone on which the method has a meaning, and elsewhere it is refused by a
+UserError. A method whose strength can be set to a budget also has ``to_budget(keep, backbone) -> dict``: the options
+with which a fraction ``keep`` of the visual tokens is left for decoding. A new file is found by its name; nothing is
+registered.
 """
 
 from __future__ import annotations
@@ -11,9 +14,9 @@ from typing import Any
 
 from torch import nn
 
-from ..backbones import LVLM
-from ..config import merge_options
-from ..lookup import find
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import merge_options
+from glimpseprune.lookup import find
 
 
 def build(name: str, options: Mapping[str, Any] | Any, backbone: LVLM) -> nn.Module:

@@ -15,13 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import attention
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View, append, branch, run_layers
-from ..sharded import whole
-from ..vip import VIP
-from ._rows import at_columns, prune_depth, require_minimum
+from glimpseprune import attention
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
+from glimpseprune.decoder import View, append, branch, run_layers
+from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.sharded import whole
+from glimpseprune.types import Decision, Needs, Stop
+from glimpseprune.vip import VIP, window_ids
 
 PROBES = ("logits", "log_softmax")
 PUBLISHED = {
@@ -46,7 +48,9 @@ PUBLISHED = {
 class Options:
     prune_layer: int = option(0, "prune after this decoder layer, 0-based; beyond the last: after it")
     probe_layers: tuple[int, ...] = option((0,), "decoder layers whose glimpse logits are seen, <= prune_layer")
-    vision_layers: tuple[int, ...] = option((0,), "vision-tower layers that condition the predictor, one per block")
+    vision_layers: tuple[int, ...] = option(
+        (-1,), "vision-tower layers that condition the predictor, one per block; negative ones count from the last"
+    )
     threshold: float = option(0.5, "keep a token if its probability is above this")
     max_keep: float | None = option(None, "keep at most this fraction of the visual tokens")
     min_keep: int = option(1, "keep at least so many visual tokens; wins over max_keep")
@@ -89,14 +93,14 @@ class Glimpse(nn.Module):
 
 
 class Pruner(nn.Module):
-    renumber, prune_cache = False, True
-
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
         self.options = options
-        self.layers = prune_depth(options.prune_layer, backbone.num_layers)
+        self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
         self.probe_layers = tuple(options.probe_layers)
-        self.vision_layers = tuple(options.vision_layers)
+        named = "pruner.options.vision_layers"
+        self.vision_layers = tuple(backbone.tower_layer(layer, named) for layer in options.vision_layers)
+        self.needs = Needs(states=self.vision_layers)
         self.window = backbone.window if options.window else None
         _check(options, backbone)
         self.glimpse = Glimpse(backbone.num_layers, backbone.hidden_size, backbone.norm_eps, options.dropout)
@@ -116,10 +120,30 @@ class Pruner(nn.Module):
         except ValueError as error:
             raise UserError(f"pruner.options: {error}") from error
 
-    def keep(self, view: View) -> Tensor:
+    def decide(self, view: View) -> Decision:
+        return Decision(at_columns(view, self.mask(self.logits(view), view.counts)), flops=self.flops(view))
+
+    def mask(self, logits: Tensor, counts: Sequence[int]) -> Tensor:
+        """The tokens that stay, bool [N], by their keep logits [N], for rows of ``counts`` tokens."""
         options = self.options
-        decided = decide(self.logits(view), view.encoded.counts, options.threshold, options.max_keep, options.min_keep)
-        return at_columns(view, decided)
+        return chosen(logits, counts, options.threshold, options.max_keep, options.min_keep)
+
+    def flops(self, view: View) -> Tensor:
+        """Per row [B]: the glimpse through the probed layers, its logits once more, the predictor on every image."""
+        shapes, vip, probed = view.backbone.shapes, Vip.of(self), max(self.probe_layers) + 1
+        columns = view.state.mask.sum(1)  # [B]
+        glimpse = probed * layer_flops(shapes.decoder, 1, columns)
+        glimpse += row_flops(shapes.decoder, columns + 1, len(set(self.probe_layers)))
+        predictor = [vip_flops(vip, shapes, segments) for segments in self.segments(view)]
+        return glimpse + torch.tensor(predictor, device=columns.device)
+
+    def segments(self, view: View) -> list[list[int]]:
+        """Per row: sizes of the segments of tokens within which the predictor attends."""
+        if view.untouched and self.window is None:
+            return [[rows * cols for rows, cols in row] for row in view.encoded.grids]
+        ids = window_ids([grid for row in view.encoded.grids for grid in row], self.window)
+        rows = ids[view.tokens.cpu()].split(view.counts)
+        return [row.unique(return_counts=True)[1].tolist() for row in rows]
 
     def logits(self, view: View) -> Tensor:
         """Keep logits [N]; sigmoid of them is the probability to keep. Gradients reach ``glimpse`` and ``vip``."""
@@ -177,11 +201,17 @@ class Pruner(nn.Module):
         return torch.cat([seen[layer] for layer in self.probe_layers], -1), state.hidden
 
     def _predict(self, view: View, probe: Tensor) -> Tensor:
-        states = [view.encoded.vision_states[layer] for layer in self.vision_layers]
+        states = [view.pick(view.encoded.states[layer]) for layer in self.vision_layers]
         grids = [grid for row in view.encoded.grids for grid in row]
-        logits = self.vip(probe, states, grids, self.window).float()  # [outputs, N]
+        tokens = None if view.untouched else view.tokens
+        logits = self.vip(probe, states, grids, self.window, tokens).float()  # [outputs, N]
         cap = self.options.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def to_budget(keep: float, backbone: LVLM) -> dict[str, float]:
+    """The tokens with the highest logits, whatever their probabilities."""
+    return {"threshold": -1.0, "max_keep": keep}
 
 
 def token_embedding(backbone: LVLM, token: str) -> Tensor:
@@ -196,7 +226,7 @@ def token_embedding(backbone: LVLM, token: str) -> Tensor:
     return whole(backbone.text_model.embed_tokens.weight)[vocabulary[token]].float()
 
 
-def decide(
+def chosen(
     logits: Tensor, counts: Sequence[int], threshold: float = 0.5, max_keep: float | None = None, min_keep: int = 1
 ) -> Tensor:
     """Which visual tokens stay: bool [N] from keep logits [N] of rows with ``counts`` tokens (docs/method.md §1.5).
@@ -274,5 +304,5 @@ def _check(options: Options, backbone: LVLM) -> None:
         raise UserError(f"{where}probe='{options.probe}': choices are {', '.join(PROBES)}")
     if options.window and backbone.window is None:
         raise UserError(f"{where}window=true: this backbone's vision tower has no windows")
-    if options.max_keep is not None and not 0 <= options.max_keep <= 1:
-        raise UserError(f"{where}max_keep={options.max_keep}: give a fraction from 0 to 1, or null")
+    if options.max_keep is not None:
+        require_fraction(options.max_keep, "max_keep")

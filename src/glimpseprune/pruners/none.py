@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..backbones import LVLM
-from ..decoder import View
+from glimpseprune.backbones import LVLM
+from glimpseprune.decoder import View
+from glimpseprune.types import Decision, Needs, Stop
 
 
 @dataclass
@@ -16,12 +17,11 @@ class Options:
 
 
 class Pruner(nn.Module):
-    layers: tuple[int, ...] = ()
-    vision_layers: tuple[int, ...] = ()
-    renumber, prune_cache = False, True
+    stops: tuple[Stop, ...] = ()
+    needs = Needs()
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
 
-    def keep(self, view: View) -> Tensor:
-        return view.state.mask
+    def decide(self, view: View) -> Decision:
+        return Decision(view.state.mask)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View
-from ._rows import at_columns, prune_depth
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.decoder import View
+from glimpseprune.pruners._columns import at_columns, depth_after
+from glimpseprune.types import Decision, Layout, Needs, Stop
 
 
 @dataclass
@@ -21,23 +22,26 @@ class Options:
 
 
 class Pruner(nn.Module):
-    vision_layers: tuple[int, ...] = ()
-    renumber, prune_cache = False, True
+    needs = Needs()
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
         self.options = options
-        self.layers = prune_depth(options.prune_layer, backbone.num_layers)
+        self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
 
-    def keep(self, view: View) -> Tensor:
+    def decide(self, view: View) -> Decision:
         """Raises UserError where the batch has no box targets."""
         targets = view.encoded.targets
         if targets is None:
             raise UserError("the oracle pruner needs ground-truth boxes: use a dataset that has them")
-        return at_columns(view, [self._grow(row, grids) for row, grids in zip(targets, view.encoded.grids)])
+        kept = [self._grow(row, layouts) for row, layouts in zip(targets, view.encoded.layouts)]
+        if view.untouched:
+            return Decision(at_columns(view, kept))
+        return Decision(at_columns(view, view.pick(torch.cat(kept).to(view.state.visual.device))))
 
-    def _grow(self, target: Tensor, grids: list[tuple[int, int]]) -> Tensor:
+    def _grow(self, target: Tensor, layouts: list[Layout]) -> Tensor:
         side = 2 * self.options.dilate + 1
+        grids = [grid for layout in layouts for grid in layout.grids]
         parts = []
         for (rows, cols), part in zip(grids, target.split([r * c for r, c in grids])):
             grown = F.max_pool2d(part.view(1, 1, rows, cols).float(), side, stride=1, padding=self.options.dilate)

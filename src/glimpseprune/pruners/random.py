@@ -1,4 +1,7 @@
-"""Control: keep a random choice of the visual tokens; with ``keep=0, min_keep=0`` the zero-token control."""
+"""Control: keep a random choice of the visual tokens; with ``keep=0, min_keep=0`` the zero-token control.
+
+As the control of another method it decides where that method does and keeps as many tokens there (:meth:`mimic`).
+"""
 
 from __future__ import annotations
 
@@ -7,45 +10,53 @@ from dataclasses import dataclass
 from zlib import crc32
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..decoder import View
-from ._rows import at_columns, prune_depth, require_minimum
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import option
+from glimpseprune.decoder import View
+from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.types import Cut, Decision, Needs, Stop
 
 
 @dataclass
 class Options:
-    prune_layer: int = option(0, "prune after this decoder layer, 0-based")
+    prune_layer: int = option(0, "prune after this decoder layer, 0-based; -1: before the first")
     keep: float = option(0.1, "fraction of the visual tokens to keep, 0 to 1")
     min_keep: int = option(1, "keep at least so many; with keep=0 and min_keep=0 no visual token stays")
     seed: int = option(0, "the choice follows from this and the prompt's token ids, whatever else is in the batch")
 
 
 class Pruner(nn.Module):
-    """``counts``, if set, overrides ``keep`` for the next batches: visual tokens to keep, one number per row."""
-
-    vision_layers: tuple[int, ...] = ()
-    renumber, prune_cache = False, True
+    needs = Needs()
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        if not 0 <= options.keep <= 1:
-            raise UserError(f"pruner.options.keep={options.keep}: give a fraction from 0 to 1")
+        require_fraction(options.keep, "keep")
         self.options = options
-        self.layers = prune_depth(options.prune_layer, backbone.num_layers)
-        self.counts: Sequence[int] | None = None
+        self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
+        self.counts: list[Sequence[int]] | None = None
 
-    def keep(self, view: View) -> Tensor:
-        decided = []
-        for row, total in enumerate(view.encoded.counts):
-            ids = view.encoded.input_ids[row][view.encoded.mask[row]]
-            generator = torch.Generator().manual_seed(self.options.seed + crc32(ids.cpu().numpy().tobytes()))
+    def mimic(self, stops: tuple[Stop, ...], trace: Sequence[Cut] | None = None) -> None:
+        """Decide at these stops; ``trace``: and keep as many tokens of the next batch as it says, row by row."""
+        self.stops = stops
+        self.counts = None if trace is None else [cut.kept.tolist() for cut in trace[1:]]
+
+    def decide(self, view: View) -> Decision:
+        encoded, options, decided = view.encoded, self.options, []
+        taken = len(view.state.trace) - 1
+        for row, (place, left) in enumerate(zip(view.state.row.tolist(), view.counts)):
+            ids = encoded.input_ids[place][encoded.mask[place]]
+            generator = torch.Generator().manual_seed(options.seed + crc32(ids.cpu().numpy().tobytes()))
             if self.counts is not None:
-                number = self.counts[row]
+                number = self.counts[taken][row]
             else:
-                require_minimum(self.options.min_keep, total)
-                number = max(int(self.options.keep * total), self.options.min_keep)
-            decided.append(torch.randperm(total, generator=generator) < number)  # [V]
-        return at_columns(view, decided)
+                total = encoded.counts[place]
+                require_minimum(options.min_keep, total)
+                number = max(int(options.keep * total), options.min_keep)
+            decided.append(torch.randperm(left, generator=generator) < number)  # [V']
+        return Decision(at_columns(view, decided))
+
+
+def to_budget(keep: float, backbone: LVLM) -> dict[str, float]:
+    return {"keep": keep}

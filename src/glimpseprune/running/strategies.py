@@ -37,12 +37,12 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from glimpseprune import resources
 from glimpseprune.config import UserError
 from glimpseprune.sharded import fill, gathered, is_split
 
 ZERO = ("zero1", "zero2", "zero3", "zero3_offload")
 NAMES = ("auto", "ddp", *ZERO)
-CONF = Path("conf", "deepspeed")
 LARGE = 6e9
 """Parameters of a model whose fine-tuning in full (16 bytes each) wants its weights split."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -92,11 +92,9 @@ def read(name: str) -> dict[str, Any] | None:
     """
     if name in ("auto", "ddp"):
         return None
-    file = Path(name) if name.endswith(".json") else CONF / f"{name}.json"
-    if not file.is_file() and name in ZERO:
-        file = Path(__file__).parents[3] / file  # of this checkout, wherever we are
+    file = resources.find(name if name.endswith(".json") else f"conf/deepspeed/{name}.json")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         known = ", ".join(NAMES)
         raise UserError(f"trainer.strategy={name}: give {known}, or a JSON file for DeepSpeed ({error})") from None

@@ -1,1 +1,23 @@
-"""LightningModules: a file per stage, whose module is its ``Stage``; the tiny base's pretraining; what they share."""
+"""The stages of training: one file each, which defines ``Stage``, a :class:`._stage.StageModule`.
+
+A new file is found by its name; nothing is registered. Lightning is imported with the stage that is asked for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from glimpseprune import lookup
+
+if TYPE_CHECKING:
+    from glimpseprune.training._stage import StageModule
+
+
+def stage_of(name: str) -> type[StageModule]:
+    """The LightningModule of the stage ``name``; raises as :func:`require`."""
+    return lookup.find(__name__, name).Stage
+
+
+def require(name: str) -> None:
+    """Raises UserError with the choices unless ``name`` is a stage; imports none."""
+    lookup.choose(name, lookup.names(__name__), __name__)

@@ -16,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops
+from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops, vip_flops
 from glimpseprune.options import LossOptions
-from glimpseprune.types import Grid
+from glimpseprune.types import Layout
+from glimpseprune.vip import window_ids
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Step:
 
     shapes: Shapes
     vip: Vip
+    window: int | None
+    """Side of the predictor's windows."""
     depth: int
     """K."""
     probed: int
@@ -35,15 +38,16 @@ class Step:
     decoder_trains: bool = False
 
 
-def of_sample(step: Step, text: int, grids: Sequence[Grid], answer: int, estimator: str = "stc") -> float:
-    """FLOPs of one sample in a step: ``text`` tokens, images of ``grids``, ``answer`` tokens (end of turn included)."""
+def of_sample(step: Step, text: int, layouts: Sequence[Layout], answer: int, estimator: str = "stc") -> float:
+    """FLOPs of one sample in a step: ``text`` tokens, images, ``answer`` tokens (end of turn included)."""
     shapes, loss, depth, layers = step.shapes, step.loss, step.depth, step.shapes.decoder.layers
-    visual = sum(rows * cols for rows, cols in grids)
+    visual = sum(layout.count for layout in layouts)
     prompt = text + visual
-    parts = prefill_flops(shapes, text, grids, [(layers, visual)], step.vip)
+    parts = prefill_flops(shapes, text, layouts, [(layers, visual)])
+    segments = window_ids([grid for layout in layouts for grid in layout.grids], step.window).bincount().tolist()
     head = answer * parts.lm_head
     weights = 2 if step.decoder_trains else 1
-    total = parts.tower + parts.projector + _run(step, depth, prompt) + 3 * parts.vip
+    total = parts.tower + parts.projector + _run(step, depth, prompt) + 3 * vip_flops(step.vip, shapes, segments)
     if loss.answer:  # the glimpse with the answer behind it, through every layer
         total += _run(step, layers - depth, prompt)
         total += _run(step, layers, answer + 1, prompt, weights=weights) + 2 * head

@@ -18,7 +18,6 @@ from glimpseprune.decoder import View
 from glimpseprune.generate import generate
 from glimpseprune.options import TrainConfig
 from glimpseprune.pictures import grid, panel
-from glimpseprune.pruners.glimpse import decide
 from glimpseprune.running.strategies import Zero
 from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
 
@@ -89,21 +88,16 @@ class StageModule(L.LightningModule):
     @property
     def depth(self) -> int:
         """K, how many decoder layers see every token."""
-        return self.pruner.layers[0] if self.pruner.layers else 0
+        return self.pruner.stops[0].depth if self.pruner.stops else 0
 
     @torch.no_grad()
     def prompt(self, inputs: Inputs) -> tuple[Encoded, Prefill]:
-        """The batch of prompts, encoded and run through layers < K."""
-        encoded = self.backbone.encode(inputs.prompt, self.pruner.vision_layers, inputs.targets)
-        return encoded, decoder.run_layers(self.backbone, decoder.start(encoded), self.depth)
+        """The batch of prompts, encoded and run to the pruner's first stop."""
+        encoded = decoder.see(self.backbone, self.pruner, inputs.prompt, inputs.targets)
+        return encoded, decoder.approach(self.backbone, decoder.start(encoded), self.pruner)
 
     def view(self, encoded: Encoded, state: Prefill) -> View:
-        return View(state, encoded, self.backbone)
-
-    def decide(self, logits: Tensor, counts: list[int]) -> Tensor:
-        """The keep mask [N] of inference."""
-        options = self.pruner.options
-        return decide(logits, counts, options.threshold, options.max_keep, options.min_keep)
+        return View(state, encoded, self.backbone, self.pruner.stops[0] if self.pruner.stops else None)
 
     @property
     def progress(self) -> float:

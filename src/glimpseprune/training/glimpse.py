@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from glimpseprune import decoder, losses
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
-from glimpseprune.cost import Shapes, Vip
+from glimpseprune.cost import Vip
 from glimpseprune.options import TrainConfig
 from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
@@ -83,22 +83,24 @@ class GlimpseModule(StageModule):
         return "value" if self.progress < self.config.loss.value_until else "stc"
 
     def training_step(self, inputs: Inputs, index: int) -> Tensor:
+        """The sum of what ``loss`` weighs: KL to the unpruned answer, pruning pressure, mask and answer loss. Means are
+        over all ranks' answer tokens or samples, so that the number of ranks changes nothing."""
         config, progress = self.config.loss, self.progress
         shared = self.share(inputs)
         logits, counts = shared.logits[-1], shared.counts
         ids, mask = inputs.answer_ids, inputs.answer_mask
         # The mean of the ranks' losses is what one process would compute with the samples of all of them.
-        gates = torch.stack([row.float().sigmoid().mean() for row in logits.detach().split(counts)]).mean()
-        own = torch.stack([mask.sum().float(), gates])
+        gates = torch.stack([row.float().sigmoid().mean() for row in logits.detach().split(counts)]).mean()  # []
+        own = torch.stack([mask.sum().float(), gates])  # [2]
         self.own_work_ends()
         mean = self.mean_over_ranks(own)
         share = own[0] / mean[0].clamp(min=1)  # of all answer tokens
         terms: dict[str, tuple[float, Tensor]] = {}
         if config.kl:
             with torch.no_grad():
-                teacher = self.answer_logits(shared.state, ids, mask)
+                teacher = self.answer_logits(shared.state, ids, mask)  # [B, T, vocabulary]
             gate = self.gate(shared, self.estimator)
-            student = self.answer_logits(shared.state, ids, mask, gate)
+            student = self.answer_logits(shared.state, ids, mask, gate)  # [B, T, vocabulary]
             terms["kl"] = config.kl, losses.kl(teacher, student, mask) * share
         if config.pressure:
             ramp = min(1.0, max(0.0, progress - config.pressure_from) / max(config.pressure_ramp, 1e-6))
@@ -113,7 +115,7 @@ class GlimpseModule(StageModule):
         if config.answer:
             terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask) * share
         loss = sum(weight * value for weight, value in terms.values())
-        keep = self.decide(logits.detach(), counts)
+        keep = self.pruner.mask(logits.detach(), counts)
         values = {name: value for name, (_, value) in terms.items()} | {"keep_ratio": keep.float().mean()}
         everywhere = self.mean_over_ranks(torch.stack([*values.values(), loss]).detach())
         self.log_dict({f"train/{name}": value for name, value in zip(values, everywhere)}, prog_bar=True)
@@ -124,14 +126,14 @@ class GlimpseModule(StageModule):
     def flops(self, inputs: Inputs) -> float:
         """As :mod:`.flops` counts them."""
         vip, trains = Vip.of(self.pruner), "decoder" in self.config.train
-        shapes, probed = Shapes.from_config(self.backbone.model.config), max(self.pruner.probe_layers) + 1
-        step = flops.Step(shapes, vip, self.depth, probed, self.config.loss, trains)
+        probed = max(self.pruner.probe_layers) + 1
+        step = flops.Step(self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains)
         columns = inputs.prompt["attention_mask"].sum(1).tolist()
         answers = inputs.answer_mask.sum(1).tolist()
         total = 0.0
-        for length, grids, answer in zip(columns, self.backbone.grids(inputs.prompt), answers):
-            visual = sum(rows * cols for rows, cols in grids)
-            total += flops.of_sample(step, length - visual, grids, answer, self.estimator)
+        for length, layouts, answer in zip(columns, self.backbone.layouts(inputs.prompt), answers):
+            visual = sum(layout.count for layout in layouts)
+            total += flops.of_sample(step, length - visual, layouts, answer, self.estimator)
         return total
 
     # ----------------------------------------------------------------------------------------------- validation
@@ -145,7 +147,7 @@ class GlimpseModule(StageModule):
         """
         shared = self.share(inputs)
         ids, mask, counts = inputs.answer_ids, inputs.answer_mask, shared.counts
-        keep = self.decide(shared.logits[-1], counts)
+        keep = self.pruner.mask(shared.logits[-1], counts)
         weight = torch.ones(shared.state.visual.shape, device=ids.device).masked_scatter(
             shared.state.visual, keep.float()
         )

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from glimpseprune import decoder, lora, losses, pruners, rewards
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
-from glimpseprune.rollout import answer, at_columns, sample_keep, score
+from glimpseprune.rollout import answer, at_columns, prefilled, sample_keep, score
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
 from glimpseprune.types import Encoded, Inputs, Prefill
 
@@ -92,6 +92,8 @@ class GRPOModule(StageModule):
         self.rewards = rewards.build(config.rewards.functions, config.rewards.judge)
         self.gated = hasattr(pruner, "logits")
         self.samples_keep = self.gated and config.grpo.keep == "sampled"
+        self.replays_keep = True
+        """Whether a rollout's mask at the first stop is all that must be known to prune its prompt again."""
         boxes = {"prune_layer": self.depth - 1}
         self.greedy = pruners.build("oracle", boxes, backbone) if config.grpo.keep == "boxes" else pruner
         self.trains_keep = self.samples_keep and any(p.requires_grad for p in pruner.parameters())
@@ -103,10 +105,6 @@ class GRPOModule(StageModule):
         self.said: list[tuple[str, ...]] = []
         if config.grpo.beta and (config.lora is None or {"decoder", "vision"} & set(config.train)):
             raise UserError("grpo.beta > 0 compares with the policy without adapters: train=[lora, ...], or beta=0")
-        if len(pruner.layers) > 1 or pruner.renumber or not pruner.prune_cache:
-            raise UserError(
-                f"stage=grpo prunes once, in place, cache included: not as pruner '{config.pruner.name}' does"
-            )
         for name in ("temperature", "keep_temperature", "micro_batch", "max_completion_length", "num_iterations"):
             if not (value := getattr(config.grpo, name)) > 0:
                 raise UserError(f"grpo.{name}={value}: it must be above 0")
@@ -140,18 +138,19 @@ class GRPOModule(StageModule):
         options = self.config.grpo
         encoded, state = self.prompt(inputs)
         logits = self.pruner.logits(self.view(encoded, state)) if self.gated else None  # [N]
-        index = torch.arange(len(inputs.samples), device=self.device).repeat_interleave(options.num_generations)
+        prompts = torch.arange(len(inputs.samples), device=self.device)  # [B]
+        index = prompts.repeat_interleave(options.num_generations)  # [R]
         actions = self.roll_out(inputs, encoded, state, index, logits)
         for _ in range(options.resample_tries if options.zero_variance == "resample" else 0):
             same = self.advantages(actions)[1] < 1e-6  # [P]
-            again = same[index].nonzero()[:, 0]
+            again = same[index].nonzero()[:, 0]  # [R']
             if not self.most(len(again)):
                 break
             fresh = self.roll_out(inputs, encoded, state, index[again] if len(again) else index[:1], logits)
             if len(again):
                 actions.replace_rows(again, fresh)
-        advantages, std = self.advantages(actions)
-        mask = actions.mask & actions.valid[:, None]
+        advantages, std = self.advantages(actions)  # [R], [B]
+        mask = actions.mask & actions.valid[:, None]  # [R, T]
         if options.mask_truncated_completions:
             mask = mask & actions.ended[:, None]
         self.report(inputs, encoded, logits, actions, std)
@@ -165,22 +164,23 @@ class GRPOModule(StageModule):
         if self.samples_keep:
             each = self.answers_per_mask
             drawn = sample_keep(state, logits, index[::each], options.keep_temperature)
-            keep, keep_log_probs = (x.repeat_interleave(each, dim=0)[: len(index)] for x in drawn)
+            keep, keep_log_probs = (x.repeat_interleave(each, dim=0)[: len(index)] for x in drawn)  # [R, S] each
         else:
-            keep = (self.greedy.keep(self.view(encoded, state)) | ~state.visual)[index]
-            keep_log_probs = torch.zeros(keep.shape, device=self.device)
+            decision = self.greedy.decide(self.view(encoded, state))
+            self.replays_keep = decision.merge is None
+            keep = (decision.keep | ~state.visual)[index]  # [R, S]
+            keep_log_probs = torch.zeros(keep.shape, device=self.device)  # [R, S]
+        given = keep if self.replays_keep else None
+        prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
         tokens, log_probs, mask, ended = answer(
             self.backbone,
-            state,
-            index,
-            keep,
+            prompts,
             options.max_completion_length,
             self.ends,
             temperature=options.temperature,
             synced=self.is_sharded,
-        )
-        visual = state.visual[index]
-        pruned = 1 - (keep & visual).sum(1) / visual.sum(1)
+        )  # [R, T] three times, [R]
+        pruned = 1 - prompts.trace[-1].kept / prompts.trace[0].kept  # [R]
         rows = [inputs.samples[i] for i in index.tolist()]
         texts = self.backbone.processor.tokenizer.batch_decode(tokens.where(mask, self.pad), skip_special_tokens=True)
         scores = self.rewards(
@@ -191,13 +191,15 @@ class GRPOModule(StageModule):
             kinds=[row.kind for row in rows],
             truncated=(~ended).tolist(),
         )
-        task, valid, values = (x.to(self.device) for x in (scores.total, scores.valid, scores.values))
-        reward = task + self.pruning_reward(pruned, task)
+        task, valid, values = (
+            x.to(self.device) for x in (scores.total, scores.valid, scores.values)
+        )  # [R], [R], [R, F]
+        reward = task + self.pruning_reward(pruned, task)  # [R]
         self.said = [
             (row.question, text, row.answers[0], f"{1 - p:.1%}", f"{r:.3f}")
             for row, text, p, r in zip(rows, texts, pruned.tolist(), reward.tolist())
         ]
-        empty = torch.tensor([not text.strip() for text in texts], device=self.device)
+        empty = torch.tensor([not text.strip() for text in texts], device=self.device)  # [R]
         return Actions(
             index, keep, keep_log_probs, tokens, log_probs, mask, ended, empty, pruned, values, reward, valid
         )  # fmt: skip
@@ -212,6 +214,7 @@ class GRPOModule(StageModule):
         return alpha * pruned * (task.clamp(0, 1) if options.pruning_when == "correct" else 1.0)
 
     def advantages(self, actions: Actions) -> tuple[Tensor, Tensor]:
+        """Of each rollout within its group [R], and the standard deviation of each group's rewards [B]."""
         options = self.config.grpo
         return losses.group_advantages(
             actions.reward, actions.index, actions.valid, options.scale_rewards, options.std_floor
@@ -220,6 +223,9 @@ class GRPOModule(StageModule):
     # ---------------------------------------------------------------------------------------------------- updates
 
     def training_step(self, inputs: Inputs, index: int) -> None:
+        """Roll out a batch; once ``trainer.accumulate`` of them wait, update ``grpo.num_iterations`` times on all of
+        their rollouts: gradients in micro-batches, mean over the ranks, clip, step. Optimisation is manual, because
+        ranks may have different numbers of micro-batches."""
         self.pending.append(self.collect(inputs))
         if len(self.pending) < self.config.trainer.accumulate:
             return
@@ -254,8 +260,8 @@ class GRPOModule(StageModule):
         """Gradients of the loss over all rollouts of the pending batches, micro-batch by micro-batch."""
         options = self.config.grpo
         width = max(batch.mask.shape[1] for batch in pending)
-        masks = [nn.functional.pad(batch.mask, (0, width - batch.mask.shape[1])) for batch in pending]
-        weights = losses.token_weights(torch.cat(masks), options.loss_type, options.max_completion_length)
+        masks = [nn.functional.pad(batch.mask, (0, width - batch.mask.shape[1])) for batch in pending]  # [R, T] each
+        weights = losses.token_weights(torch.cat(masks), options.loss_type, options.max_completion_length)  # [all R, T]
         if options.loss_type == "dapo" and dist.is_initialized():
             count = sum(mask.sum() for mask in masks).float()
             everyone = count.clone()
@@ -269,7 +275,7 @@ class GRPOModule(StageModule):
                 batch.encoded, batch.state = self.prompt(batch.inputs)
             if self.trains_keep and options.keep_weight:
                 terms.append(partial(self.keep_loss, batch, rollouts, meter))
-            worth = batch.mask.any(1)
+            worth = batch.mask.any(1)  # [R]
             if not options.beta and not options.entropy_coef:
                 worth = worth & (batch.advantages != 0)  # the others have no gradient
             if self.trains_lvlm:
@@ -306,13 +312,14 @@ class GRPOModule(StageModule):
         # Of all ranks: those whose answers are one token would call the layers less often than others.
         length = self.most(max(int(batch.mask[part].sum(1).max()), 1))
         columns = (actions.tokens, actions.log_probs, batch.mask, weights)
-        tokens, old, mask, weight = (nn.functional.pad(x[part], (0, length - x.shape[1])) for x in columns)
-        index, keep = actions.index[part], actions.keep[part]
-        log_probs, entropy = self.score(batch, index, keep, tokens, mask)
+        padded = (nn.functional.pad(x[part], (0, length - x.shape[1])) for x in columns)
+        tokens, old, mask, weight = padded  # [r, T] each
+        index, keep = actions.index[part], actions.keep[part]  # [r], [r, S]
+        log_probs, entropy = self.score(batch, index, keep, tokens, mask)  # [r, T] each
         per_token, clipped = losses.policy_loss(
             log_probs, old, batch.advantages[part, None], options.epsilon, options.epsilon_high
         )
-        scored = (weight > 0).float()
+        scored = (weight > 0).float()  # [r, T]
         meter["tokens"].append(scored.sum())
         meter["entropy"].append((scored * entropy.detach()).sum())
         meter["clip_ratio/low_mean"].append((scored * (clipped < 0)).sum())
@@ -326,40 +333,44 @@ class GRPOModule(StageModule):
             per_token = per_token + options.beta * kl
         if options.entropy_coef:
             per_token = per_token - options.entropy_coef * entropy
-        loss = (weight * per_token).sum()
+        loss = (weight * per_token).sum()  # []
         meter["policy_loss"].append(loss.detach())
         return loss
 
     def score(self, batch: Batch, index: Tensor, keep: Tensor, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """:func:`glimpseprune.rollout.score` on the shared prefix, which runs again if anything below K trains."""
-        state = batch.state
+        encoded, state = batch.encoded, batch.state
         if self.trains_below:
-            prompts, index = index.unique(return_inverse=True)
+            places, index = index.unique(return_inverse=True)
             if self.trains_vision:
-                start = decoder.start(self.backbone.encode(self.backbone.choose(batch.inputs.prompt, prompts)))
+                chosen = self.backbone.choose(batch.inputs.prompt, places)
+                encoded = decoder.see(self.backbone, self.pruner, chosen)
+                start = decoder.start(encoded)
             else:
-                start = decoder.rows(decoder.start(batch.encoded), prompts)
-            state = decoder.run_layers(self.backbone, start, self.depth)
-        return score(self.backbone, state, index, keep, tokens, mask, self.config.grpo.temperature)
+                start = decoder.rows(decoder.start(encoded), places)
+            state = decoder.approach(self.backbone, start, self.pruner)
+        given = keep if self.replays_keep else None
+        prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
+        return score(self.backbone, prompts, tokens, mask, self.config.grpo.temperature)
 
     def keep_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the keep decisions of all rollouts."""
         options, actions = self.config.grpo, batch.actions
         visual = batch.state.visual[actions.index]  # [R, S]
         logits = at_columns(batch.state, self.pruner.logits(self.view(batch.encoded, batch.state)))
-        logits = logits[actions.index] / options.keep_temperature
+        logits = logits[actions.index] / options.keep_temperature  # [R, S]
         per_decision, clipped = losses.policy_loss(
             losses.keep_log_probs(logits, actions.keep) * visual,
             actions.keep_log_probs,
             batch.advantages[:, None],
             options.keep_epsilon,
         )
-        entropy = losses.bernoulli_entropy(logits)
+        entropy = losses.bernoulli_entropy(logits)  # [R, S]
         share = visual / visual.sum(1, keepdim=True) / rollouts  # weights that average over decisions
         meter["mask_entropy"].append((share * entropy).sum().detach())
         meter["mask_clip_ratio"].append((share * (clipped != 0)).sum())
         power = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}[options.keep_norm]
-        weight = visual / visual.sum(1, keepdim=True) ** power / rollouts
+        weight = visual / visual.sum(1, keepdim=True) ** power / rollouts  # [R, S]
         loss = options.keep_weight * (weight * per_decision).sum()
         if options.keep_entropy_coef:
             loss = loss - options.keep_entropy_coef * (share * entropy).sum()
@@ -374,7 +385,7 @@ class GRPOModule(StageModule):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
         grads = [parameter.grad for parameter in self.trainable()]
-        flat = torch.cat([grad.flatten() for grad in grads])  # one exchange for all
+        flat = torch.cat([grad.flatten() for grad in grads])  # [all parameters], one exchange for them
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
         for grad, mean in zip(grads, flat.split([grad.numel() for grad in grads])):
@@ -388,7 +399,7 @@ class GRPOModule(StageModule):
     # ---------------------------------------------------------------------------------------------------- reports
 
     def report(self, inputs: Inputs, encoded: Encoded, logits: Tensor | None, actions: Actions, std: Tensor) -> None:
-        valid, lengths = actions.valid, actions.mask.sum(1).float()
+        valid, lengths = actions.valid, actions.mask.sum(1).float()  # [R] each
         metrics = {
             "reward": actions.reward[valid].mean() if valid.any() else torch.zeros(()),
             "reward_std": std.mean(),
@@ -407,7 +418,7 @@ class GRPOModule(StageModule):
                 metrics[f"rewards/{name}/mean"] = known.mean()
                 metrics[f"rewards/{name}/std"] = known.std() if len(known) > 1 else torch.zeros(())
         if logits is not None:
-            keep = self.decide(logits, encoded.counts)
+            keep = self.pruner.mask(logits, encoded.counts)
             metrics["keep_ratio/greedy"] = torch.stack([x.float().mean() for x in keep.split(encoded.counts)]).mean()
             targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
             scores = mask_scores(keep, targets, inputs, encoded.counts)

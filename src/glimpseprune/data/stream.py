@@ -1,0 +1,291 @@
+"""A folder of shards as an exactly resumable stream of batches.
+
+One rule (:class:`Deal`) says which rank gets which samples at which step, from nothing but (seed, epoch, samples dealt
+so far): all samples of the epoch in one seeded order are laid end to end, and every step deals the next batch to each
+rank in turn. So in an epoch
+
+- every rank takes the same number of steps, and no sample comes twice (but to stand in for a damaged one);
+- fewer than world x batch samples are left over (dropped until another epoch's order brings them);
+- the place in it is two numbers, equal on all ranks. A run resumes exactly there, without reading anything again,
+  under any number of workers; under another number of ranks or another batch size it goes on from the same sample.
+
+The order of an epoch is a permutation of the shards, shuffled within windows of ``window`` consecutive ones, so that
+reading stays local however large the data: at any time a window of shards is in use. Workers take whole batches, so
+there may be more of them, and more ranks, than shards. webdataset's and torchdata's streams were left out: they tie
+order and state to the number of ranks, workers and shards.
+
+A damaged sample is replaced by a random intact one, which ``Sample.stands_in`` marks, is counted in ``damaged``, and is
+reported once.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from glimpseprune.config import UserError
+from glimpseprune.data.shards import Damage, Shards
+from glimpseprune.types import Sample
+
+PADDING = "padding"
+"""``Sample.stands_in`` of a sample that only gives a rank something to do while others finish an evaluation."""
+
+_TRIES = 100  # random samples tried in place of a damaged one
+_WARNINGS = 20  # damaged samples reported one by one; further ones are only counted
+
+
+class ShardDataset(Dataset):
+    """The samples of one split by index; arguments and errors as :class:`.shards.Shards`.
+
+    A damaged sample is replaced by a random intact one, the same on every reading, with ``stands_in`` set. A negative
+    index means padding.
+
+    Raises:
+        UserError: when reading, if nothing intact is found.
+    """
+
+    def __init__(self, folder: str | Path, split: str, *, limit: int | None = None, verify: bool = False) -> None:
+        self.shards = Shards(folder, split, limit=limit, verify=verify)
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, index: int) -> Sample:
+        if index < 0:
+            return replace(self[index % len(self)], stands_in=PADDING)
+        try:
+            return self.shards.read(index)
+        except Damage as damage:
+            for other in np.random.default_rng(index).integers(len(self), size=_TRIES):
+                try:
+                    return replace(self.shards.read(int(other)), stands_in=str(damage))
+                except Damage:
+                    continue
+            shards = self.shards
+            raise UserError(
+                f"{damage}, and so are {_TRIES} others of split '{shards.split}' in {shards.folder}: prepare it again"
+            ) from damage
+
+
+@dataclass
+class Deal:
+    """Whose turn it is: a batch sampler whose whole state is ``epoch`` and ``consumed``.
+
+    Iterating gives this rank's remaining batches of the epoch as lists of indices. With ``shuffle`` all batches are
+    whole. Without, all samples come in order; the last batch may be short, and a rank for which none is left gets one
+    sample of padding (index -1), so that ranks stay in step.
+    """
+
+    counts: Sequence[int]
+    batch_size: int
+    shuffle: bool
+    seed: int = 0
+    window: int = 16
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    consumed: int = 0
+    """Samples of this epoch dealt so far, to all ranks."""
+
+    @property
+    def stride(self) -> int:
+        """Samples dealt per step, to all ranks."""
+        return self.batch_size * self.world
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def finished(self) -> bool:
+        left = self.total - self.consumed
+        return left < (self.stride if self.shuffle else 1)
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch."""
+        return self.total // self.stride if self.shuffle else -(-self.total // self.stride)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, start = self.order(), self.consumed
+        stop = self.total - self.stride + 1 if self.shuffle else self.total
+        for step in range(start, stop, self.stride):
+            mine = step + self.rank * self.batch_size
+            yield order[mine : mine + self.batch_size].tolist() or [-1]
+
+    def order(self) -> np.ndarray:
+        """int [samples]: the indices in the order of this epoch."""
+        if not self.shuffle:
+            return np.arange(self.total)
+        rng = np.random.default_rng((self.seed, self.epoch))
+        ends = np.cumsum(self.counts)
+        shards = rng.permutation(len(self.counts))
+        order = np.concatenate([np.arange(ends[shard] - self.counts[shard], ends[shard]) for shard in shards])
+        edges = np.cumsum([self.counts[shard] for shard in shards])[self.window - 1 :: self.window]
+        for part in np.split(order, edges):  # views
+            rng.shuffle(part)
+        return order
+
+
+class ShardLoader:
+    """Batches of one rank, made in worker processes. A training loader (``shuffle``) knows its place and can be saved.
+
+    Every iterator of a training loader is a new epoch, but for the first one after ``load_state_dict``, which goes on
+    from there; so use one at a time. Those of an evaluation loader are all alike.
+
+    Args:
+        dataset: where the samples come from.
+        collate: list[Sample] -> batch; inherited by forked workers, never pickled.
+        batch_size: samples per batch and rank.
+        workers: processes beside this one; 0 reads here. They affect speed only.
+        rank, world: this process among all that share an epoch.
+
+    Attributes:
+        deal: the place, see :class:`Deal`.
+        damaged: place and reason -> how often a stand-in came instead, in this process and all its workers.
+        waited: seconds that whoever iterates has waited for batches.
+
+    Raises:
+        UserError: too few samples for one step, and what ``collate`` raises.
+    """
+
+    def __init__(
+        self,
+        dataset: ShardDataset,
+        collate: Callable[[list[Sample]], Any],
+        batch_size: int,
+        *,
+        shuffle: bool = False,
+        workers: int = 0,
+        seed: int = 0,
+        window: int = 16,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}: at least 1 sample per batch")
+        self.dataset, self.collate, self.workers = dataset, collate, workers
+        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, window, rank, world)
+        self.damaged: Counter[str] = Counter()
+        self.waited = 0.0
+        self._loader: DataLoader | None = None
+        self._batches: Iterator[Any] | None = None
+        self._begun = False
+        if not len(self):
+            raise UserError(
+                f"{dataset.shards.folder} ({dataset.shards.split}) has {len(dataset)} samples: too few for one step of "
+                f"batch_size {batch_size} on {world} ranks"
+            )
+
+    def __len__(self) -> int:
+        """Steps of a whole epoch, the same on every rank."""
+        return len(self.deal)
+
+    def __iter__(self) -> Iterator[Any]:
+        deal = self.deal
+        if not deal.shuffle:
+            deal.consumed = 0
+        elif deal.finished or self._begun:
+            deal.epoch, deal.consumed = deal.epoch + 1, 0
+        self._begun = True
+        self._loader = self._loader or self._start()
+        self._batches = batches = iter(self._loader)
+        try:
+            while (item := self._fetch(batches)) is not None:
+                batch, damages = item
+                self._report(damages)
+                deal.consumed += deal.stride  # before the yield: while a batch is worked on, it counts as dealt
+                yield batch
+        finally:
+            if not deal.finished and self._batches is batches:
+                self.close()  # left on the way: its workers hold batches that nobody will fetch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place, equal on all ranks, and what makes it mean the same samples."""
+        deal = self.deal
+        identity = {"samples": deal.total, "seed": deal.seed, "window": deal.window}
+        return {"epoch": deal.epoch, "consumed": deal.consumed, **identity}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on from ``state`` with the next iterator; raises UserError where that would be other samples."""
+        for name, here in self.state_dict().items():
+            if name not in ("epoch", "consumed") and state[name] != here:
+                folder = self.dataset.shards.folder
+                raise UserError(
+                    f"cannot resume: the data of the checkpoint had {name} {state[name]}, {folder} now has {here}"
+                )
+        self.deal.epoch, self.deal.consumed = state["epoch"], state["consumed"]
+        self._begun = False
+
+    def close(self) -> None:
+        """Let the workers go; a later iterator starts new ones."""
+        if hasattr(self._batches, "_shutdown_workers"):
+            # Left to the garbage collector, their queues may go first; then each is waited for, 5 s, in vain.
+            self._batches._shutdown_workers()
+        self._loader = self._batches = None
+
+    def _start(self) -> DataLoader:
+        return DataLoader(
+            self.dataset,
+            batch_sampler=self.deal,
+            collate_fn=partial(_collate, self.collate),
+            num_workers=self.workers,
+            persistent_workers=self.workers > 0,
+            worker_init_fn=_start_worker,
+            # Forked workers share the collator's backbone; spawned ones would each be sent a copy of the model.
+            multiprocessing_context="fork" if self.workers else None,
+            generator=torch.Generator(),  # its own, or every new iterator would draw from the global one
+        )
+
+    def _fetch(self, batches: Iterator[Any]) -> Any:
+        start = time.perf_counter()
+        try:
+            return _next(batches)
+        finally:
+            self.waited += time.perf_counter() - start
+
+    def _report(self, damages: Sequence[str]) -> None:
+        for damage in damages:
+            if damage not in self.damaged and len(self.damaged) <= _WARNINGS:
+                more = "; further damage is only counted" if len(self.damaged) == _WARNINGS else ""
+                warnings.warn(f"damaged sample replaced by another: {damage}{more}", stacklevel=2)
+            self.damaged[damage] += 1
+
+
+def _collate(collate: Callable[[list[Sample]], Any], samples: list[Sample]) -> tuple[Any, list[str]]:
+    return collate(samples), [sample.stands_in for sample in samples if sample.stands_in not in ("", PADDING)]
+
+
+def _start_worker(_: int) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked after use, tokenizers would warn of a deadlock
+    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """torch's workers end after their parent, too, unless a batch that nobody will read does not fit into the pipe."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    """The next item or None; a worker's UserError without the traceback that torch folds into its message."""
+    try:
+        return next(batches, None)
+    except UserError as error:
+        message = str(error).strip().splitlines()[-1]
+        raise UserError(message.partition(f"{UserError.__name__}: ")[2] or message) from error

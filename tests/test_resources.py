@@ -1,0 +1,76 @@
+"""What the package brings along is found in any directory, after what is there, and travels in the wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from glimpseprune import checkpoint, config, preflight, resources
+from glimpseprune.options import TrainConfig
+from glimpseprune.running import strategies
+
+ROOT = Path(__file__).parent.parent
+BASE = "data/tiny-qwen2_5_vl"
+
+
+def test_what_is_there_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert resources.find("conf/stage1.yaml") == str(resources.SHIPPED / "conf" / "stage1.yaml")
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "stage1.yaml").touch()
+    assert resources.find("conf/stage1.yaml") == "conf/stage1.yaml"
+    assert resources.find(BASE) == str(resources.SHIPPED / BASE)
+
+
+@pytest.mark.parametrize(
+    "path", ["", ".", "conf/none.yaml", "org/model", "/conf", "../config.py", "conf/../../cost.py"]
+)
+def test_what_is_nowhere_stays_as_it_is(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    assert resources.find(path) == path
+
+
+def test_commands_find_it_in_an_empty_directory(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cfg = config.load(TrainConfig, ["conf/demo.yaml"])
+    assert (cfg.stage, cfg.backbone.path, cfg.loss.pressure) == ("glimpse", BASE, 2.0)  # and what it extends
+    for name in strategies.ZERO:
+        stage = strategies.read(name)["zero_optimization"]["stage"]
+        assert stage == int(name[4]) == strategies.read(f"conf/deepspeed/{name}.json")["zero_optimization"]["stage"]
+    preflight.main(["train", "conf/smoke.yaml"])
+    assert f"backbone {BASE}; data runs/smoke-data (will be made)" in capsys.readouterr().out
+    assert checkpoint.load(backbone=BASE).backbone.num_layers == 6
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_wheel_brings_it(tmp_path):
+    """Built without network, unpacked, and used where there is nothing else."""
+    source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
+    empty.mkdir()
+    for folder in ("src", "conf", BASE):
+        ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+        shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=ignored)
+    for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+        (entry,) = (archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert entry.decode().split("]")[1].strip() == "glimpseprune = glimpseprune.__main__:main"
+    shipped = site / "glimpseprune" / "shipped"
+    for folder in ("conf", BASE):
+        there = {str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*") if file.is_file()}
+        found = {str(file.relative_to(shipped)) for file in (shipped / folder).rglob("*") if file.is_file()}
+        assert there and there == found
+    assert wheel.stat().st_size < 2**23
+    command = [sys.executable, "-m", "glimpseprune", "plan", "conf/stage1.yaml", "conf/backbones/tiny.yaml"]
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
+    done = subprocess.run(command, cwd=empty, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "fits: " in done.stdout, done.stderr
