@@ -232,7 +232,7 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
         clock.wrap(pruner, "logits", where)
     clock.wrap(grpo, "sample_keep", "mask sampling")
     clock.wrap(grpo, "answer", "rollout: sampling")
-    clock.wrap(rollout, "pruned", above)
+    clock.wrap(grpo, "prefilled", above)
     clock.wrap(rollout, "run_layers", layers)
     clock.wrap(rewards.Rewards, "__call__", "rewards")
     clock.wrap(module, "score", through)
@@ -397,7 +397,7 @@ def check(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> N
     """That TRL trains the same thing: the same log-probabilities as ours, images that are seen, adapters that move."""
     import torch
 
-    from glimpseprune import decoder, lora, rollout
+    from glimpseprune import decoder, lora, pruners, rollout
     from glimpseprune.backbones.qwen2_5_vl import Backbone
     from glimpseprune.data.collate import Collator
 
@@ -431,10 +431,10 @@ def check(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> N
         prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
         prompt |= {k: batch[k] for k in ("pixel_values", "image_grid_thw")}
         with torch.no_grad():
-            state = decoder.start(backbone.encode(prompt))
-            keep, index = state.mask, torch.arange(len(state.mask))
-            completion = batch["completion_mask"].bool()
-            mine, _ = rollout.score(backbone, state, index, keep, batch["completion_ids"], completion)
+            encoded, none = backbone.encode(prompt), pruners.build("none", {}, backbone)
+            index = torch.arange(len(encoded.mask))
+            state = rollout.prefilled(backbone, encoded, none, decoder.start(encoded), index, None)
+            mine, _ = rollout.score(backbone, state, batch["completion_ids"], batch["completion_mask"].bool())
         found["log-probs, ours - TRL's, max"] = f"{(mine - seen).abs().max().item():.1e}"
         names = {n.replace("base_model.model.", "") for n in moved}
         lora_names = {n for n, _ in base.named_parameters() if lora.is_adapter(n)}
