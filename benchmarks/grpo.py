@@ -1,6 +1,6 @@
 """An RL step of ours against one of TRL's GRPOTrainer: same model, prompts, rollouts, lengths, adapters and optimiser.
 
-python benchmarks/grpo.py [tiny|mid] [steps, default 8] [new tokens per rollout, default 8 or 16]
+python benchmarks/grpo.py [tiny|mid] [steps, default 8] [new tokens per rollout; 0: 8 or 16] [raw.json, to be written]
 
 Both trainers run as their users run them, from PIL images to updated adapters: Lightning's ``fit`` and HF's ``train``,
 in processes of their own that take turns step by step (forward and backward through the list, ABBA), one thread each,
@@ -21,18 +21,22 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import logging
 import os
+import platform
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
 
@@ -228,7 +232,7 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
         clock.wrap(pruner, "logits", where)
     clock.wrap(grpo, "sample_keep", "mask sampling")
     clock.wrap(grpo, "answer", "rollout: sampling")
-    clock.wrap(rollout, "pruned", above)
+    clock.wrap(grpo, "prefilled", above)
     clock.wrap(rollout, "run_layers", layers)
     clock.wrap(rewards.Rewards, "__call__", "rewards")
     clock.wrap(module, "score", through)
@@ -393,7 +397,7 @@ def check(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> N
     """That TRL trains the same thing: the same log-probabilities as ours, images that are seen, adapters that move."""
     import torch
 
-    from glimpseprune import decoder, lora, rollout
+    from glimpseprune import decoder, lora, pruners, rollout
     from glimpseprune.backbones.qwen2_5_vl import Backbone
     from glimpseprune.data.collate import Collator
 
@@ -427,10 +431,10 @@ def check(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> N
         prompt = {"input_ids": batch["prompt_ids"], "attention_mask": batch["prompt_mask"]}
         prompt |= {k: batch[k] for k in ("pixel_values", "image_grid_thw")}
         with torch.no_grad():
-            state = decoder.start(backbone.encode(prompt))
-            keep, index = state.mask, torch.arange(len(state.mask))
-            completion = batch["completion_mask"].bool()
-            mine, _ = rollout.score(backbone, state, index, keep, batch["completion_ids"], completion)
+            encoded, none = backbone.encode(prompt), pruners.build("none", {}, backbone)
+            index = torch.arange(len(encoded.mask))
+            state = rollout.prefilled(backbone, encoded, none, decoder.start(encoded), index, None)
+            mine, _ = rollout.score(backbone, state, batch["completion_ids"], batch["completion_mask"].bool())
         found["log-probs, ours - TRL's, max"] = f"{(mine - seen).abs().max().item():.1e}"
         names = {n.replace("base_model.model.", "") for n in moved}
         lora_names = {n for n, _ in base.named_parameters() if lora.is_adapter(n)}
@@ -536,7 +540,8 @@ class Side:
         self.process.join()
 
 
-def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> None:
+def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> dict[str, list]:
+    """Returns for each side and step the (wall, CPU) seconds of each phase, and the facts of that step."""
     settings = {
         "ours": setting,
         "ours (A/A)": setting,
@@ -573,6 +578,7 @@ def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> None:
         facts = {k: mean(f[k] for _, f in steps if k in f) for k in steps[0][1] if k != "rss"}
         Console().print(f"{name}: " + ", ".join(f"{k} {v:.3f}" for k, v in facts.items()))
     breakdown({name: [spent for spent, _ in log[name]] for name in ("ours", "no pruning", "TRL") if name in log})
+    return log
 
 
 def breakdown(spent: dict[str, list[dict]]) -> None:
@@ -590,7 +596,8 @@ def breakdown(spent: dict[str, list[dict]]) -> None:
     Console().print(table)
 
 
-def compare_memory(setting: Setting, groups: tuple[int, ...] = (8, 16)) -> None:
+def compare_memory(setting: Setting, groups: tuple[int, ...] = (8, 16)) -> list[dict[str, Any]]:
+    rows = []
     table = Table(
         "side", "G", "peak RSS", "peak of tensors", "CPU s", title=f"MiB above the loaded model, {setting.model}"
     )
@@ -611,10 +618,12 @@ def compare_memory(setting: Setting, groups: tuple[int, ...] = (8, 16)) -> None:
             (spent, before), (_, profiled) = steps
             cpu = sum(times[1] for times in spent.values())
             table.add_row(name, str(group), f"{before['rss']:.0f}", f"{profiled['tensors']:.0f}", f"{cpu:.2f}")
+            rows.append({"side": name.strip(), "G": group, "rss": before["rss"], "tensors": profiled["tensors"]})
     Console().print(table)
+    return rows
 
 
-def main(model: str = "tiny", steps: int = 8, length: int = 0) -> None:
+def main(model: str = "tiny", steps: int = 8, length: int = 0, raw: str | None = None) -> None:
     if find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install trl==1.16.0 -c constraints.txt (no torchvision)")
     setting = Setting(model, prompts=8 if model == "tiny" else 2, micro=16 if model == "tiny" else 8, steps=steps)
@@ -624,11 +633,25 @@ def main(model: str = "tiny", steps: int = 8, length: int = 0) -> None:
         Console().print(f"TRL: {what}: {value}")
     checked.close()
     os.environ.update(FAST_MALLOC)
-    compare_speed(setting)
+    speed = compare_speed(setting)
     for name in FAST_MALLOC:
         del os.environ[name]
-    compare_memory(setting)
+    memory = compare_memory(setting)
+    if raw is not None:
+        packages = {name: version(name) for name in ("trl", "transformers", "torch")}
+        machine = f"{os.cpu_count()} CPU cores, {platform.machine()}, one thread a side"
+        about = {"machine": machine, "versions": packages, "setting": asdict(setting), "check": checked.first[1]}
+        content = about | {"seconds (wall, CPU) by phase, facts": speed, "MiB above the loaded model": memory}
+        Path(raw).write_text(json.dumps(_rounded(content), separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return round(value, 5) if isinstance(value, float) else value
 
 
 if __name__ == "__main__":
-    main(*(value if index == 0 else int(value) for index, value in enumerate(sys.argv[1:])))
+    main(*(int(value) if value.isdigit() else value for value in sys.argv[1:]))

@@ -27,7 +27,7 @@ SIZES = {
     "llava1_5_7b": (7.06, 25_847_297),
     "llava1_5_13b": (13.35, 35_362_305),
 }
-"""Billions of parameters, and how many train in stage 1 (method.md §1)."""
+"""Billions of parameters, and how many train in stage 1 (docs/method.md §1)."""
 
 
 class Driven(GlimpseModule):

@@ -1,4 +1,4 @@
-"""The predictor against a dense, one-image-at-a-time reading of method.md §1.4, and against its published size."""
+"""The predictor against a dense, one-image-at-a-time reading of docs/method.md §1.4, and against its published size."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Enough(Exception):
 
 @dataclass
 class Gate:
-    """How far each key may be seen (method.md §5); needs no gradient at inference.
+    """How far each key may be seen (docs/method.md §5); needs no gradient at inference.
 
     ``stc``: forward is exact hard pruning (weight > 0.5); backward is d out / d weight_j = a_full_j (v_j - out), the
     true derivative of renormalised attention times Z_kept / Z_full <= 1, hence bounded.

@@ -8,7 +8,7 @@ lm_head. Not counted: norms, activations, softmax, rotary embeddings, biases, em
 projection of the glimpse embeddings, which does not depend on the input. Attention counts every query-key pair, as
 kernels that do not skip the masked half compute it; ``causal=True`` counts the half that a causal kernel needs.
 
-Source: docs/evaluation.md "Cost model". The published tool (HVision-NKU/GlimpsePrune@210b56d, cal_flops.py) counts
+Source: docs/evaluation.md §4. The published tool (HVision-NKU/GlimpsePrune@210b56d, cal_flops.py) counts
 decoder layers as here but leaves out: the text tokens in the layers after pruning (it passes the number of kept visual
 tokens as the whole length); vision tower, merger and lm_head, which pruning does not shrink and which therefore bring
 the ratio nearer to 1; the glimpse position; in the VIP the input, conditioning and output projections, and all but one

@@ -171,7 +171,7 @@ def run_layers(
         probes: layers whose attention from the last column is put into ``state.probes``.
         gate: weighs the keys.
         inject: [L, n, D], added to the first n of the Q columns at the input of every layer but the first (the
-            glimpse, docs/method.md §1).
+            glimpse, docs/method.md §1.2).
         layers: modules to run in place of the decoder's own, by their number (a method's private layers).
     """
     text, hidden = backbone.text_model, state.hidden

@@ -1,8 +1,8 @@
 """Pure functions of training: each takes tensors and returns tensors. Imports only torch.
 
-method.md §2 and §3; dice, bce and answer_loss were checked against HVision-NKU/GlimpsePrune@091a3d5, advantages and the
-policy's losses against its recordings. Left out: focal and ranking variants of the mask loss, which the published
-recipe does not use.
+docs/method.md §2 and §3; dice, bce and answer_loss were checked against HVision-NKU/GlimpsePrune@091a3d5, advantages
+and the policy's losses against its recordings. Left out: focal and ranking variants of the mask loss, which the
+published recipe does not use.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def group_advantages(
         valid: bool [R]; rollouts without a reward count in no mean and get advantage 0.
         scale: whose (unbiased) std divides: ``group``, ``batch``, or ``none`` (no division).
         std_floor: TRL's is 1e-4. Where every answer is right the rewards of a group differ only by their pruning term,
-            and dividing by so small a std made pruning run away (method.md §5).
+            and dividing by so small a std made pruning run away (docs/method.md §5).
 
     Returns:
         Advantages [R], and the std of each group [P].

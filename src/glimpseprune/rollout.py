@@ -2,9 +2,10 @@
 
 The actions of a rollout are the Bernoulli decision of every visual token and the tokens of the answer. Their
 log-probabilities are those of the very distribution that was sampled: the prompt is full in layers < K, only the
-survivors run above, and the answer sees only survivors in every layer (method.md §3). The prompt's layers < K run once
-for all its rollouts, which take from its cache no more than their survivors; above, rollouts with the same mask are one
-prompt with several answers. Masks are drawn at a pruner's first stop; what it decides at later ones it decides itself.
+survivors run above, and the answer sees only survivors in every layer (docs/method.md §3). The prompt's layers < K run
+once for all its rollouts, which take from its cache no more than their survivors; above, rollouts with the same mask
+are one prompt with several answers. Masks are drawn at a pruner's first stop; what it decides at later ones it decides
+itself.
 
 Left out: top-k, top-p and repetition penalties, under which the ratio of two policies is no longer that of their
 log-probabilities; ``generate`` has them for inference. Speculative or paged decoding: answers here are short.

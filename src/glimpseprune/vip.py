@@ -1,7 +1,7 @@
 """The visual importance predictor: from the glimpse's attention logits to one keep logit per visual token.
 
-method.md §1.4: a small transformer over the visual tokens of each image, whose queries and keys also see the vision
-tower's states. Checked against HVision-NKU/GlimpsePrune@091a3d5 (AttnFuserV1); parameters have the names of its
+docs/method.md §1.4: a small transformer over the visual tokens of each image, whose queries and keys also see the
+vision tower's states. Checked against HVision-NKU/GlimpsePrune@091a3d5 (AttnFuserV1); parameters have the names of its
 published weights, which therefore load as they are. Imports only torch. Images of a batch become rows of a padded
 batch for the attention alone: nothing of size V x V is ever made.
 """

@@ -9,8 +9,8 @@ recordings named FIXEDPOS have that repaired, and in the others the rows it went
 (``grpo_lora_state.pt``) and without. Its log-probabilities are not those of one distribution. The policy's first token
 is scored as it was sampled, on the prompt pruned after K layers; its later tokens, and those of the policy without
 adapters, on a prompt in which the pruned tokens are missing from every layer; the first token of the policy without
-adapters, on the unpruned prompt. Training here knows only the first of these (method.md §1, §3); the others are asked
-for explicitly, and then all numbers agree, gradients too.
+adapters, on the unpruned prompt. Training here knows only the first of these (docs/method.md §1, §3); the others are
+asked for explicitly, and then all numbers agree, gradients too.
 """
 
 from __future__ import annotations

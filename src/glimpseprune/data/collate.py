@@ -1,8 +1,8 @@
 """From Samples to Inputs: a left-padded prompt, the answer to learn, and the visual tokens under the evidence boxes.
 
-The box rule is that of the published recipe (evaluation.md; HVision-NKU/GlimpsePrune@091a3d5): boxes normalised by the
-size of the original image, every cell they touch is a target. Left out: what an image processor crops away. It assumes
-that the grid covers the whole image, which a centre crop (LLaVA-1.5's, of images that are not square) does not.
+The box rule is that of the published recipe (docs/evaluation.md §2; HVision-NKU/GlimpsePrune@091a3d5): boxes normalised
+by the size of the original image, every cell they touch is a target. Left out: what an image processor crops away. It
+assumes that the grid covers the whole image, which a centre crop (LLaVA-1.5's, of images that are not square) does not.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def sample_targets(sample: Sample, layouts: Sequence[Layout], dilate: int = 0) -
 def box_targets(boxes: Iterable[Box], size: tuple[int, int], part: Part, dilate: int = 0) -> Tensor:
     """bool [tokens] of a ``part`` of an image, in raster order: cells int(x0 cols) .. min(int(x1 cols), cols - 1), both
     included, and the same for y, with the box divided by ``size`` = (width, height) of the original image
-    (evaluation.md), or of what the part shows of it. Tokens that are no cell are not targets."""
+    (docs/evaluation.md §2), or of what the part shows of it. Tokens that are no cell are not targets."""
     left, top, right, bottom = (edge * size[axis % 2] for axis, edge in enumerate(part.box))
     target = torch.zeros(part.grid, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes:

@@ -1,7 +1,7 @@
 """GlimpsePrune: one learned glimpse token looks at the frozen prompt, a predictor turns its gaze into a keep mask.
 
-method.md §1.2 to §1.5, checked against HVision-NKU/GlimpsePrune@091a3d5. The glimpse is exactly one decode step on a
-fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Left out of the published code:
+docs/method.md §1.2 to §1.5, checked against HVision-NKU/GlimpsePrune@091a3d5. The glimpse is exactly one decode step on
+a fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Left out of the published code:
 several glimpse tokens, glimpse embeddings for some layers only, and its alternative predictors (no published
 checkpoint uses them; importing one says so).
 """
@@ -229,7 +229,7 @@ def token_embedding(backbone: LVLM, token: str) -> Tensor:
 def chosen(
     logits: Tensor, counts: Sequence[int], threshold: float = 0.5, max_keep: float | None = None, min_keep: int = 1
 ) -> Tensor:
-    """Which visual tokens stay: bool [N] from keep logits [N] of rows with ``counts`` tokens (method.md §1.5).
+    """Which visual tokens stay: bool [N] from keep logits [N] of rows with ``counts`` tokens (docs/method.md §1.5).
 
     A row's tokens are counted over all its images: probability above ``threshold``; if that is more than the fraction
     ``max_keep``, the top floor(max_keep V); if it is fewer than ``min_keep``, the top ``min_keep``.

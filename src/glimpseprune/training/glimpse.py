@@ -1,4 +1,4 @@
-"""Stage 1: train the glimpse token and the visual importance predictor against the frozen LVLM (method.md §2).
+"""Stage 1: train the glimpse token and the visual importance predictor against the frozen LVLM (docs/method.md §2).
 
 Teacher and student are one model and share one prefill. The prompt runs through layers < K once, without gradients,
 and is cached. The glimpse is a decode step on that cache; its keep gate then weighs the visual keys of the student:

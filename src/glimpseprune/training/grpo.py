@@ -1,4 +1,4 @@
-"""Stage 2, GlimpsePrune+: reinforce the language model on its own pruned sequences (method.md §3).
+"""Stage 2, GlimpsePrune+: reinforce the language model on its own pruned sequences (docs/method.md §3).
 
 A step: every prompt of the batch runs through layers < K once; each of its G rollouts has a keep mask drawn from the
 gate and draws an answer on the pruned cache; reward = task score + alpha x pruning ratio; advantages are relative to
