@@ -281,8 +281,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _override(kinds: Mapping[str, Any], arg: str) -> dict[str, Any]:
-    """``a.b=value`` as a nested mapping. Keys that are text by ``kinds``, the declared types, take the value as it stands,
-    others read it as YAML."""
+    """``a.b=value`` as a nested mapping. Keys that ``kinds`` declares as text take the value as it stands, others read
+    it as YAML."""
     key, text = arg.split("=", 1)
     kind = kinds.get(key)
     if kind is str or (set(get_args(kind)) == {str, types.NoneType} and text != "null"):
