@@ -85,7 +85,8 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
         if not arg.endswith((".yaml", ".yml")):
             raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
     layers = [(f"{file}: ", _read_yaml(Path(resources.find(file)))) for file in files]
-    layers += [("", _override(schema, arg)) for arg in argv if "=" in arg]
+    kinds = {key: kind for key, kind, *_ in _keys(schema)}
+    layers += [("", _override(kinds, arg)) for arg in argv if "=" in arg]
     if under is not None:
         given = OmegaConf.to_container(OmegaConf.merge(*({}, *(layer for _, layer in layers))))
         layers.insert(0, ("", under(given)))
@@ -279,10 +280,11 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     return OmegaConf.to_container(OmegaConf.merge(merged, layer))
 
 
-def _override(schema: type, arg: str) -> dict[str, Any]:
-    """``a.b=value`` as a nested mapping. Keys declared as text take the value as it stands, others read it as YAML."""
+def _override(kinds: Mapping[str, Any], arg: str) -> dict[str, Any]:
+    """``a.b=value`` as a nested mapping. Keys that ``kinds`` declares as text take the value as it stands, others read
+    it as YAML."""
     key, text = arg.split("=", 1)
-    kind = {known: kind for known, kind, *_ in _keys(schema)}.get(key)
+    kind = kinds.get(key)
     if kind is str or (set(get_args(kind)) == {str, types.NoneType} and text != "null"):
         value: Any = text
     else:
