@@ -17,7 +17,7 @@ FILES = sorted((ROOT / "conf").rglob("*.yaml")) + sorted((ROOT / "experiments").
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_shipped_config_is_valid(file):
     if file.parent.name == "tiny-base":
-        assert config.load(PretrainConfig, [str(file)]).stages
+        assert config.load(PretrainConfig, [str(file)]).lessons
         return
     cfg = config.load(TrainConfig, [str(file), "out=x", "data.path=x", "backbone.path=x"])
     assert options_of(cfg.pruner.name, cfg.pruner.options)

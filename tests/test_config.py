@@ -59,6 +59,26 @@ def load(*argv: str) -> Config:
     return config.load(Config, ["ckpt=run", *argv], prog="test")
 
 
+@dataclass
+class Renamed:
+    last_steps: int = option(1, "new name", was="keep_steps")
+
+
+@dataclass
+class Holder:
+    part: Renamed = option(Renamed)
+
+
+def test_an_old_name_is_still_read_and_no_longer_written(tmp_path):
+    assert config.load(Holder, ["part.keep_steps=3"]).part.last_steps == 3
+    (tmp_path / "old.yaml").write_text("part: {keep_steps: 5}")
+    read = config.read(Holder, tmp_path / "old.yaml")
+    assert read.part.last_steps == 5 and "keep_steps" not in config.to_yaml(read)
+    assert config.load(Holder, [str(tmp_path / "old.yaml"), "part.last_steps=6"]).part.last_steps == 6
+    with pytest.raises(UserError, match=r"did you mean 'part.last_steps'"):
+        config.load(Holder, ["part.last_step=3"])
+
+
 def test_defaults():
     cfg = load()
     assert isinstance(cfg, Config) and isinstance(cfg.trainer, Trainer)

@@ -49,7 +49,9 @@ class Module(L.LightningModule):
 def fit(folder, tmp_path, *, ckpt=None, workers=0, validate=True, checkpoint=None, callbacks=(), **kwargs):
     """(what was trained on, the data module, the trainer) of a run of the 50 samples in batches of 10."""
     module = Module()
-    data = ShardDataModule(folder, keys, val="val" if validate else None, batch_size=10, workers=workers, window=2)
+    data = ShardDataModule(
+        folder, keys, val="val" if validate else None, batch_size=10, workers=workers, shuffle_shards=2
+    )
     if checkpoint:
         checkpoint = ModelCheckpoint(tmp_path, filename="{epoch}-{step}", save_top_k=-1, **checkpoint)
     trainer = L.Trainer(
@@ -70,7 +72,7 @@ def fit(folder, tmp_path, *, ckpt=None, workers=0, validate=True, checkpoint=Non
 
 
 def own_epochs(folder, epochs: int) -> list:
-    loader = ShardLoader(ShardDataset(folder, "train"), keys, 10, shuffle=True, window=2)
+    loader = ShardLoader(ShardDataset(folder, "train"), keys, 10, shuffle=True, shuffle_shards=2)
     return [(epoch, batch) for epoch in range(epochs) for batch in loader]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from glimpseprune.data.sources import tags
-from glimpseprune.tiny.config import PretrainConfig, Stage, TinyConfig
+from glimpseprune.tiny.config import Lesson, PretrainConfig, TinyConfig
 from glimpseprune.tiny.model import PATCH, image_processor, patchify
 from glimpseprune.tiny.module import PretrainModule
 from glimpseprune.tiny.packing import Curriculum, draw, packed_masks
@@ -13,17 +13,17 @@ from glimpseprune.tiny.tokenizer import token_ids, tokenizer
 from glimpseprune.types import Layout
 
 TINY = TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=2, vision_hidden=32, vision_intermediate=32)
-STAGE = Stage(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
+LESSON = Lesson(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    return draw(np.random.default_rng(0), STAGE, "train")
+    return draw(np.random.default_rng(0), LESSON, "train")
 
 
 @pytest.fixture(scope="module")
 def module() -> PretrainModule:
-    return PretrainModule(PretrainConfig(model=TINY, stages=[STAGE])).eval()
+    return PretrainModule(PretrainConfig(model=TINY, lessons=[LESSON])).eval()
 
 
 @pytest.mark.parametrize("text", ["number on the red tag?", "numbers on lime and blue?", "colour of tag 07?", "27 41"])
@@ -47,8 +47,8 @@ def test_patchify_is_the_image_processor(batch):
 
 
 def test_curriculum_does_not_depend_on_workers():
-    whole = list(Curriculum([STAGE, STAGE], 5, "train"))
-    late = list(Curriculum([STAGE, STAGE], 5, "train", first=1))
+    whole = list(Curriculum([LESSON, LESSON], 5, "train"))
+    late = list(Curriculum([LESSON, LESSON], 5, "train", first=1))
     assert torch.equal(whole[1]["ids"], late[0]["ids"]) and torch.equal(whole[1]["images"], late[0]["images"])
 
 
@@ -91,11 +91,13 @@ def test_training_lowers_the_loss_and_the_folder_loads(tmp_path, capsys):
     from glimpseprune import backbones
     from glimpseprune import pretrain as entry
 
-    stage = "size: 224, min_tags: 3, max_tags: 3, batch: 2"
-    stages = f"[{{{stage}, steps: 2, dense: true}}, {{{stage}, steps: 6}}]"
+    lesson = "size: 224, min_tags: 3, max_tags: 3, batch: 2"
+    lessons = f"[{{{lesson}, steps: 2, dense: true}}, {{{lesson}, steps: 6}}]"
     model = [f"model.{k}={v}" for k, v in {"layers": 3, "hidden": 32, "intermediate": 32, "vision_layers": 2}.items()]
     model += ["model.vision_hidden=32", "model.vision_intermediate=32", "model.vision_full=[1]"]
-    entry.main([f"out={tmp_path}", f"stages={stages}", "workers=0", "val_every=4", "val_images=8", "warmup=2", *model])
+    entry.main(
+        [f"out={tmp_path}", f"lessons={lessons}", "workers=0", "val_every=4", "val_images=8", "warmup=2", *model]
+    )
     curve = json.loads((tmp_path / "curve.json").read_text())["curve"]
     assert [point["step"] for point in curve][:2] == [4, 8] and 0 <= curve[-1]["val/none"] <= 1
     folder = tmp_path / "model"

@@ -55,7 +55,7 @@ def keys(out: Path) -> dict[int, list[str]]:
 @pytest.fixture(scope="module")
 def args(recipe) -> list[str]:
     exact = ["pruner.options.dropout=0", "trainer.max_steps=4", "trainer.val_every=2", "optim.warmup=2"]
-    return [*recipe, *exact, "trainer.keep_checkpoints=9"]
+    return [*recipe, *exact, "trainer.last_checkpoints=9"]
 
 
 @pytest.fixture(scope="module")

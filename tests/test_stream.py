@@ -64,7 +64,7 @@ def marked(samples) -> list[tuple[str, str]]:
 
 
 def train_loader(folder, batch_size=4, collate=keys, **kwargs) -> ShardLoader:
-    return ShardLoader(ShardDataset(folder, "train"), collate, batch_size, shuffle=True, window=2, **kwargs)
+    return ShardLoader(ShardDataset(folder, "train"), collate, batch_size, shuffle=True, shuffle_shards=2, **kwargs)
 
 
 def take(loader, steps: int) -> list:
@@ -98,7 +98,7 @@ def test_an_epoch_is_dealt_once_and_in_step(counts, world, batch_size):
 
 def test_order_is_local_and_depends_on_seed_and_epoch_alone():
     counts = [10] * 12
-    deal = Deal(counts, 4, True, seed=1, window=3)
+    deal = Deal(counts, 4, True, seed=1, shuffle_shards=3)
     order = deal.order()
     assert sorted(order) == list(range(120))
     windows = [set(part // 10) for part in order.reshape(4, 30)]
@@ -106,9 +106,9 @@ def test_order_is_local_and_depends_on_seed_and_epoch_alone():
     assert len(set.union(*windows)) == 12
     assert any(a > b for a, b in itertools.pairwise(order[:30] // 10))  # mixed within
     assert (deal.order() == order).all()
-    assert (Deal(counts, 7, True, seed=1, window=3, rank=1, world=2).order() == order).all()
-    assert (Deal(counts, 4, True, seed=2, window=3).order() != order).any()
-    assert (Deal(counts, 4, True, seed=1, window=3, epoch=1).order() != order).any()
+    assert (Deal(counts, 7, True, seed=1, shuffle_shards=3, rank=1, world=2).order() == order).all()
+    assert (Deal(counts, 4, True, seed=2, shuffle_shards=3).order() != order).any()
+    assert (Deal(counts, 4, True, seed=1, shuffle_shards=3, epoch=1).order() != order).any()
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 0), (2, 2), (5, 0)])

@@ -14,7 +14,7 @@ from conftest import picture
 from glimpseprune.data.shards import write
 from glimpseprune.data.stream import ShardDataset, ShardLoader
 from glimpseprune.options import WatchOptions
-from glimpseprune.running.throughput import Throughput, Window, peak_tflops, rates
+from glimpseprune.running.throughput import Interval, Throughput, peak_tflops, rates
 from glimpseprune.types import Inputs, Sample
 
 SAMPLES = [Sample(key, "what?", ("ab",), [picture(140, 112)]) for key in "abc"]
@@ -25,7 +25,7 @@ class Loader(SimpleNamespace):
 
 
 class Trainer(SimpleNamespace):
-    """A rank of several that all measure the same but for ``others``: a change to each window that is gathered."""
+    """A rank of several that all measure the same but for ``others``: a change to each interval that is gathered."""
 
     def __init__(self, ranks: int = 1, others: Any = None):
         self.gathered: list[Tensor] = []
@@ -83,7 +83,7 @@ class Timed:
         self.callback.on_train_batch_end(self.trainer, MODULE, None, BATCH, 0)
 
 
-def test_rates_of_a_window():
+def test_rates_of_an_interval():
     timed = Timed(Trainer())
     timed.batch(wait=50, alone=2, rest=1)  # the workers start: no wait that will come again
     timed.batch(wait=1, alone=2, rest=1)
@@ -134,7 +134,7 @@ def test_ranks_gather_once_per_line_and_batches_that_accumulate_are_one_step():
 
 def test_skew_is_that_of_the_ranks_own_work():
     def slow(own: Tensor) -> Tensor:  # the batch takes all ranks equally long, since they wait for each other
-        own[list(vars(Window())).index("alone")] *= 2
+        own[list(vars(Interval())).index("alone")] *= 2
         return own
 
     timed = Timed(Trainer(2, slow))

@@ -50,12 +50,13 @@ class UserError(ValueError):
     """A mistake of the user: one line that says what was wrong and what would be right."""
 
 
-def option(default: Any = MISSING, help: str = "") -> Any:
+def option(default: Any = MISSING, help: str = "", *, was: str = "") -> Any:
     """A dataclass field with its documentation; a list, a dict or a dataclass as ``default`` is built anew each time.
 
-    A class as default means an instance of it (``option(Trainer)``). ``MISSING`` makes the key mandatory.
+    A class as default means an instance of it (``option(Trainer)``). ``MISSING`` makes the key mandatory. ``was``: the
+    name that it had before, under which it is still read, for saved runs have it.
     """
-    metadata = {"help": help}
+    metadata = {"help": help, "was": was}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)) or is_dataclass(default):
@@ -221,7 +222,9 @@ def _leaves(
     root = root or schema
     top = top or prefix
     hints = get_type_hints(schema)
+    renamed = {item.metadata["was"]: item.name for item in fields(schema) if item.metadata.get("was")}
     for name, value in layer.items():
+        name = renamed.get(name, name)
         key = f"{prefix}{name}"
         if name not in hints:
             raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints))}")

@@ -178,7 +178,7 @@ class TrainerOptions:
     accumulate: int = option(1, "batches per optimiser step")
     val_every: int = option(200, "optimiser steps between validations and checkpoints")
     log_every: int = option(10, "optimiser steps between log lines")
-    keep_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best")
+    last_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best", was="keep_checkpoints")
 
 
 @dataclass

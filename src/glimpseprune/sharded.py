@@ -36,13 +36,13 @@ def whole(parameter: Tensor) -> Tensor:
         return parameter.detach().clone()
 
 
-def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """:func:`whole` of each, one after the other, in the memory of the CPU of a process that wants to ``keep`` them;
+def gathered(tensors: Mapping[str, Tensor], wanted: bool) -> dict[str, Tensor]:
+    """:func:`whole` of each, one after the other, in the memory of the CPU of a process where they are ``wanted``;
     the others end with nothing. All processes must call it."""
     found = {}
     for name, tensor in tensors.items():
         each = whole(tensor)
-        if keep:
+        if wanted:
             found[name] = each.cpu()
     return found
 

@@ -104,7 +104,7 @@ def main(cfg: TrainConfig) -> None:
             "train: updates of weights in half precision would be rounded away: give backbone.dtype=float32 "
             "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
         )
-    checkpoints = Checkpoints(out, cfg.trainer.keep_checkpoints, stage.best)
+    checkpoints = Checkpoints(out, cfg.trainer.last_checkpoints, stage.best)
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
     again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
     trainer = L.Trainer(

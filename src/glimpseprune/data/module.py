@@ -29,7 +29,7 @@ class ShardDataModule(LightningDataModule):
         val_limit: validate on the first so many samples only.
         workers: processes per loader.
         seed: of the order of training samples.
-        window: shards that are shuffled together.
+        shuffle_shards: shards that are shuffled together.
         verify: compare the hashes of all shards with the manifest first.
 
     Attributes:
@@ -52,13 +52,13 @@ class ShardDataModule(LightningDataModule):
         val_limit: int | None = None,
         workers: int = 0,
         seed: int = 0,
-        window: int = 16,
+        shuffle_shards: int = 16,
         verify: bool = False,
     ) -> None:
         super().__init__()
         self.collate = collate
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.workers, self.seed, self.window = workers, seed, window
+        self.workers, self.seed, self.shuffle_shards = workers, seed, shuffle_shards
         self.datasets = {
             role: ShardDataset(folder, split, limit=val_limit if role == "val" else None, verify=verify)
             for role, split in {"train": train, "val": val, "test": test}.items()
@@ -107,7 +107,7 @@ class ShardDataModule(LightningDataModule):
             shuffle=shuffle,
             workers=self.workers,
             seed=self.seed,
-            window=self.window,
+            shuffle_shards=self.shuffle_shards,
             rank=self.trainer.global_rank if self.trainer else 0,
             world=self.trainer.world_size if self.trainer else 1,
         )

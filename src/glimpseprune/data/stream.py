@@ -9,8 +9,8 @@ rank in turn. So in an epoch
 - the place in it is two numbers, equal on all ranks. A run resumes exactly there, without reading anything again,
   under any number of workers; under another number of ranks or another batch size it goes on from the same sample.
 
-The order of an epoch is a permutation of the shards, shuffled within windows of ``window`` consecutive ones, so that
-reading stays local however large the data: at any time a window of shards is in use. Workers take whole batches, so
+The order of an epoch is a permutation of the shards, shuffled within groups of ``shuffle_shards`` consecutive ones, so
+that reading stays local however large the data: at any time one such group is in use. Workers take whole batches, so
 there may be more of them, and more ranks, than shards. webdataset's and torchdata's streams were left out: they tie
 order and state to the number of ranks, workers and shards.
 
@@ -95,7 +95,7 @@ class Deal:
     batch_size: int
     shuffle: bool
     seed: int = 0
-    window: int = 16
+    shuffle_shards: int = 16
     rank: int = 0
     world: int = 1
     epoch: int = 0
@@ -135,7 +135,7 @@ class Deal:
         ends = np.cumsum(self.counts)
         shards = rng.permutation(len(self.counts))
         order = np.concatenate([np.arange(ends[shard] - self.counts[shard], ends[shard]) for shard in shards])
-        edges = np.cumsum([self.counts[shard] for shard in shards])[self.window - 1 :: self.window]
+        edges = np.cumsum([self.counts[shard] for shard in shards])[self.shuffle_shards - 1 :: self.shuffle_shards]
         for part in np.split(order, edges):  # views
             rng.shuffle(part)
         return order
@@ -172,14 +172,14 @@ class ShardLoader:
         shuffle: bool = False,
         workers: int = 0,
         seed: int = 0,
-        window: int = 16,
+        shuffle_shards: int = 16,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: at least 1 sample per batch")
         self.dataset, self.collate, self.workers = dataset, collate, workers
-        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, window, rank, world)
+        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world)
         self.damaged: Counter[str] = Counter()
         self.waited = 0.0
         self._loader: DataLoader | None = None
@@ -217,7 +217,7 @@ class ShardLoader:
     def state_dict(self) -> dict[str, int]:
         """The place, equal on all ranks, and what makes it mean the same samples."""
         deal = self.deal
-        identity = {"samples": deal.total, "seed": deal.seed, "window": deal.window}
+        identity = {"samples": deal.total, "seed": deal.seed, "window": deal.shuffle_shards}
         return {"epoch": deal.epoch, "consumed": deal.consumed, **identity}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:

@@ -44,7 +44,7 @@ class RunFolder(L.Callback):
             self.write_weights(trainer, module)
 
     def write_weights(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        weights = gathered(checkpoint.trained(module.pruner, module.backbone), keep=trainer.is_global_zero)
+        weights = gathered(checkpoint.trained(module.pruner, module.backbone), wanted=trainer.is_global_zero)
         if trainer.is_global_zero:
             checkpoint.save(self.folder, self.config, weights)
 

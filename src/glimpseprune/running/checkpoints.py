@@ -54,13 +54,13 @@ class Checkpoints(L.Callback):
     """Writes one after every validation and at the end, after :class:`.RunFolder` has written the weights.
 
     A kill during a validation goes back to the one before: a validation that is not in a checkpoint is never lost.
-    ``keep``: how many of the last stay; ``monitor``: the validation metric that says which is best, and whether that is
+    ``last``: how many of the last stay; ``monitor``: the validation metric that says which is best, and whether that is
     its ``min`` or ``max``.
     """
 
-    def __init__(self, out: str | Path, keep: int, monitor: tuple[str, str]):
+    def __init__(self, out: str | Path, last: int, monitor: tuple[str, str]):
         self.out, self.folder = Path(out), Path(out) / FOLDER
-        self.keep, self.monitor = keep, monitor
+        self.last, self.monitor = last, monitor
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.sanity_checking or collapsed(trainer):
@@ -95,7 +95,7 @@ class Checkpoints(L.Callback):
 
     def _write(self, index: dict[str, dict[str, Any]]) -> None:
         """Put ``index`` in place, less those that need not stay, then delete what it does not name."""
-        kept = set(sorted(index)[-self.keep :]) | {_best(index, self.monitor[1])}
+        kept = set(sorted(index)[-self.last :]) | {_best(index, self.monitor[1])}
         index = {name: entry for name, entry in index.items() if name in kept}
         partial = self.folder / f"{INDEX}.partial"
         partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

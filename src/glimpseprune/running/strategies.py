@@ -233,7 +233,7 @@ class Zero(DeepSpeedStrategy):
         return super()._setup_model_and_optimizer(model, optimizer, *rest)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        return gathered(self.lightning_module.saved(), keep=self.is_global_zero)
+        return gathered(self.lightning_module.saved(), wanted=self.is_global_zero)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         from deepspeed.utils import safe_get_full_optimizer_state

@@ -49,7 +49,7 @@ def peak_tflops(device: torch.device) -> float | None:
 
 
 @dataclass
-class Window:
+class Interval:
     """What a rank has done since the last log line."""
 
     seconds: float = 0.0
@@ -82,7 +82,7 @@ class Throughput(L.Callback):
 
     def __init__(self, options: WatchOptions, every: int, clock: Callable[[], float] = time.perf_counter):
         self.options, self.every, self.clock = options, every, clock
-        self.window = Window()
+        self.interval = Interval()
         self.peak: float | None = None
         self.logged = 0  # optimiser steps at the last log line
         self.began = 0.0
@@ -106,8 +106,8 @@ class Throughput(L.Callback):
         now, fetched = self.clock(), trainer.train_dataloader.waited
         if self.ended is not None:  # the first batch waits for the workers to start
             waited = fetched - self.fetched
-            self.window.waited += waited
-            self.window.seconds += waited if self.paused else now - self.ended
+            self.interval.waited += waited
+            self.interval.seconds += waited if self.paused else now - self.ended
         self.began, self.parted, self.paused = now, None, False
 
     def on_own_work_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -119,21 +119,21 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Inputs, index: int
     ) -> None:
-        now, window = self.clock(), self.window
-        window.seconds += now - self.began
-        window.alone += (self.parted or now) - self.began
-        window.samples += len(batch.samples)
-        window.visual_tokens += int((batch.prompt["input_ids"] == module.backbone.image_token_id).sum())
+        now, interval = self.clock(), self.interval
+        interval.seconds += now - self.began
+        interval.alone += (self.parted or now) - self.began
+        interval.samples += len(batch.samples)
+        interval.visual_tokens += int((batch.prompt["input_ids"] == module.backbone.image_token_id).sum())
         if self.peak is not None:
-            window.flops += module.flops(batch) or 0.0
+            interval.flops += module.flops(batch) or 0.0
         self.ended, self.fetched = now, trainer.train_dataloader.waited
         if trainer.global_step // self.every > self.logged // self.every:
-            self.log_window(trainer, module)
+            self.log_interval(trainer, module)
 
-    def log_window(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def log_interval(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if module.device.type == "cuda":
-            self.window.memory = torch.cuda.max_memory_allocated(module.device)
-        own = torch.tensor([getattr(self.window, item.name) for item in fields(Window)], device=module.device)
+            self.interval.memory = torch.cuda.max_memory_allocated(module.device)
+        own = torch.tensor([getattr(self.interval, item.name) for item in fields(Interval)], device=module.device)
         ranks = trainer.strategy.all_gather(own).reshape(-1, len(own)).double().cpu()
         values = rates(ranks, trainer.global_step - self.logged, self.peak)
         for logger in trainer.loggers:
@@ -143,14 +143,14 @@ class Throughput(L.Callback):
         self.forget(module)
 
     def forget(self, module: L.LightningModule) -> None:
-        self.window = Window()
+        self.interval = Interval()
         if module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(module.device)
 
 
 def rates(ranks: Tensor, steps: int, peak: float | None = None) -> dict[str, float]:
-    """What :class:`Throughput` logs, from the windows [ranks, fields of Window] of ``steps`` optimiser steps."""
-    of = {item.name: column for item, column in zip(fields(Window), ranks.unbind(1))}
+    """What :class:`Throughput` logs, from the intervals [ranks, fields of Interval] of ``steps`` optimiser steps."""
+    of = {item.name: column for item, column in zip(fields(Interval), ranks.unbind(1))}
     seconds = float(of["seconds"].mean())
     values = {
         "samples_per_s": float(of["samples"].sum()) / seconds,

@@ -8,7 +8,7 @@ from glimpseprune.config import option
 
 
 @dataclass
-class Stage:
+class Lesson:
     size: int = option(336, "image side in pixels")
     min_tags: int = option(8, "fewest tags per image")
     max_tags: int = option(12, "most tags per image")
@@ -41,13 +41,13 @@ class PretrainConfig:
     seed: int = option(0, "seed of weights and scenes")
     out: str = option("runs/pretrain", "run folder; the model is saved in <out>/model")
     model: TinyConfig = field(default_factory=TinyConfig)
-    stages: list[Stage] = field(
+    lessons: list[Lesson] = field(
         default_factory=lambda: [
-            Stage(size=224, min_tags=10, max_tags=10, steps=130, dense=True),
-            Stage(size=224, min_tags=4, max_tags=5, steps=300),
-            Stage(size=336, min_tags=8, max_tags=12, batch=12, steps=500),
+            Lesson(size=224, min_tags=10, max_tags=10, steps=130, dense=True),
+            Lesson(size=224, min_tags=4, max_tags=5, steps=300),
+            Lesson(size=336, min_tags=8, max_tags=12, batch=12, steps=500),
         ],
-        metadata={"help": "curriculum, one entry per stage"},
+        metadata={"help": "curriculum, one entry per lesson", "was": "stages"},
     )
     lr: float = option(2e-3, "AdamW learning rate")
     muon_lr: float = option(0.02, "Muon learning rate")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from glimpseprune.data.sources import tags
-from glimpseprune.tiny.config import PretrainConfig, Stage
+from glimpseprune.tiny.config import Lesson, PretrainConfig
 from glimpseprune.tiny.model import CELL, PATCH, build, image_processor, patchify
 from glimpseprune.tiny.packing import Curriculum, packed_masks
 from glimpseprune.tiny.tokenizer import IMAGE, VISION_END, VISION_START, token_ids, tokenizer
@@ -27,7 +27,7 @@ class PretrainModule(L.LightningModule):
         self.model = build(config.model, config.seed)
         batch_windows(self.model.model.visual)
         width, colours = config.model.hidden, len(tags.NAMES)
-        most = max(stage.size for stage in config.stages) // CELL
+        most = max(lesson.size for lesson in config.lessons) // CELL
         self.vision_heads = nn.ModuleDict(
             {"colour": nn.Linear(width, colours + 1), "tens": nn.Linear(width, 11), "units": nn.Linear(width, 11)}
         )
@@ -40,7 +40,7 @@ class PretrainModule(L.LightningModule):
         weight[[token_ids(name)[0] for name in tags.NAMES]] = 2.0
         weight[[token_ids(name)[0] for name in ("yes", "no")]] = 3.0
         self.register_buffer("token_weight", weight, persistent=False)
-        self.total = sum(stage.steps for stage in config.stages)
+        self.total = sum(lesson.steps for lesson in config.lessons)
         self.step = 0
         self.curve: list[dict[str, float]] = []
 
@@ -194,12 +194,12 @@ class PretrainModule(L.LightningModule):
             self.curve.append({"step": self.step} | {name: round(float(value), 4) for name, value in scores.items()})
 
     def train_dataloader(self) -> DataLoader:
-        return self._loader(Curriculum(self.config.stages, self.config.seed, "train", self.step))
+        return self._loader(Curriculum(self.config.lessons, self.config.seed, "train", self.step))
 
     def val_dataloader(self) -> DataLoader:
-        last = self.config.stages[-1]
-        stage = Stage(last.size, last.min_tags, last.max_tags, 8, max(1, self.config.val_images // 8))
-        return self._loader(Curriculum([stage], 1, "val"))
+        last = self.config.lessons[-1]
+        lesson = Lesson(last.size, last.min_tags, last.max_tags, 8, max(1, self.config.val_images // 8))
+        return self._loader(Curriculum([lesson], 1, "val"))
 
     def _loader(self, dataset: Curriculum) -> DataLoader:
         return DataLoader(dataset, batch_size=None, num_workers=self.config.workers, persistent_workers=False)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import IterableDataset
 
 from glimpseprune.data.sources import tags
-from glimpseprune.tiny.config import Stage
+from glimpseprune.tiny.config import Lesson
 from glimpseprune.tiny.model import CELL
 from glimpseprune.tiny.tokenizer import token_ids, tokenizer
 
@@ -30,14 +30,14 @@ def layout(count: int) -> list[tuple[str, int]]:
     return [("number", count), ("colour", count), ("relation", count // 2), ("pair", count // 2)]
 
 
-def draw(rng: np.random.Generator, stage: Stage, split: str) -> dict[str, Tensor]:
+def draw(rng: np.random.Generator, lesson: Lesson, split: str) -> dict[str, Tensor]:
     """One batch of scenes that share their number of tags, with packed questions and all auxiliary labels."""
-    count = int(rng.integers(stage.min_tags, stage.max_tags + 1))
-    scenes = [tags.scene(rng, stage.size, count, split, crowd=stage.dense) for _ in range(stage.batch)]
-    grid = stage.size // CELL
+    count = int(rng.integers(lesson.min_tags, lesson.max_tags + 1))
+    scenes = [tags.scene(rng, lesson.size, count, split, crowd=lesson.dense) for _ in range(lesson.batch)]
+    grid = lesson.size // CELL
     edge = np.arange(grid) * CELL
-    digit_at = np.full((stage.batch, 2, grid * grid), 10)
-    cover = np.zeros((stage.batch, count, grid * grid), np.float32)
+    digit_at = np.full((lesson.batch, 2, grid * grid), 10)
+    cover = np.zeros((lesson.batch, count, grid * grid), np.float32)
     for i, view in enumerate(scenes):
         box = view.boxes
         wide = np.clip(np.minimum(box[:, 2:3], edge + CELL) - np.maximum(box[:, 0:1], edge), 0, None)
@@ -54,7 +54,7 @@ def draw(rng: np.random.Generator, stage: Stage, split: str) -> dict[str, Tensor
         "digits": torch.from_numpy(np.stack([view.digits for view in scenes])).long(),  # [B, n, 2]
         "digit_at": torch.from_numpy(digit_at),  # [B, 2, V] digit whose centre lies in the token, 10 = none
     }
-    if stage.dense:
+    if lesson.dense:
         return batch
     ids, labels, evidence, places = [], [], [], []
     for i, view in enumerate(scenes):
@@ -80,10 +80,10 @@ def draw(rng: np.random.Generator, stage: Stage, split: str) -> dict[str, Tensor
 
 
 class Curriculum(IterableDataset):
-    """The batches of all stages in order; the batch of a step depends on (seed, step) alone, not on the workers."""
+    """The batches of all lessons in order; the batch of a step depends on (seed, step) alone, not on the workers."""
 
-    def __init__(self, stages: list[Stage], seed: int, split: str, first: int = 0):
-        self.plan = [stage for stage in stages for _ in range(stage.steps)]
+    def __init__(self, lessons: list[Lesson], seed: int, split: str, first: int = 0):
+        self.plan = [lesson for lesson in lessons for _ in range(lesson.steps)]
         self.seed, self.split, self.first = seed, split, first
 
     def __len__(self) -> int:

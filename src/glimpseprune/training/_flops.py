@@ -23,7 +23,7 @@ from glimpseprune.vip import window_ids
 
 
 @dataclass(frozen=True)
-class Step:
+class Work:
     """What a step of the KL stage runs, whatever the sample."""
 
     shapes: Shapes
@@ -38,35 +38,35 @@ class Step:
     decoder_trains: bool = False
 
 
-def of_sample(step: Step, text: int, layouts: Sequence[Layout], answer: int, estimator: str = "stc") -> float:
+def of_sample(work: Work, text: int, layouts: Sequence[Layout], answer: int, estimator: str = "stc") -> float:
     """FLOPs of one sample in a step: ``text`` tokens, images, ``answer`` tokens (end of turn included)."""
-    shapes, loss, depth, layers = step.shapes, step.loss, step.depth, step.shapes.decoder.layers
+    shapes, loss, depth, layers = work.shapes, work.loss, work.depth, work.shapes.decoder.layers
     visual = sum(layout.count for layout in layouts)
     prompt = text + visual
     parts = prefill_flops(shapes, text, layouts, [(layers, visual)])
-    segments = window_ids([grid for layout in layouts for grid in layout.grids], step.window).bincount().tolist()
+    segments = window_ids([grid for layout in layouts for grid in layout.grids], work.window).bincount().tolist()
     head = answer * parts.lm_head
-    weights = 2 if step.decoder_trains else 1
-    total = parts.tower + parts.projector + _run(step, depth, prompt) + 3 * vip_flops(step.vip, shapes, segments)
+    weights = 2 if work.decoder_trains else 1
+    total = parts.tower + parts.projector + _run(work, depth, prompt) + 3 * vip_flops(work.vip, shapes, segments)
     if loss.answer:  # the glimpse with the answer behind it, through every layer
-        total += _run(step, layers - depth, prompt)
-        total += _run(step, layers, answer + 1, prompt, weights=weights) + 2 * head
+        total += _run(work, layers - depth, prompt)
+        total += _run(work, layers, answer + 1, prompt, weights=weights) + 2 * head
     else:
-        total += _run(step, step.probed, 1, prompt, weights=weights)
+        total += _run(work, work.probed, 1, prompt, weights=weights)
     if loss.kl:
         follow, whole = answer - 1, prompt + answer - 1
-        total += _run(step, depth, follow, prompt) + _run(step, layers - depth, whole) + head  # the teacher
+        total += _run(work, depth, follow, prompt) + _run(work, layers - depth, whole) + head  # the teacher
         width = shapes.decoder.head_width
         gate = 1.5 * (width + 8) / width if estimator == "stc" else 0.0
-        total += _run(step, depth, follow, prompt, weights=weights, gate=gate)
-        total += _run(step, layers - depth, whole, weights=weights, gate=gate) + 2 * head
+        total += _run(work, depth, follow, prompt, weights=weights, gate=gate)
+        total += _run(work, layers - depth, whole, weights=weights, gate=gate) + 2 * head
     return total
 
 
-def _run(step: Step, layers: int, new: int, cached: int = 0, *, weights: float = 0.0, gate: float = 0.0) -> float:
+def _run(work: Work, layers: int, new: int, cached: int = 0, *, weights: float = 0.0, gate: float = 0.0) -> float:
     """``new`` tokens through ``layers``, forward, and backward where ``weights`` (what matrices cost there) is not 0;
     ``gate``: what a gate adds, in units of the attention's forward."""
-    decoder = step.shapes.decoder
+    decoder = work.shapes.decoder
     attention = 4 * new * (cached + new) * decoder.heads * decoder.head_width
     matrices = layer_flops(decoder, new, cached) - attention
     return layers * (matrices * (1 + weights) + attention * (1 + (2 if weights else 0) + gate))

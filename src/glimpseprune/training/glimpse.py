@@ -127,13 +127,13 @@ class GlimpseModule(StageModule):
         """As :mod:`.flops` counts them."""
         vip, trains = Vip.of(self.pruner), "decoder" in self.config.train
         probed = max(self.pruner.probe_layers) + 1
-        step = flops.Step(self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains)
+        work = flops.Work(self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains)
         columns = inputs.prompt["attention_mask"].sum(1).tolist()
         answers = inputs.answer_mask.sum(1).tolist()
         total = 0.0
         for length, layouts, answer in zip(columns, self.backbone.layouts(inputs.prompt), answers):
             visual = sum(layout.count for layout in layouts)
-            total += flops.of_sample(step, length - visual, layouts, answer, self.estimator)
+            total += flops.of_sample(work, length - visual, layouts, answer, self.estimator)
         return total
 
     # ----------------------------------------------------------------------------------------------- validation
