@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
 
 from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
@@ -36,6 +41,37 @@ def prompts(backbone: LVLM, count: int = 3) -> dict[str, torch.Tensor]:
 def prompt(backbone: LVLM, row: int = 0) -> dict[str, torch.Tensor]:
     """One row of :func:`prompts`, without padding."""
     return backbone.prepare(QUESTIONS[row : row + 1], PICTURES[row : row + 1])
+
+
+def unmodified(backbone: LVLM) -> torch.nn.Module:
+    """Hugging Face's own model with the weights of ``backbone``, on eager attention: nothing of ours is in it."""
+    config = copy.deepcopy(backbone.model.config)
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    model.load_state_dict(backbone.model.state_dict())
+    return model.eval()
+
+
+@contextmanager
+def watched_layers(backbone: LVLM) -> Iterator[list[int]]:
+    """Collects how many columns each decoder layer runs on, in the order in which they run to their end."""
+    columns: list[int] = []
+
+    def see(layer, inputs, output) -> None:
+        columns.append(inputs[0].shape[1])
+
+    hooks = [layer.register_forward_hook(see) for layer in backbone.text_model.layers]
+    try:
+        yield columns
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def flops_of(work: Callable[[], object]) -> int:
+    """FLOPs of ``work``, as torch counts them."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        work()
+    return counter.get_total_flops()
 
 
 @pytest.fixture(params=["eager", "sdpa"])
