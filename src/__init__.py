@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
 
+sys.path.insert(0, str(HERE))
 import glimpseprune  # noqa: E402
+
+sys.path.remove(str(HERE))  # or src/evaluate.py would stand in for a library called evaluate
 
 if Path(glimpseprune.__file__).resolve().parent != HERE / "glimpseprune":
     raise ImportError(

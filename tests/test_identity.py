@@ -48,3 +48,8 @@ def test_a_second_identity_is_refused(run, tmp_path, code, said):
 def test_both_names_of_a_command_are_one(run):
     code = "import src.train, glimpseprune.train; print(src.train.main is glimpseprune.train.main)"
     assert run("-c", code).stdout == "True\n"
+
+
+def test_shims_do_not_stand_in_for_libraries_of_their_names(run):
+    code = "import sys; before = list(sys.path); import src.evaluate; print(sys.path == before)"
+    assert run("-c", code).stdout == "True\n"
