@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.decoder import View
+from glimpseprune.decoder import View, approach, rows, start
+from glimpseprune.rollout import prefilled
 from glimpseprune.types import Decision, Encoded, Prefill, Stop
 
 
@@ -74,6 +75,17 @@ class Replay:
         return Decision(decision.keep, decision.merge)
 
 
+@torch.no_grad()
+def rolled_out(backbone: LVLM, encoded: Encoded, pruner: Any, row: Tensor, keep: Tensor | None) -> list[Taken]:
+    """The decisions of one rollout of prompt ``row`` [1]; the first one is ``keep`` [1, S], if that is given."""
+    witness, state = Witness(pruner), approach(backbone, start(encoded), pruner)
+    prefilled(backbone, encoded, witness, state, row, keep)
+    if keep is None:
+        return witness.taken
+    stop = pruner.stops[0] if pruner.stops else Stop(0)
+    return [Taken.at(stop, rows(state, row), keep, encoded.mask.shape[1]), *witness.taken]
+
+
 @dataclass
 class Masked:
     """What one forward over all columns saw and made."""
@@ -85,7 +97,6 @@ class Masked:
     positions: Tensor  # [R, S] or [3, R, S], after the last decision
 
 
-@torch.no_grad()
 def masked(backbone: LVLM, encoded: Encoded, row: Tensor, taken: Sequence[Taken], extra: Tensor) -> Masked:
     """Prompts ``row`` [R] of ``encoded`` with decisions ``taken`` on them, and behind them ``extra`` [R, T, D]."""
     layers, size, count = backbone.num_layers, encoded.mask.shape[1], extra.shape[1]

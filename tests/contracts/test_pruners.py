@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, prompt, prompts
-from contracts._masked import Replay, Taken, Witness, masked
+from contracts._masked import Replay, Witness, masked, rolled_out
 from contracts._methods import METHODS
 from glimpseprune import cost, pruners
 from glimpseprune.backbones import LVLM
@@ -448,15 +448,12 @@ def test_sampled_masks_are_masks(name, on) -> None:
     found, entropy = score(backbone, prefilled(backbone, encoded, pruner, branch(state), index, keep), tokens, mask)
     size = encoded.mask.shape[1]
     for each in range(len(index)):
-        one, witness = slice(each, each + 1), Witness(pruner)
-        row = index[one]
-        ready = prefilled(backbone, encoded, witness, branch(state), row, keep[one])
-        first = Taken.at(pruner.stops[0] if pruner.stops else Stop(0), rows(state, row), keep[one], size)
-        length = int(mask[each].sum())
+        one = slice(each, each + 1)
+        taken, length = rolled_out(backbone, encoded, pruner, index[one], keep[one]), int(mask[each].sum())
         behind = backbone.embed(tokens[one, : length - 1])
-        logits = backbone.logits(masked(backbone, encoded, row, [first, *witness.taken], behind).hidden[:, size - 1 :])
+        logits = backbone.logits(masked(backbone, encoded, index[one], taken, behind).hidden[:, size - 1 :])
         expected = logits.log_softmax(-1)
-        assert torch.equal(ready.row, row) and len(ready.trace) == 1 + max(1, len(pruner.stops))
+        assert len(taken) == max(1, len(pruner.stops))
         torch.testing.assert_close(found[one, :length], expected.gather(2, tokens[one, :length, None])[..., 0], **EXACT)
         torch.testing.assert_close(entropy[one, :length], -(expected.exp() * expected).sum(-1), **EXACT)
 
