@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from conftest import TINY, prompts
+from conftest import PICTURES, TINY, prompts
 from glimpseprune.config import UserError
 from glimpseprune.decoder import prefill
 from glimpseprune.generate import generate, kept
@@ -60,6 +60,17 @@ def test_random_depends_on_its_seed(tiny) -> None:
     masks = [kept(encoded, prefill(tiny, encoded, build("random", {"keep": 0.5, "seed": s}, tiny))) for s in (0, 0, 1)]
     assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[1]))
     assert not all(torch.equal(a, b) for a, b in zip(masks[0], masks[2]))
+
+
+def test_random_differs_between_prompts_and_not_between_batches(tiny) -> None:
+    """The same images and equally many tokens, but another question."""
+    questions, images = ["why?", "who?", "why?"], [PICTURES[1]] * 3
+    pruner = build("random", {"keep": 0.5}, tiny)
+    encoded = tiny.encode(tiny.prepare(questions, images))
+    first, other, again = kept(encoded, prefill(tiny, encoded, pruner))
+    assert not torch.equal(first, other) and torch.equal(first, again)
+    encoded = tiny.encode(tiny.prepare(["a longer question, so that there is padding", questions[1]], images[:2]))
+    assert torch.equal(kept(encoded, prefill(tiny, encoded, pruner))[1], other)
 
 
 def test_bad_random_options(tiny) -> None:
