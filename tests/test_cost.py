@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     CLIPVisionConfig,
@@ -14,8 +15,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from conftest import TINY, prompt
+from contracts._masked import Replay, Witness
+from contracts._methods import METHODS
 from glimpseprune import backbones, cost
 from glimpseprune.cost import Step, Vip
+from glimpseprune.decoder import prefill, see
 from glimpseprune.types import Layout
 from glimpseprune.vip import VIP
 
@@ -89,6 +94,32 @@ def test_llava_against_torch():
     assert flops.tower == counts["model.vision_tower"]
     assert flops.projector == counts["model.multi_modal_projector"]
     assert flops.lm_head == counts["lm_head"]
+
+
+@pytest.mark.parametrize("on", sorted(TINY))
+@pytest.mark.parametrize("name", ["staged", "mixed", "merging"])
+@torch.no_grad()
+def test_a_staged_prefill_against_torch(name, on):
+    """What several decisions left to each layer, from the trace; two images."""
+    backbone = TINY[on]("eager")
+    pruner, inputs = METHODS[name].Pruner(backbone, METHODS[name].Options()), prompt(backbone, 1)
+    witness, encoded = Witness(pruner), see(backbone, pruner, inputs)
+    state = prefill(backbone, encoded, witness)
+
+    def total(work) -> int:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            work()
+        return counter.get_total_flops()
+
+    steps = cost.steps_of(state.trace, 0)
+    assert len(steps) == 1 + len(pruner.stops) and len({step.kept for step in steps}) == len(steps)
+    decisions, spans = sum(step.flops for step in steps), cost.spans(backbone.num_layers, steps)
+    text = int(encoded.mask.sum()) - encoded.counts[0]
+    flops = cost.prefill_flops(backbone.shapes, text, encoded.layouts[0], spans, decisions)
+    assert flops.decoder == total(lambda: prefill(backbone, encoded, Replay(witness)))
+    assert flops.tower + flops.projector == total(lambda: backbone.encode(inputs))
+    assert flops.lm_head == total(lambda: backbone.logits(state.hidden[:, -1]))
+    assert flops.total == cost.account(backbone.shapes, text, encoded.layouts[0], steps).flops
 
 
 def test_decoding_against_torch():

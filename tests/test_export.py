@@ -17,7 +17,8 @@ from conftest import TINY, prompts
 from glimpseprune import checkpoint, config, export
 from glimpseprune.backbones.qwen2_5_vl import load_processor
 from glimpseprune.options import TrainConfig
-from test_evaluate import data, save_run, scored  # noqa: F401  (data is a fixture)
+from glimpseprune.pruners import build
+from test_evaluate import OPTIONS, data, save_run, scored  # noqa: F401  (data is a fixture)
 
 
 def exported(ckpt: str, out: Path, *args: str) -> Path:
@@ -55,15 +56,17 @@ def test_round_trip(trained, tiny_folder, tmp_path, monkeypatch):
     assert any(0 < mask.float().mean() < 1 for mask in masks)
 
 
-def test_folder_holds_no_trace_of_how_it_was_made(tiny_folder, tmp_path):
-    run = save_run(tmp_path / "run", tiny_folder, 4, stage="grpo", init_from="gone", trained="lora")
+@pytest.mark.parametrize("trained", ["lora", "decoder"])
+def test_folder_holds_no_trace_of_how_it_was_made(trained, tiny_folder, tmp_path):
+    run = save_run(tmp_path / "run", tiny_folder, 4, stage="grpo", init_from="gone", trained=trained)
     out = exported(run, tmp_path / "out")
     texts = [path.read_text() for path in out.iterdir() if path.suffix in (".json", ".jinja", ".yaml")]
     assert not any("probed_" in text or "windows_like" in text or tiny_folder in text for text in texts)
     base = load_file(f"{tiny_folder}/model.safetensors")
     merged = load_file(out / "model.safetensors")
     assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in base.items()}
-    assert not any(name.startswith("lvlm.") for name in load_file(out / "trainable.safetensors"))
+    pruner = build("glimpse", OPTIONS, TINY["qwen2_5_vl"]())
+    assert load_file(out / "trainable.safetensors").keys() == pruner.state_dict().keys()  # and nothing of the LVLM
     saved = config.read(TrainConfig, out / "config.yaml")
     assert saved.backbone.path == "." and saved.lora is None and saved.init_from is None
     ours, theirs = load_processor(out), load_processor(tiny_folder)

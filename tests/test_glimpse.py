@@ -1,16 +1,29 @@
-"""The glimpse's start as a copy of a token: it sees exactly what that token would see in its place."""
+"""The glimpse: what it keeps by its logits, its options, published checkpoints, and its start as a copy of a token."""
 
 import pytest
 import torch
 
-from conftest import TINY, prompts
+from conftest import TINY, prompt, prompts
 from glimpseprune import attention
 from glimpseprune.config import UserError
-from glimpseprune.decoder import View, append, branch, run_layers, start
-from glimpseprune.pruners import build
+from glimpseprune.decoder import View, append, approach, branch, run_layers, start
+from glimpseprune.generate import generate
+from glimpseprune.pruners import build, glimpse
 from glimpseprune.types import Needs
 
 OPTIONS = {"prune_layer": 0, "probe_layers": [0], "vision_layers": [0], "width": 16, "cond_width": 16, "num_heads": 2}
+VIP = {"width": 16, "cond_width": 8, "num_heads": 2}
+
+
+@pytest.fixture(params=sorted(TINY))
+def tiny(request):
+    return TINY[request.param]()
+
+
+@torch.no_grad()
+def view_of(backbone, pruner, inputs) -> View:
+    encoded = backbone.encode(inputs, pruner.needs)
+    return View(approach(backbone, start(encoded), pruner), encoded, backbone, pruner.stops[0])
 
 
 def test_a_copied_token_sees_what_the_token_sees():
@@ -35,3 +48,154 @@ def test_a_copied_token_sees_what_the_token_sees():
 def test_init_token_must_be_in_the_vocabulary(text):
     with pytest.raises(UserError, match="init_token"):
         build("glimpse", OPTIONS | {"init_token": text}, TINY["qwen2_5_vl"]())
+
+
+LOGITS = torch.tensor([2.0, -1.0, 0.5, -3.0, 0.0] + [-5.0, -4.0, 9.0])  # two rows, of 5 and 3 tokens
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [[0, 2], [2]]),  # sigmoid(0) is not above .5
+        ({"threshold": 0.2}, [[0, 1, 2, 4], [2]]),
+        ({"threshold": 1.0}, [[0], [2]]),
+        ({"threshold": 1.0, "min_keep": 0}, [[], []]),
+        ({"threshold": 0.0, "max_keep": 0.5}, [[0, 2], [2]]),  # floor(2.5), floor(1.5)
+        ({"threshold": 0.0, "max_keep": 0.1, "min_keep": 3}, [[0, 2, 4], [0, 1, 2]]),  # the minimum wins
+        ({"max_keep": 0.4}, [[0, 2], [2]]),  # two of five is not more than .4
+        ({"max_keep": 0.0, "min_keep": 0}, [[], []]),
+        ({"min_keep": 3}, [[0, 2, 4], [0, 1, 2]]),
+    ],
+)
+def test_chosen(settings, expected) -> None:
+    keep = glimpse.chosen(LOGITS, [5, 3], **settings)
+    assert [row.nonzero().flatten().tolist() for row in keep.split([5, 3])] == expected
+
+
+def test_max_keep_is_compared_as_a_fraction() -> None:
+    logits = torch.linspace(1, -1, 100)
+    keep = glimpse.chosen(logits, [100], threshold=float(logits.sigmoid()[29]), max_keep=0.29)
+    assert int(keep.sum()) == 29  # though .29 * 100 < 29 in floating point
+
+
+def test_min_keep_above_the_number_of_tokens(tiny) -> None:
+    with pytest.raises(UserError, match="min_keep is 4 but a prompt has only 3 visual tokens"):
+        glimpse.chosen(LOGITS, [5, 3], min_keep=4)
+    pruner = build("glimpse", {"vision_layers": (1,), "min_keep": 999, **VIP}, tiny)
+    with pytest.raises(UserError, match="min_keep is 999"):
+        generate(tiny, pruner, prompts(tiny), max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"probe_layers": (2,), "prune_layer": 1}, r"probe_layers=\[2\]: the glimpse runs through layers 0 to 1"),
+        ({"probe_layers": ()}, "at least one layer"),
+        ({"vision_layers": ()}, "at least one layer"),
+        ({"probe": "softmax"}, "choices are logits, log_softmax"),
+        ({"max_keep": 1.5}, "fraction from 0 to 1"),
+        ({"num_heads": 5}, "5 heads"),
+    ],
+)
+def test_glimpse_options_that_do_not_fit(tiny, wrong, message) -> None:
+    with pytest.raises(UserError, match=message):
+        build("glimpse", {"vision_layers": (1,), **VIP, **wrong}, tiny)
+
+
+def test_windows_need_a_tower_that_has_them() -> None:
+    with pytest.raises(UserError, match="no windows"):
+        build("glimpse", {"vision_layers": (1,), "window": True, **VIP}, TINY["llava1_5"]())
+    backbone = TINY["qwen2_5_vl"]()
+    masks = []
+    for window in (False, True):
+        torch.manual_seed(0)
+        pruner = build("glimpse", {"vision_layers": (1,), "window": window, **VIP}, backbone).eval()
+        masks.append(pruner.logits(view_of(backbone, pruner, prompt(backbone))))
+    assert pruner.window == 4 and not torch.allclose(*masks)
+
+
+def test_logit_cap_and_bias(tiny) -> None:
+    settings = {"vision_layers": (1,), **VIP}
+    torch.manual_seed(0)
+    plain = build("glimpse", settings, tiny).eval()
+    torch.manual_seed(0)
+    capped = build("glimpse", settings | {"logit_cap": 0.5}, tiny).eval()
+    view = view_of(tiny, plain, prompts(tiny))
+    with torch.no_grad():
+        torch.testing.assert_close(capped.logits(view), 0.5 * torch.tanh(plain.logits(view) / 0.5))
+    assert build("glimpse", settings | {"init_bias": -2.0}, tiny).vip.attn_out_projs["0"].bias.item() == -2.0
+
+
+def test_deep_supervision_gives_one_output_per_block(tiny) -> None:
+    pruner = build("glimpse", {"vision_layers": (1, 2, 1), "deep_supervision": True, **VIP}, tiny).eval()
+    view = view_of(tiny, pruner, prompts(tiny))
+    logits = pruner.all_logits(view)
+    assert logits.shape == (3, sum(view.encoded.counts))
+    assert torch.equal(pruner.logits(view), logits[-1])
+
+
+def test_dropout_acts_in_training_only(tiny) -> None:
+    pruner = build("glimpse", {"vision_layers": (1,), "dropout": 0.5, **VIP}, tiny)
+    assert torch.equal(pruner.eval().glimpse(), pruner.glimpse())
+    assert not torch.equal(pruner.train().glimpse(), pruner.glimpse())
+
+
+PUBLISHED = {
+    "num_hidden_layers": 4,
+    "le_layers": [0, 1, 2, 3],
+    "le_length": 1,
+    "le_dropout_prob": 0.1,
+    "reduce_layer": 2,
+    "selected_layers": [1, 2],
+    "selected_visual_layers": [2, 1],
+    "reduce_threshold": 0.4,
+    "max_remain_ratio": 0.5,
+    "min_remain_num": 2,
+    "attn_fuse_type": "AttnFuserV1",
+    "attn_fuse_size": 16,
+    "visual_cond_size": 8,
+    "attn_fuse_num_heads": 2,
+    "use_attention_logits": False,
+    "deep_supervision": False,
+}
+
+
+def test_published_checkpoints_are_understood(tiny) -> None:
+    read = glimpse.options_from_published(PUBLISHED)
+    assert read == glimpse.Options(
+        prune_layer=2,
+        probe_layers=(1, 2),
+        vision_layers=(2, 1),
+        threshold=0.4,
+        max_keep=0.5,
+        min_keep=2,
+        width=16,
+        cond_width=8,
+        num_heads=2,
+        dropout=0.1,
+        probe="log_softmax",
+    )
+    assert glimpse.options_from_published(PUBLISHED | {"attn_fuse_global": False}).window
+    source = build("glimpse", read, tiny)
+    state = {
+        "attn_fuser": source.vip.state_dict(),
+        "learnable_embeddings": source.glimpse.embeddings.detach(),
+        "le_proj": source.glimpse.proj.state_dict(),
+        "le_norm": source.glimpse.norm.state_dict(),
+    }
+    target = build("glimpse", read, tiny)
+    target.load_state_dict(glimpse.state_from_published(state))
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value), name
+    del state["le_norm"]
+    with pytest.raises(UserError, match="no 'le_norm'"):
+        glimpse.state_from_published(state)
+
+
+def test_published_settings_that_we_do_not_have() -> None:
+    with pytest.raises(UserError, match="attn_fuse_type=AttnFuserV2 is not supported"):
+        glimpse.options_from_published(PUBLISHED | {"attn_fuse_type": "AttnFuserV2"})
+    with pytest.raises(UserError, match="le_layers"):
+        glimpse.options_from_published(PUBLISHED | {"le_layers": [0]})
+    with pytest.raises(UserError, match="it has no reduce_layer"):
+        glimpse.options_from_published({key: value for key, value in PUBLISHED.items() if key != "reduce_layer"})

@@ -22,7 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from conftest import TINY, picture, prompts
-from glimpseprune import checkpoint, config, lora, losses, train
+from contracts._masked import masked, rolled_out
+from contracts._methods import METHODS
+from glimpseprune import checkpoint, config, decoder, lora, losses, train
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
@@ -102,7 +104,8 @@ def stage(
     """A module on a copy of a tiny backbone, and a batch of three prompts. ``rewards(completions) -> values``."""
     backbone = copy.deepcopy(backbone or TINY["qwen2_5_vl"]())
     torch.manual_seed(1)
-    method = build(pruner, PRUNERS[pruner], backbone)
+    given, kind = PRUNERS.get(pruner, {}), METHODS.get(pruner)
+    method = build(pruner, given, backbone) if kind is None else kind.Pruner(backbone, kind.Options()).eval()
     options = LoraOptions(rank=4, alpha=8, first_layer=first_layer) if adapted else None
     if options is not None:
         lora.inject(backbone, options, method.stops[0].depth)
@@ -111,7 +114,7 @@ def stage(
         out="",
         stage="grpo",
         backbone=BackboneOptions(path=""),
-        pruner=PrunerOptions(pruner, PRUNERS[pruner]),
+        pruner=PrunerOptions(pruner, given),
         data=DataOptions(path=""),
         train=list(train),
         lora=options,
@@ -273,10 +276,10 @@ def test_gradient_does_not_depend_on_micro_batches(loss_type) -> None:
     assert logs[0]["train/clip_ratio/region_mean"] > 0 and logs[0]["train/kl"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_vision_of_few_prompts_at_a_time_is_that_of_all(name) -> None:
+@pytest.mark.parametrize(("name", "pruner"), [*((name, "glimpse") for name in sorted(TINY)), ("qwen2_5_vl", "coarse")])
+def test_vision_of_few_prompts_at_a_time_is_that_of_all(name, pruner) -> None:
     """One of them has two images; a micro-batch encodes only its own."""
-    module, inputs = stage(TINY[name]("sdpa"), train=["vision", "lora"])
+    module, inputs = stage(TINY[name]("sdpa"), train=["vision", "lora"], pruner=pruner)
     batch = drift(collect(module, inputs))
     found = []
     for size in (1, 100):
@@ -353,6 +356,40 @@ def test_gradient_is_that_of_a_naive_implementation(name, attn) -> None:
     naive = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     same(ours, naive, atol=1e-4 * max(float(value.norm()) for value in naive.values()), rtol=0)
     assert max(float(value.abs().max()) for value in naive.values()) > 1e-3
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("first_layer", [None, 0], ids=["above K", "all layers"])
+def test_any_method_is_reinforced(name, first_layer) -> None:
+    """Staged, merging, numbering anew, keeping earlier K/V, looking before the tower: log-probabilities and gradient
+    are those of one masked forward per rollout, and an update moves them."""
+    module, inputs = stage(pruner=name, train=["lora"], first_layer=first_layer, loss_type="grpo")
+    backbone, pruner, seen = module.backbone, module.pruner, {}
+    batch = collect(module, inputs)
+    ours, actions = gradients(module, batch), batch.actions
+    module.zero_grad(set_to_none=True)
+    for i, row in enumerate(actions.index.tolist()):
+        prompt = backbone.prepare([SAMPLES[row].question], [SAMPLES[row].images])
+        encoded, first = decoder.see(backbone, pruner, prompt), torch.zeros(1, dtype=torch.long)
+        keep = actions.keep[i : i + 1, -encoded.mask.shape[1] :] if module.replays_keep else None
+        taken, own = rolled_out(backbone, encoded, pruner, first, keep), actions.tokens[i, actions.mask[i]]
+        hidden = masked(backbone, encoded, first, taken, backbone.embed(own[None, :-1])).hidden
+        logits = backbone.logits(hidden[0, -len(own) :]) / module.config.grpo.temperature
+        log_probs = logits.log_softmax(-1).gather(1, own[:, None])[:, 0]
+        torch.testing.assert_close(log_probs.detach(), actions.log_probs[i, : len(own)], atol=2e-5, rtol=1e-4)
+        (-(batch.advantages[i] * (log_probs - log_probs.detach()).exp()).mean() / len(actions.index)).backward()
+    naive = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    if not any(decision.merged is not None for decision in taken):  # which the oracle writes down as constants
+        same(ours, naive, atol=1e-4 * max(float(value.norm()) for value in naive.values()), rtol=0)
+    assert max(float(value.abs().max()) for value in naive.values()) > 1e-3
+    step(module, batch)
+    said, _ = module.score(batch, actions.index, actions.keep, actions.tokens, actions.mask)
+    assert ((said - actions.log_probs)[actions.mask]).abs().max() > 1e-3
+    fresh = collect(module, inputs)
+    assert all(abs(ratio - 1) < 1e-5 for ratio in ratios_of_tokens(module, fresh))
+    module.tally, module.remember = seen.update, lambda _: None
+    module.validation_step(inputs, 0)
+    assert seen["box_recall"][1] == len(SAMPLES)
 
 
 def test_mask_loss_is_reinforce_on_the_decisions() -> None:

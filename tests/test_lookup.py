@@ -7,8 +7,13 @@ import pytest
 from glimpseprune import lookup
 from glimpseprune.config import UserError
 
+CAT = """
+name = 'cat'
+def borrowed(prediction): return 1.0
+"""
 FUNCTIONS = """
 from os.path import join
+from zoo_of_lookup.cat import borrowed
 
 def metric(prediction, answers): return 1.0
 def summary(predictions): return {}
@@ -22,7 +27,7 @@ def package(tmp_path, monkeypatch):
     folder = tmp_path / "zoo_of_lookup"
     folder.mkdir()
     for name, text in {
-        "__init__": "", "cat": "name = 'cat'", "dog": "raise RuntimeError('not to be imported')", "_private": "",
+        "__init__": "", "cat": CAT, "dog": "raise RuntimeError('not to be imported')", "_private": "",
         "functions": FUNCTIONS, "broken": "import no_such_module_here",
     }.items():  # fmt: skip
         (folder / f"{name}.py").write_text(text)
@@ -57,3 +62,5 @@ def test_functions(package):
     assert lookup.function(module, "metric", "prediction")("a", []) == 1.0
     with pytest.raises(UserError, match="did you mean 'metric'"):
         lookup.function(module, "metrik", "prediction")
+    with pytest.raises(UserError, match="choices are metric$"):  # what a module imports is not its own
+        lookup.function(module, "borrowed", "prediction")

@@ -24,12 +24,12 @@ def inputs(total: int = N) -> tuple[torch.Tensor, list[torch.Tensor]]:
     return torch.randn(total, 6), [torch.randn(total, 10) for _ in range(2)]
 
 
-def dense(vip: VIP, probes, states, grids, window=None) -> torch.Tensor:
+def dense(vip: VIP, probes, states, grids, window=None, tokens=slice(None)) -> torch.Tensor:
     """Everything at once, with an N x N mask."""
-    ids = window_ids(grids, window)
+    ids = window_ids(grids, window)[tokens]
     same = ids[:, None] == ids
     angles = []
-    for row, col in grid_positions(grids).tolist():
+    for row, col in grid_positions(grids)[tokens].tolist():
         frequencies = [10000 ** (-2 * i / 6) for i in range(3)]  # 12 channels a head: 3 for rows, 3 for columns
         angles.append([row * f for f in frequencies] + [col * f for f in frequencies])
     angles = torch.tensor(angles)[:, None]  # [N, 1, 6]
@@ -67,6 +67,19 @@ def test_images_do_not_see_each_other(vip) -> None:
     probes, states = inputs()
     alone = vip(probes[12:16], [state[12:16] for state in states], GRIDS[1:2])
     torch.testing.assert_close(vip(probes, states, GRIDS)[:, 12:16], alone)
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_rows_of_what_is_left_do_not_see_each_other(vip, window) -> None:
+    """Some tokens have gone; one prompt goes on in two rows, with others left in each."""
+    parts = [torch.tensor([0, 1, 5, 11, 13, 16, 27]), torch.tensor([2, 5, 14, 15, 20]), torch.tensor([18, 22])]
+    tokens, rows = torch.cat(parts), torch.arange(3).repeat_interleave(torch.tensor([len(part) for part in parts]))
+    probes, states = inputs(len(tokens))
+    found = vip(probes, states, GRIDS, window, tokens, rows)
+    for row, part in enumerate(parts):
+        own = rows == row
+        expected = dense(vip, probes[own], [state[own] for state in states], GRIDS, window, part)
+        torch.testing.assert_close(found[:, own], expected)
 
 
 def test_gradients_reach_every_parameter(vip) -> None:

@@ -15,6 +15,7 @@ import copy
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -38,21 +39,30 @@ class View:
     backbone: Backbone
     stop: Stop | None = None
 
-    @property
+    @cached_property
     def tokens(self) -> Tensor:
-        """[N'] places of the tokens that are left, among all N that the tower made."""
+        """[N'] places of the tokens that are left, among all N that the tower made; a prompt's come again for each
+        row that continues it."""
         visual = self.encoded.visual
         place = (visual.flatten().cumsum(0) - 1).view(visual.shape)[self.state.row]  # [B, S]
         return place.gather(1, self.state.source)[self.state.visual]
+
+    @property
+    def rows(self) -> Tensor:
+        """[N'] the row that each of them is in."""
+        return self.state.visual.nonzero()[:, 0]
 
     def pick(self, x: Tensor) -> Tensor:
         """[N, ...] -> [N', ...]: of the tokens that are left."""
         return x if self.untouched else x[self.tokens]
 
-    @property
+    @cached_property
     def untouched(self) -> bool:
-        """Whether every row still has all its visual tokens, as encoded."""
-        return len(self.state.trace) == 1 and len(self.state.mask) == len(self.encoded.mask)
+        """Whether rows are those that were encoded, in their order, and have all their visual tokens."""
+        state, batch = self.state, len(self.encoded.mask)
+        if len(state.trace) > 1 or len(state.mask) != batch:
+            return False
+        return torch.equal(state.row, torch.arange(batch, device=state.row.device))
 
     @property
     def counts(self) -> list[int]:

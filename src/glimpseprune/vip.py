@@ -62,6 +62,7 @@ class VIP(nn.Module):
         grids: Sequence[Grid],
         window: int | None = None,
         tokens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Keep logits, one row per output, the last one counts.
 
@@ -71,6 +72,7 @@ class VIP(nn.Module):
             grids: rows and columns of each image.
             window: attend within windows of this side (the vision tower's), not within whole images.
             tokens: [N] places of the tokens in ``grids``, where some of them have been dropped before.
+            rows: [N] then what each of them belongs to, since a prompt may go on in several rows.
 
         Returns:
             [1, N], or [blocks, N] under deep supervision.
@@ -78,7 +80,8 @@ class VIP(nn.Module):
         dtype = self.attn_in_proj.weight.dtype
         places, ids = (t.to(probes.device) for t in (grid_positions(grids), window_ids(grids, window)))
         if tokens is not None:
-            places, ids = places[tokens], ids[tokens].unique(return_inverse=True)[1]
+            own = ids[tokens] + rows * len(ids)  # there are no more segments than tokens
+            places, ids = places[tokens], own.unique(return_inverse=True)[1]
         rope, segments = rope_2d(places, self.head_width), Segments(ids)  # [N, 1, e] each
         x = self.attn_in_proj(probes.to(dtype)).to(dtype)  # [N, F]; the residual stream keeps its precision
         logits = []

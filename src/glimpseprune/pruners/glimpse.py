@@ -203,8 +203,8 @@ class Pruner(nn.Module):
     def _predict(self, view: View, probe: Tensor) -> Tensor:
         states = [view.pick(view.encoded.states[layer]) for layer in self.vision_layers]
         grids = [grid for row in view.encoded.grids for grid in row]
-        tokens = None if view.untouched else view.tokens
-        logits = self.vip(probe, states, grids, self.window, tokens).float()  # [outputs, N]
+        left = () if view.untouched else (view.tokens, view.rows)
+        logits = self.vip(probe, states, grids, self.window, *left).float()  # [outputs, N]
         cap = self.options.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..backbones import LVLM
-from ..config import UserError, option
-from ..cost import peek_flops
-from ..decoder import View, peek
-from ..types import Decision, Needs, Stop
-from ._columns import at_columns, require_fraction, require_minimum, top
+from glimpseprune.backbones import LVLM
+from glimpseprune.config import UserError, option
+from glimpseprune.cost import peek_flops
+from glimpseprune.decoder import View, peek
+from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum, top
+from glimpseprune.types import Decision, Needs, Stop
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning as L
@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from glimpseprune import decoder, lora, pruners
 from glimpseprune.config import UserError
+from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
 from glimpseprune.options import TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.running.strategies import Zero
-from glimpseprune.types import Encoded, Inputs, Prefill, Rollout
+from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout
 
 PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
 
@@ -94,7 +95,19 @@ class StageModule(L.LightningModule):
     def prompt(self, inputs: Inputs) -> tuple[Encoded, Prefill]:
         """The batch of prompts, encoded and run to the pruner's first stop."""
         encoded = decoder.see(self.backbone, self.pruner, inputs.prompt, inputs.targets)
+        if hasattr(self.pruner, "look") and inputs.targets:
+            encoded.targets = list(self.targets(inputs, encoded.layouts).split(encoded.counts))
         return encoded, decoder.approach(self.backbone, decoder.start(encoded), self.pruner)
+
+    def targets(self, inputs: Inputs, layouts: Sequence[Sequence[Layout]]) -> Tensor | None:
+        """Visual tokens under an evidence box, [N], of images that lie as ``layouts`` say: a look before the tower may
+        have made others of them than the collator knew."""
+        if not inputs.targets:
+            return None
+        rows = inputs.targets
+        if hasattr(self.pruner, "look"):
+            rows = [sample_targets(sample, row) for sample, row in zip(inputs.samples, layouts)]
+        return torch.cat(rows).to(self.backbone.device)
 
     def view(self, encoded: Encoded, state: Prefill) -> View:
         return View(state, encoded, self.backbone, self.pruner.stops[0] if self.pruner.stops else None)

@@ -108,7 +108,7 @@ class GlimpseModule(StageModule):
             target = config.target - others
             push = losses.pressure(logits.sigmoid(), counts, config.pressure_kind, target)
             terms["pressure"] = config.pressure * ramp, push
-        targets = torch.cat(inputs.targets).to(logits.device) if inputs.targets else None
+        targets = self.targets(inputs, shared.encoded.layouts)
         if config.mask:
             boxed = losses.mask_loss(shared.logits, targets, counts, dice=config.dice, bce=config.bce)
             terms["mask"] = config.mask, boxed
@@ -160,7 +160,7 @@ class GlimpseModule(StageModule):
             "accuracy_full": ((full.argmax(-1) == ids) | ~mask).all(1).float()[real],
             "keep_ratio": torch.stack([row.float().mean() for row in keep.split(counts)])[real],
         }
-        targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
+        targets = self.targets(inputs, shared.encoded.layouts)
         values |= mask_values(keep, targets, inputs, counts)
         scores = {name: (each.mean(), len(each)) for name, each in values.items()}
         self.tally(scores | {"kl": (losses.kl(full, pruned, tokens), int(tokens.sum()))})

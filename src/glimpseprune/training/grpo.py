@@ -349,7 +349,8 @@ class GRPOModule(StageModule):
             else:
                 start = decoder.rows(decoder.start(encoded), places)
             state = decoder.approach(self.backbone, start, self.pruner)
-        given = keep if self.replays_keep else None
+        # Looked at without the longest of the others, prompts may have less padding on their left.
+        given = keep[:, -state.mask.shape[1] :] if self.replays_keep else None
         prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
         return score(self.backbone, prompts, tokens, mask, self.config.grpo.temperature)
 
@@ -420,7 +421,7 @@ class GRPOModule(StageModule):
         if logits is not None:
             keep = self.pruner.mask(logits, encoded.counts)
             metrics["keep_ratio/greedy"] = torch.stack([x.float().mean() for x in keep.split(encoded.counts)]).mean()
-            targets = torch.cat(inputs.targets).to(keep.device) if inputs.targets else None
+            targets = self.targets(inputs, encoded.layouts)
             scores = mask_scores(keep, targets, inputs, encoded.counts)
             metrics |= {name: scores[name] for name in ("box_recall", "box_iou") if name in scores}
         shown = ("reward", "keep_ratio/sampled")
@@ -446,8 +447,8 @@ class GRPOModule(StageModule):
             "score": scores.total[scores.valid & real],
             "keep_ratio": torch.stack([keep.float().mean() for keep in rollout.keep]).cpu()[real],
         }
-        targets = torch.cat(inputs.targets).cpu() if inputs.targets else None
-        keep = torch.cat(rollout.keep).cpu()
+        targets = self.targets(inputs, rollout.layouts)
+        keep = torch.cat(rollout.keep)
         values |= mask_values(keep, targets, inputs, [len(row) for row in rollout.keep])
         self.tally({name: (each.mean(), len(each)) for name, each in values.items()})
         self.remember(inputs)
