@@ -54,6 +54,7 @@ class Backbone(LVLM):
         super().__init__(model, processor)
         tower = model.model.vision_tower
         self.tower = getattr(tower, "vision_model", tower)
+        self.projector = model.model.multi_modal_projector
         layers = model.config.vision_config.num_hidden_layers
         self.vision_layers = range(1, layers + 1)
         self.feature_layer = range(layers + 1)[model.config.vision_feature_layer]
