@@ -54,7 +54,6 @@ class Backbone(LVLM):
         super().__init__(model, processor)
         tower = model.model.vision_tower
         self.tower = getattr(tower, "vision_model", tower)
-        self.projector = model.model.multi_modal_projector
         layers = model.config.vision_config.num_hidden_layers
         self.vision_layers = range(1, layers + 1)
         self.feature_layer = range(layers + 1)[model.config.vision_feature_layer]
@@ -123,6 +122,10 @@ class Backbone(LVLM):
             num_additional_image_tokens=1,
         )
         return cls(_tiny.randomise(LlavaForConditionalGeneration(config), seed), processor)
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.model.multi_modal_projector
 
     @staticmethod
     def describe(config: PreTrainedConfig) -> cost.Shapes:
