@@ -45,12 +45,14 @@ def naive(features: Tensor, number: int) -> list[bool]:
 @torch.no_grad()
 @pytest.mark.parametrize("keep", [0.1, 0.4, 1.0])
 def test_decisions_are_those_of_loops(backbone, keep) -> None:
-    """Row by row, each over all its images."""
+    """Row by row, each over all its images. Which of several exactly equal tokens (newlines) comes first is open."""
     encoded = backbone.encode(prompts(backbone))
     state = decide(backbone, encoded, start(encoded), build("divprune", {"keep": keep}, backbone))
     for row, chosen in enumerate(kept(encoded, state)):
         features = encoded.embeds[row][encoded.visual[row]]
-        assert chosen.tolist() == naive(features, max(1, round(keep * len(features))))
+        kind = features.unique(dim=0, return_inverse=True)[1]
+        expected = torch.tensor(naive(features, max(1, round(keep * len(features)))))
+        assert kind[chosen].sort()[0].tolist() == kind[expected].sort()[0].tolist()
         alone = backbone.encode(prompt(backbone, row))
         single = decide(backbone, alone, start(alone), build("divprune", {"keep": keep}, backbone))
         assert torch.equal(kept(alone, single)[0], chosen)

@@ -1,16 +1,18 @@
 """DivPrune: before the decoder, the visual tokens that are least alike stay: as far from each other as greed gets them.
 
-arXiv 2503.02175, in words and numbers; of the code (vbdi/divprune, README @a6889f7) only what it does was looked up.
-The distance of two tokens is 1 - cosine of their embeddings as the decoder gets them. First comes the token whose
-nearest neighbour is farthest, then, again and again, the one whose nearest chosen token is farthest; neither attention
-nor question plays a part. All visual tokens of a row are candidates, over all its images and with what is no cell of a
-picture, such as newlines, as published. So is the numbering: survivors get positions 0, 1, 2 ..., under M-RoPE on all
-axes alike, so that rows and columns of an image are lost; ``renumber=false`` leaves them theirs.
+arXiv 2503.02175v2; the default is that of vbdi/divprune's README @a6889f7, the rules were checked against a copy of its
+code (Sun-HR02/hr_div, LLaVA/llava/model/llava_arch.py @3d79e80), of which no line is used here. The distance of two
+tokens is 1 - cosine of their embeddings as the decoder gets them. First comes the token whose nearest neighbour is
+farthest, then, again and again, the one whose nearest chosen token is farthest; neither attention nor question plays a
+part. All visual tokens of a row are candidates, over all its images and with what is no cell of a picture, such as
+newlines, as published. So is the numbering: survivors get positions 0, 1, 2 ..., under M-RoPE on all axes alike, so
+that rows and columns of an image are lost; ``renumber=false`` leaves them theirs.
 
-Otherwise than published: a token is chosen once (there exact duplicates of it may be), each row of a batch for itself
-(there: row 0), in float32 (there: the model's own precision); of equals the first. The paper calls greed exact; it gets
-at least half of the largest possible least distance. Nearest neighbours are found a few rows at a time, and each choice
-costs one product with all tokens: time and FLOPs of N x N for the first and of T x N for T choices, memory of neither.
+Otherwise than published: no token is chosen twice (there one with an exact duplicate may be), each row of a batch is
+chosen for by itself (there: row 0), in float32 (there: the model's own precision). Which of several equal tokens comes
+first is open, here as there. The paper calls greed exact; it gets at least half of the largest possible least angle.
+Nearest neighbours are found a few rows at a time, and each choice is one product with all tokens: the FLOPs of N x N
+pairs for the first token and of T x N for T of them, the memory of neither.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """VisionZip: before the decoder, the tokens that the vision tower attends to stay, and the rest is merged into a few.
 
-arXiv 2412.04467, checked against HVision-NKU/GlimpsePrune qwen2_5vl_visionzip.py @210b56d, from which the fractions
-are (per image; the official repository is in part not public at a commit, copies of its main branch agree:
-W1nd55/VisionZip-exp clip_encoder.py @1553817). Of each image, for itself:
+arXiv 2412.04467, checked against copies of the official code (W1nd55/VisionZip-exp, clip_encoder.py @1553817;
+jsilvcast/VisionZip, qwen2_5vl_visionzip.py @68993a3) and, for choosing per image and the default fractions, against
+HVision-NKU/GlimpsePrune's port to Qwen2.5-VL @210b56d. Of each image, for itself:
 
 1. *Dominant* tokens are those that receive most attention in the layer whose output becomes the visual tokens: from the
    class token where there is one, else from all queries. They stay as they are.
@@ -85,7 +85,7 @@ class Pruner(nn.Module):
 
     @torch.no_grad()
     def choose(self, view: View) -> tuple[Tensor, Merging, list[int]]:
-        """Which tokens stay, bool [N'], what is merged into them, and the FLOPs of both for each row."""
+        """Which tokens stay, bool [N'], what is merged into them, and the FLOPs of it all for each row."""
         encoded = view.encoded
         cell, sizes = cells(view)
         every = [size for row in sizes for size in row]  # one per image, as what follows
@@ -96,14 +96,14 @@ class Pruner(nn.Module):
         rest = (cell & ~dominant).nonzero()[:, 0].split([n - number for n, (number, _) in zip(pictured, numbers)])
         keys = view.pick(encoded.keys[self.layer]).float().mean(1)  # [N', d]
         merging = assign(directions(keys), rest, [number for _, number in numbers])
-
-        shapes, flops = view.backbone.shapes, []
-        linear = 0 if view.backbone.projector is None else sum(2 * wide * out for wide, out in shapes.projector)
-        zipped = (c * (2 * keys.shape[1] * (n - d - c) + linear) for n, (d, c) in zip(pictured, numbers))
-        for row, own in zip(view.state.row.tolist(), sizes):
-            grids = [grid for layout in encoded.layouts[row] for grid in layout.encoded]
-            flops.append(attention_flops(shapes.tower, grids, self.layer) + sum(islice(zipped, len(own))))
+        merged = iter([merge_flops(view.backbone, keys.shape[1], n - d, c) for n, (d, c) in zip(pictured, numbers)])
+        flops = [self.looking(view, row) + sum(islice(merged, len(own))) for row, own in enumerate(sizes)]
         return dominant.index_fill(0, merging.targets, True), merging, flops
+
+    def looking(self, view: View, row: int) -> int:
+        """FLOPs of the attention that is computed once more for a row's images, as the tower encoded them."""
+        grids = [grid for layout in view.encoded.layouts[int(view.state.row[row])] for grid in layout.encoded]
+        return attention_flops(view.backbone.shapes.tower, grids, self.layer)
 
     def numbers(self, count: int, pictured: int) -> tuple[int, int]:
         """Dominant and contextual tokens of an image with ``count`` tokens, of which ``pictured`` are cells."""
@@ -159,6 +159,12 @@ def merge(states: Tensor, merging: Merging) -> Tensor:
     total = total.index_add(0, joined, states[others].float())
     number = torch.bincount(joined, minlength=len(targets)).clamp(min=1)  # [C']
     return (states[targets].float() + total / number[:, None]).to(states.dtype)
+
+
+def merge_flops(backbone: LVLM, width: int, rest: int, contextual: int) -> int:
+    """Of comparing keys of this ``width``, all ``rest`` but the targets with each of these, and of projecting them."""
+    projector = () if backbone.projector is None else backbone.shapes.projector
+    return contextual * (2 * width * (rest - contextual) + sum(2 * wide * out for wide, out in projector))
 
 
 def to_budget(keep: float, backbone: LVLM) -> dict[str, Any]:
