@@ -76,6 +76,17 @@ def test_vision_states_are_in_raster_order(tiny) -> None:
     assert divmod(int(moved.argmax()), cols) in {(0, cols - 1), (1, cols - 1), (0, cols - 2)}
 
 
+@torch.no_grad()
+def test_a_projector_makes_the_decoders_inputs(tiny) -> None:
+    """Of the states of cells, one by one; without a projector several go into each."""
+    assert (tiny.projector is None) == (tiny.shapes.projector[0][0] != tiny.vision_width)
+    encoded = tiny.encode(prompts(tiny), Needs(states=(tiny.feature_layer,)))
+    if tiny.projector is not None:
+        cell = [cell for row in encoded.layouts for layout in row for part in layout.parts for cell in part.cells]
+        made = tiny.projector(encoded.states[tiny.feature_layer][cell])
+        torch.testing.assert_close(made, encoded.embeds[encoded.visual][cell])
+
+
 def test_embed_and_logits(tiny) -> None:
     ids = torch.tensor([[9, 10]])
     assert tiny.embed(ids).shape == (1, 2, tiny.hidden_size)

@@ -52,6 +52,8 @@ class LVLM(ABC):
     """Numbers of the tower's layers."""
     feature_layer: int
     """The one whose output becomes the visual tokens."""
+    projector: nn.Module | None = None
+    """From the feature layer's state of one visual token [..., C] to the decoder's input; None where more goes in."""
     prompt_keys: tuple[str, ...]
     """Tensors that the processor returns."""
 

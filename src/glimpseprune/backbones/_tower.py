@@ -83,19 +83,20 @@ class Watch:
 
 def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
     """Attention that each key [b, H, T, d] receives from the queries [b, H, Q, d], mean over these and over heads:
-    [b, T], float32. Sums to 1 over T."""
+    [b, T], float32 even under autocast. Sums to 1 over T."""
     total = torch.zeros(key.shape[0], key.shape[2], device=key.device)
     key = key.float().transpose(-1, -2)
     rows = max(1, CHUNK // (key.shape[0] * key.shape[1] * key.shape[3]))
-    for part in query.split(rows, 2):
-        total += (part.float() @ key * scaling).softmax(-1).mean(1).sum(1)
+    with torch.autocast(query.device.type, enabled=False):
+        for part in query.split(rows, 2):
+            total += (part.float() @ key * scaling).softmax(-1).mean(1).sum(1)
     return total / query.shape[2]
 
 
 @contextmanager
 def watched(tower: nn.Module, watch: Watch) -> Iterator[dict[str, Watch]]:
     """While it lasts, ``tower`` hands queries and keys to ``watch=``; yields that argument, {} where nothing is
-    wanted. Numbers are those of the tower's own attention (flash attention's: of the batched windows')."""
+    wanted. Numbers are those of the tower's own attention (flash attention's: of SDPA, windows batched)."""
     if not (watch.wanted or watch.received):
         yield {}
         return
@@ -121,13 +122,13 @@ def _watching(name: str) -> Callable:
         watch: Watch | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
+        lengths = kwargs.get("cu_seq_lens_q")
         if watch is not None:
-            lengths = kwargs.get("cu_seq_lens_q")
             watch(module, query, key, kwargs["scaling"], None if lengths is None else lengths.diff().tolist())
         if name == "eager":  # each model file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
-        else:
-            attend = windows.windowed_attention if name == windows.NAME else ALL_ATTENTION_FUNCTIONS[name]
+        else:  # a tower without segments has no windows to be batched
+            attend = ALL_ATTENTION_FUNCTIONS["sdpa" if lengths is None else name]
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     return forward

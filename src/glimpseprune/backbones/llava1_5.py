@@ -123,6 +123,10 @@ class Backbone(LVLM):
         )
         return cls(_tiny.randomise(LlavaForConditionalGeneration(config), seed), processor)
 
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.model.multi_modal_projector
+
     @staticmethod
     def describe(config: PreTrainedConfig) -> cost.Shapes:
         vision, decoder = config.vision_config, decoder_shape(config.text_config)
