@@ -464,13 +464,14 @@ BUDGETS = [pair for pair in BUILT if hasattr(module_of(pair[0]), "to_budget")]
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "on"), BUDGETS, ids=["-".join(pair) for pair in BUDGETS])
 @pytest.mark.parametrize("keep", [0.2, 0.5, 0.9])
-def test_a_budget_is_kept_to_the_token(name, on, keep) -> None:
+def test_a_budget_is_kept_but_for_rounding(name, on, keep) -> None:
+    """A method may choose image by image, and tokens of two kinds, each number of them rounded."""
     backbone = TINY[on]()
     inputs = prompts(backbone)
     pruner = build(name, backbone, module_of(name).to_budget(keep, backbone))
     state = prefill(backbone, encode(backbone, pruner, inputs), pruner)
     for row, left in zip(backbone.layouts(inputs), state.trace[-1].kept.tolist(), strict=True):
-        assert abs(left - keep * sum(layout.count for layout in row)) <= 1
+        assert abs(left - keep * sum(layout.count for layout in row)) < 2 * len(row)
 
 
 # ------------------------------------------------------------------------------------------------------------ training
