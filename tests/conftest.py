@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 
 from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
 from glimpseprune.backbones._tiny import VOCABULARY as VOCABULARY
 from glimpseprune.lookup import find, names
+from glimpseprune.types import Encoded
 
 torch.set_num_threads(1)
 
@@ -36,6 +38,14 @@ def prompts(backbone: LVLM, count: int = 3) -> dict[str, torch.Tensor]:
 def prompt(backbone: LVLM, row: int = 0) -> dict[str, torch.Tensor]:
     """One row of :func:`prompts`, without padding."""
     return backbone.prepare(QUESTIONS[row : row + 1], PICTURES[row : row + 1])
+
+
+def deepened(encoded: Encoded, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The output [B, S + T, D] of a decoder layer, for the naive loops of the tests: with what the backbone adds to it
+    in the columns of the prompt (deepstack)."""
+    if layer not in encoded.added:
+        return hidden
+    return hidden + pad(encoded.added[layer], (0, 0, 0, hidden.shape[1] - encoded.mask.shape[1]))
 
 
 @pytest.fixture(params=["eager", "sdpa"])
