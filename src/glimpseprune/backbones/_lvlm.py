@@ -98,6 +98,8 @@ class LVLM(ABC):
         """
         require_attention(attn, device)
         processor = cls.load_processor(path, min_pixels, max_pixels)
+        if not processor.chat_template:
+            raise UserError(f"the tokenizer in '{path}' has no chat template (chat_template.jinja)")
         model, info = cls.model_class.from_pretrained(
             path, dtype=dtype, attn_implementation=attn, device_map=destination(device), output_loading_info=True
         )

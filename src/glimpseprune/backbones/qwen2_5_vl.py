@@ -95,8 +95,6 @@ class Backbone(LVLM):
             template = tokenizer.chat_template or cls.processor_class.get_processor_dict(path)[0].get("chat_template")
         except (OSError, ValueError) as error:
             raise UserError(f"no tokenizer and image processor in '{path}': {str(error).splitlines()[0]}") from error
-        if not template:
-            raise UserError(f"the tokenizer in '{path}' has no chat template (chat_template.jinja)")
         return cls.processor_class(images, tokenizer, None, chat_template=template)
 
     @classmethod
