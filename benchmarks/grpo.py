@@ -140,7 +140,7 @@ def build(setting: Setting) -> tuple[Any, Any]:
     """The Hugging Face model in fp32 and its processor."""
     import torch
 
-    from glimpseprune.backbones.qwen2_5_vl import ImageProcessor, load_processor
+    from glimpseprune.backbones.qwen2_5_vl import Backbone, ImageProcessor
     from glimpseprune.tiny import model as tiny
     from glimpseprune.tiny.config import TinyConfig
     from glimpseprune.tiny.tokenizer import tokenizer
@@ -150,7 +150,7 @@ def build(setting: Setting) -> tuple[Any, Any]:
 
         path = os.path.join(os.path.dirname(__file__), "..", "data", "tiny-qwen2_5_vl")
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
-        return model.requires_grad_(False), load_processor(path)
+        return model.requires_grad_(False), Backbone.load_processor(path)
     shape = TinyConfig(layers=12, hidden=384, intermediate=1024, heads=6, kv_heads=2)
     shape.vision_layers, shape.vision_hidden, shape.vision_intermediate = 8, 112, 304  # 0.4 of the decoder's FLOPs
     shape.vision_heads, shape.vision_full = 4, [3, 7]

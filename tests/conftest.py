@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
@@ -18,6 +19,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
 from glimpseprune.backbones._tiny import VOCABULARY as VOCABULARY
 from glimpseprune.lookup import find, names
+from glimpseprune.types import Encoded
 
 torch.set_num_threads(1)
 
@@ -72,6 +74,14 @@ def flops_of(work: Callable[[], object]) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         work()
     return counter.get_total_flops()
+
+
+def deepened(encoded: Encoded, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The output [B, S + T, D] of a decoder layer, for the naive loops of the tests: with what the backbone adds to it
+    in the columns of the prompt (deepstack)."""
+    if layer not in encoded.added:
+        return hidden
+    return hidden + pad(encoded.added[layer], (0, 0, 0, hidden.shape[1] - encoded.mask.shape[1]))
 
 
 @pytest.fixture(params=["eager", "sdpa"])

@@ -148,9 +148,10 @@ def test_probe_sees_every_layer(backbone) -> None:
     assert sorted(seen) == [0, 1, 2]
     query, key, scale = seen[2]
     batch, columns = encoded.mask.shape
-    assert query.shape == (batch, 4, columns, 8)
-    assert key.shape == (batch, backbone.text_model.config.num_key_value_heads, columns, 8)
-    assert scale == pytest.approx(8**-0.5)
+    shape = backbone.shapes.decoder
+    assert query.shape == (batch, shape.heads, columns, shape.head_width)
+    assert key.shape == (batch, shape.kv_heads, columns, shape.head_width)
+    assert scale == pytest.approx(shape.head_width**-0.5)
 
 
 def test_instrument_rejects_other_backends() -> None:

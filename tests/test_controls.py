@@ -22,8 +22,8 @@ def test_oracle_keeps_the_targets_and_grows_them(tiny) -> None:
     inputs = prompts(tiny)
     encoded = tiny.encode(inputs)
     wanted = [torch.zeros(count, dtype=torch.bool) for count in encoded.counts]
-    rows, cols = encoded.grids[1][1]
-    first = encoded.grids[1][0][0] * encoded.grids[1][0][1]
+    part, first = encoded.layouts[1][1].parts[0], encoded.layouts[1][0].count
+    rows, cols = part.grid
     wanted[1][first] = True  # upper left corner of the second image of row 1
     encoded.targets = wanted
     for dilate in (0, 1):
@@ -32,7 +32,8 @@ def test_oracle_keeps_the_targets_and_grows_them(tiny) -> None:
         assert not keep[0].any() and not keep[2].any() and not keep[1][:first].any()
         expected = torch.zeros(rows, cols, dtype=torch.bool)
         expected[: 1 + dilate, : 1 + dilate] = True
-        assert torch.equal(keep[1][first:].view(rows, cols), expected)
+        assert torch.equal(keep[1][first : first + rows * cols].view(rows, cols), expected)
+        assert not keep[1][first + rows * cols :].any()
 
 
 def test_oracle_needs_boxes(tiny) -> None:

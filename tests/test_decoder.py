@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from conftest import prompt, prompts
+from conftest import deepened, prompt, prompts
 from glimpseprune.attention import Gate
 from glimpseprune.backbones import LVLM
 from glimpseprune.decoder import View, append, branch, cut, fork, prefill, rows, run_layers, start
@@ -61,17 +61,25 @@ def gaze(backbone: LVLM, **options) -> glimpse.Pruner:
 
 @torch.no_grad()
 def naive(
-    backbone: LVLM, hidden: Tensor, allowed: list[Tensor], positions: list[Tensor], inject=None, probe=None
+    backbone: LVLM,
+    encoded: Encoded,
+    hidden: Tensor,
+    allowed: list[Tensor],
+    positions: list[Tensor],
+    inject=None,
+    probe=None,
 ) -> Tensor:
-    """All layers over all columns; layer i with its own mask [B, S, S] and positions. No cache, nothing is dropped."""
+    """All layers over all columns; layer i with its own mask [B, S, S] and positions. No cache, nothing is dropped.
+    ``inject`` [L, n, D] goes to the last n columns at the input of every layer but the first."""
     for index, layer in enumerate(backbone.text_model.layers):
         if inject is not None and index > 0:
-            hidden = torch.cat([hidden[:, :-1], hidden[:, -1:] + inject[index]], 1)
+            hidden = hidden + pad(inject[index], (0, 0, hidden.shape[1] - inject.shape[1], 0))
         visible = (allowed[index] | torch.eye(hidden.shape[1], dtype=torch.bool))[:, None]
         if backbone.attention == "eager":
             visible = torch.zeros_like(visible, dtype=hidden.dtype).masked_fill(~visible, torch.finfo(hidden.dtype).min)
         rope = backbone.text_model.rotary_emb(hidden, positions[index])
         hidden = layer(hidden, attention_mask=visible, position_embeddings=rope, probe=probe)
+        hidden = deepened(encoded, index, hidden)
     return hidden
 
 
@@ -157,7 +165,7 @@ def test_pruned_is_masked(backbone, name) -> None:
         if behind.ndim == 3:
             behind = behind.amax(0, keepdim=True).expand(3, -1, -1)
         spans.append(torch.cat([positions[index].clamp(min=0), behind + 1 + torch.arange(total - size)], -1))
-    expected = naive(backbone, torch.cat([encoded.embeds, extra], 1), allowed, spans)
+    expected = naive(backbone, encoded, torch.cat([encoded.embeds, extra], 1), allowed, spans)
 
     torch.testing.assert_close(at_once.hidden, expected[:, size:], **EXACT)
     columns = expected[:, :size].gather(1, state.source[..., None].expand(-1, -1, expected.shape[-1]))
@@ -246,7 +254,7 @@ def test_glimpse_is_one_token_appended_to_a_full_forward(backbone, probe) -> Non
         seen[index] = row[..., :-1].transpose(1, 2)[encoded.visual]
 
     embeds = torch.cat([encoded.embeds, vectors[0].expand(len(mask), -1, -1)], 1)
-    naive(backbone, embeds, [allowed] * 4, [positions] * 4, inject=vectors, probe=see)
+    naive(backbone, encoded, embeds, [allowed] * 4, [positions] * 4, inject=vectors, probe=see)
     torch.testing.assert_close(ours, torch.cat([seen[0], seen[1]], -1), **EXACT)
 
 
@@ -267,30 +275,8 @@ def test_answer_behind_the_glimpse_is_a_full_forward(backbone) -> None:
     allowed = torch.ones(size, size, dtype=torch.bool).tril() & columns[:, None]
     embeds = torch.cat([encoded.embeds, vectors[0].expand(3, -1, -1), backbone.embed(ids[:, :1])], 1)
     shifted = torch.cat([vectors, torch.zeros_like(vectors)], 1)  # e_i go to the last column but one
-    hidden = embeds
-    for index in range(backbone.num_layers):
-        if index > 0:
-            hidden = hidden + pad(shifted[index], (0, 0, size - 2, 0))
-        hidden = one_layer(backbone, index, hidden, allowed, positions)
+    hidden = naive(backbone, encoded, embeds, [allowed] * 4, [positions] * 4, inject=shifted)
     torch.testing.assert_close(logits[mask], backbone.logits(hidden[:, -2:])[mask], **EXACT)
-
-
-def one_layer(backbone: LVLM, index: int, hidden: Tensor, allowed: Tensor, positions: Tensor) -> Tensor:
-    only = replace_layers(backbone, index)
-    return naive(only, hidden, [allowed], [positions])
-
-
-def replace_layers(backbone: LVLM, index: int):
-    """A stand-in whose decoder is layer ``index`` alone."""
-
-    class One:
-        attention = backbone.attention
-
-        class text_model:
-            layers = [backbone.text_model.layers[index]]
-            rotary_emb = backbone.text_model.rotary_emb
-
-    return One
 
 
 def test_gradients_reach_glimpse_and_vip_only(backbone) -> None:

@@ -15,7 +15,7 @@ from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_
 import glimpseprune
 from conftest import TINY, prompts
 from glimpseprune import checkpoint, config, export
-from glimpseprune.backbones.qwen2_5_vl import load_processor
+from glimpseprune.backbones.qwen2_5_vl import Backbone
 from glimpseprune.options import TrainConfig
 from glimpseprune.pruners import build
 from test_evaluate import OPTIONS, data, save_run, scored  # noqa: F401  (data is a fixture)
@@ -69,7 +69,7 @@ def test_folder_holds_no_trace_of_how_it_was_made(trained, tiny_folder, tmp_path
     assert load_file(out / "trainable.safetensors").keys() == pruner.state_dict().keys()  # and nothing of the LVLM
     saved = config.read(TrainConfig, out / "config.yaml")
     assert saved.backbone.path == "." and saved.lora is None and saved.init_from is None
-    ours, theirs = load_processor(out), load_processor(tiny_folder)
+    ours, theirs = Backbone.load_processor(out), Backbone.load_processor(tiny_folder)
     assert ours.image_processor.to_dict() == theirs.image_processor.to_dict()
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab() and ours.chat_template == theirs.chat_template
 

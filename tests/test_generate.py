@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, NoBadWordsLogitsProcessor
 from transformers.generation import TextIteratorStreamer
 
-from conftest import PICTURES, QUESTIONS, SPECIAL, prompt, prompts
+from conftest import PICTURES, QUESTIONS, SPECIAL, deepened, prompt, prompts
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.decoder import View, run_layers, start
@@ -101,6 +101,7 @@ def test_pruned_decoding_is_a_masked_forward_per_token(backbone, name) -> None:
                     visible = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
                 rope = backbone.text_model.rotary_emb(hidden, positions)
                 hidden = layer(hidden, attention_mask=visible, position_embeddings=rope)
+                hidden = deepened(one, index, hidden)
             logits = backbone.logits(hidden[0, -1])
             torch.testing.assert_close(ours.extra["logits"][row, step], logits, atol=1e-4, rtol=1e-4)
             tokens.append(int(ours.tokens[row, step]))
@@ -180,15 +181,17 @@ def test_a_prefill_can_be_continued_twice(backbone) -> None:
 def test_keep_maps_lie_on_the_images(backbone) -> None:
     pruner, inputs = pruners(backbone)["glimpse"], prompts(backbone)
     rollout = generate(backbone, pruner, inputs, max_new_tokens=1)
-    maps = rollout.keep_maps()
-    assert [[tuple(one.shape) for one in row] for row in maps] == backbone.encode(inputs).grids
     encoded = backbone.encode(inputs, pruner.needs)
     view = View(run_layers(backbone, start(encoded), pruner.stops[0].depth), encoded, backbone)
     with torch.no_grad():
         kept = pruner.decide(view).keep[encoded.visual].split(encoded.counts)
-    for keep, row, expected in zip(rollout.keep, maps, kept, strict=True):
-        assert torch.equal(torch.cat([one.flatten() for one in row]), keep)
+    for keep, row, layouts, expected in zip(rollout.keep, rollout.keep_maps(), encoded.layouts, kept, strict=True):
         assert torch.equal(keep, expected)
+        parts = keep.split([layout.count for layout in layouts])
+        for found, layout, part in zip(row, layouts, parts, strict=True):
+            assert torch.equal(found, layout.map(part))  # whose cells test_types.py places
+            if len(layout.parts) == 1:
+                assert torch.equal(found, part.view(layout.grids[0]))
         assert 1 <= int(keep.sum()) <= 0.3 * len(keep)
 
 

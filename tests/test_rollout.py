@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conftest import SPECIAL, TINY, VOCABULARY, prompt, prompts
+from conftest import SPECIAL, TINY, VOCABULARY, deepened, prompt, prompts
 from glimpseprune import rollout
 from glimpseprune.backbones import LVLM
 from glimpseprune.decoder import append, cut, rows, run_layers, start
@@ -67,7 +67,7 @@ def masked_logits(backbone: LVLM, one: Encoded, keep: Tensor, tokens: Tensor, de
         visible = (below if layer < depth else above)[None, None]
         if backbone.attention == "eager":
             visible = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(hidden.dtype).min)
-        hidden = module(hidden, attention_mask=visible, position_embeddings=rope)
+        hidden = deepened(one, layer, module(hidden, attention_mask=visible, position_embeddings=rope))
     return backbone.logits(hidden[0, prompt_size - 1 :])
 
 
@@ -94,7 +94,8 @@ def test_many_cuts_of_a_prompt_are_cuts_of_its_rows(backbone, depth) -> None:
     cached = [(layer.keys.clone(), layer.values.clone()) for layer in state.cache.layers]
 
     ours, theirs = cut(state, keep, index=INDEX), cut(rows(state, INDEX), keep)
-    for name in before.keys() - {"cache"}:
+    assert all(torch.equal(ours.added[layer], added) for layer, added in theirs.added.items())
+    for name in before.keys() - {"cache", "added"}:
         mine, his = getattr(ours, name), getattr(theirs, name)
         assert torch.equal(mine, his) if isinstance(mine, Tensor) else name == "trace" or mine == his, name
     for mine, his in zip(ours.trace, theirs.trace, strict=True):

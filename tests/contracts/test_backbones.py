@@ -1,15 +1,19 @@
-"""What every file in backbones/ must do; a new one is tested as soon as it has a tiny model in conftest.py."""
+"""What every file in backbones/ must do; a new one is tested as soon as it is there."""
 
 from __future__ import annotations
 
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, prompt, prompts
-from glimpseprune import backbones
+from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, picture, prompt, prompts
+from glimpseprune import backbones, cost
 from glimpseprune.backbones import _lvlm
 from glimpseprune.config import UserError
 from glimpseprune.export import save_processor
@@ -61,19 +65,149 @@ def test_rows_do_not_depend_on_the_batch(tiny) -> None:
 
 
 @torch.no_grad()
-def test_vision_states_are_in_raster_order(tiny) -> None:
-    """A change in one corner of the image moves the state of the token there most."""
-    picture = PICTURES[2][0].resize((112, 112))
-    changed = picture.copy()
-    changed.paste((255, 255, 255), (84, 0, 112, 28))
+@pytest.mark.parametrize("corner", [(0, 0), (126, 0), (0, 126), (126, 126), (63, 63)], ids=str)
+def test_what_the_tower_made_lies_where_the_layout_says(tiny, corner) -> None:
+    """A white square in the picture moves the cells that show it most: in order, of every part, of states and keys."""
+    before = PICTURES[2][0].resize((168, 168))  # more than a window of Qwen2.5-VL's
+    after = before.copy()
+    after.paste((255, 255, 255), (*corner, corner[0] + 42, corner[1] + 42))
     layer = tiny.vision_layers[0]
-    states = [
-        tiny.encode(tiny.prepare(["?"], [[image]]), Needs(states=(layer,))).states[layer]
-        for image in (picture, changed)
-    ]
-    rows, cols = tiny.layouts(tiny.prepare(["?"], [[picture]]))[0][0].grids[0]
-    moved = (states[0] - states[1]).norm(dim=1).view(rows, cols)
-    assert divmod(int(moved.argmax()), cols) in {(0, cols - 1), (1, cols - 1), (0, cols - 2)}
+    needs = Needs(states=(layer,), keys=(layer,))
+    encoded = [tiny.encode(tiny.prepare(["?"], [[image]]), needs) for image in (before, after)]
+    (x0, x1), (y0, y1) = ((edge / 168, (edge + 42) / 168) for edge in corner)
+    for of in ("states", "keys"):
+        old, new = (getattr(one, of)[layer].flatten(1) for one in encoded)
+        layout = encoded[0].layouts[0][0]
+        moved = (old - new).norm(dim=1).split([len(part.cells) for part in layout.parts])
+        for part, own in zip(layout.parts, moved, strict=True):
+            assert not own[~torch.tensor(part.cells)].any()
+            row, col = divmod(int(own.argmax()), part.grid[1])
+            left, top, right, bottom = part.box
+            begin, end = (left + edge / part.cols * (right - left) for edge in (col, col + 1))
+            upper, lower = (top + edge / part.rows * (bottom - top) for edge in (row, row + 1))
+            assert x0 < end and begin < x1 and y0 < lower and upper < y1, (of, part)
+
+
+@torch.no_grad()
+def test_keys_and_attention(tiny) -> None:
+    inputs, layers = prompts(tiny), (tiny.vision_layers[0], tiny.vision_layers[-1])
+    encoded = tiny.encode(inputs, Needs(keys=layers, attention=layers))
+    tokens, heads = sum(encoded.counts), tiny.model.config.vision_config.hidden_size
+    cells = torch.tensor([cell for row in encoded.layouts for x in row for part in x.parts for cell in part.cells])
+    for layer in layers:
+        keys, attention = encoded.keys[layer], encoded.attention[layer]
+        assert keys.ndim == 3 and keys.shape[0] == tokens and keys[0].numel() == heads
+        assert attention.shape == (tokens,) and attention.isfinite().all()
+        assert (attention[cells] > 0).all() and not attention[~cells].any() and not keys[~cells].any()
+    assert not encoded.states
+    assert torch.equal(encoded.embeds, tiny.encode(inputs).embeds)  # looking changes nothing
+    eager = type(tiny).tiny("eager").encode(inputs, Needs(keys=layers, attention=layers))
+    for layer in layers:
+        torch.testing.assert_close(encoded.keys[layer], eager.keys[layer])
+        torch.testing.assert_close(encoded.attention[layer], eager.attention[layer])
+    for row in range(len(QUESTIONS)):
+        alone = tiny.encode(prompt(tiny, row), Needs(keys=layers, attention=layers))
+        for of in ("keys", "attention"):
+            together = getattr(encoded, of)[layers[1]].split(encoded.counts)[row]
+            torch.testing.assert_close(together, getattr(alone, of)[layers[1]])
+
+
+@torch.no_grad()
+def test_negative_layers_count_from_the_last(tiny) -> None:
+    last = tiny.vision_layers[-1]
+    encoded = tiny.encode(prompt(tiny), Needs((-1, last), (-1, last), (-1, last)))
+    for found in (encoded.states, encoded.keys, encoded.attention):
+        assert list(found) == [-1, last] and torch.equal(found[-1], found[last])
+
+
+SIZES = [(112, 168), (28, 28), (33, 400), (400, 33), (2, 300), (300, 2), (1, 300), (300, 1)]
+SIZES += [tuple(size) for size in np.random.default_rng(0).integers(20, 500, (24, 2)).tolist()]
+
+
+def test_layout_of_says_what_the_processor_makes(tiny) -> None:
+    """How many tokens, and in what grids; with the pixel bounds that this processor has."""
+    bounds = [tiny.processor.image_processor.size.get(name) for name in ("shortest_edge", "longest_edge")]
+    for number, size in enumerate(SIZES):
+        try:
+            ((made,),) = tiny.layouts(tiny.prepare(["?"], [[picture(*size, number)]]))
+        except ValueError as error:
+            if isinstance(error, UserError):
+                raise
+            with pytest.raises(ValueError, match=str(error)[:20]):
+                tiny.layout_of(tiny.model.config, size, *bounds)
+            continue
+        assert tiny.layout_of(tiny.model.config, size, *bounds) == made, size
+        assert tiny.visual_tokens(size, *bounds) == made.count
+        assert made.map(torch.ones(made.count, dtype=torch.bool)).all()
+        assert not made.map(torch.zeros(made.count, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("row", range(len(QUESTIONS)))
+def test_flops_are_those_that_torch_counts(name, row) -> None:
+    """Of tower and projector, decoder layers and the last position's lm_head, in Hugging Face's own forward."""
+    tiny = TINY[name]("eager")  # torch counts no fused kernels of the CPU
+    inputs = prompt(tiny, row)
+    (layouts,) = tiny.layouts(inputs)
+    visual = sum(layout.count for layout in layouts)
+    flops = cost.prefill_flops(tiny.shapes, inputs["input_ids"].shape[1] - visual, layouts, [(tiny.num_layers, visual)])
+    counts = count(tiny, **inputs)
+    assert flops.decoder == sum(counts[layer] for layer in tiny.text_model.layers)
+    assert flops.lm_head == counts[tiny.lm_head]
+    vision = counts[tiny.model] - flops.decoder - flops.lm_head - counts.get(tiny.text_model.rotary_emb, 0)
+    assert flops.tower + flops.projector == vision
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flops_of_decoding_are_those_that_torch_counts(name) -> None:
+    tiny = TINY[name]("eager")
+    one = torch.ones(1, 1, dtype=torch.long)
+    with torch.no_grad():
+        cache = tiny.model(input_ids=one.expand(1, 9)).past_key_values
+    counts = count(tiny, input_ids=one, past_key_values=cache)
+    layers = sum(counts[layer] for layer in tiny.text_model.layers)
+    assert cost.decode_flops(tiny.shapes, 9) == layers + counts[tiny.lm_head]
+    assert cost.decode_flops(tiny.shapes, [(1, 9), (tiny.num_layers - 1, 9)]) == cost.decode_flops(tiny.shapes, 9)
+    assert cost.layer_flops(tiny.shapes.decoder, 1, 9) * tiny.num_layers == layers
+
+
+@torch.no_grad()
+def count(tiny, **inputs) -> dict[nn.Module, int]:
+    """FLOPs by module, as torch counts them while Hugging Face's model runs."""
+    modules = {name: module for name, module in tiny.model.named_modules() if name}
+    with FlopCounterMode(display=False) as counter:
+        tiny.model(**inputs, logits_to_keep=1)
+    # the name of a submodule begins with the class of the model
+    counts = {name.partition(".")[2]: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    return {module: counts[name] for name, module in modules.items() if name in counts} | {
+        tiny.model: counter.get_total_flops()
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_published_models_have_the_matrices_that_are_declared(name) -> None:
+    """Weight by weight, on the meta device; and their images can be laid out."""
+    module, published = find("glimpseprune.backbones", name), backbones.published()
+    assert module.PUBLISHED
+    for model in module.PUBLISHED:
+        config = published[model]()
+        skeleton, shapes = backbones.skeleton(config), backbones.describe(config)
+        assert type(skeleton) is module.Backbone and skeleton.shapes == shapes
+        decoder, tower = shapes.decoder, shapes.tower
+        linear = cost.layer_flops(decoder, 1) - 4 * decoder.heads * decoder.head_width  # of the one pair
+        assert 2 * weights(skeleton.text_model) == decoder.layers * linear, model
+        assert weights(skeleton.lm_head) == decoder.width * decoder.vocab, model
+        block = 4 * tower.width**2 + (3 if tower.gated else 2) * tower.width * tower.mlp
+        projector = sum(inner * outer for inner, outer in shapes.projector)
+        vision = weights(skeleton.model) - weights(skeleton.text_model) - weights(skeleton.lm_head)
+        assert vision == tower.patch * tower.width + tower.layers * block + projector, model
+        assert backbones.layout_of(config, (640, 480)).count > 0
+
+
+def weights(module: nn.Module) -> int:
+    """Of linear maps and convolutions, without biases."""
+    kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
+    return sum(x.weight.numel() for x in module.modules() if isinstance(x, kinds))
 
 
 @torch.no_grad()
@@ -186,8 +320,41 @@ def test_attention_backends_are_checked_before_loading(tiny_folder, monkeypatch)
         backbones.load(tiny_folder, attn="flash_attention_2")
 
 
-def test_sliding_windows_are_refused() -> None:
-    model = copy.deepcopy(TINY["qwen2_5_vl"]().model)
-    model.model.language_model.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UserError, match="sliding-window"):
-        find("glimpseprune.backbones", "qwen2_5_vl").Backbone(model)
+def test_sliding_windows_are_refused(tiny) -> None:
+    for key, value in (("layer_types", ["full_attention", "sliding_attention"]), ("sliding_window", 8)):
+        model = copy.deepcopy(tiny.model)
+        setattr(model.model.language_model.config, key, value)
+        with pytest.raises(UserError, match="sliding-window"):
+            type(tiny)(model)
+
+
+def test_a_checkpoint_that_lacks_tensors(tiny, tmp_path) -> None:
+    tiny.model.save_pretrained(tmp_path)
+    save_processor(tiny.processor, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    gone = sorted(saved)[len(saved) // 2]
+    del saved[gone]
+    save_file(saved, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lacks 1 tensors, such as "):
+        backbones.load(tmp_path)
+
+
+def test_a_chat_template_in_a_file_of_its_own(tiny, tmp_path) -> None:
+    """As older repositories have it: chat_template.json, which tokenizers do not read."""
+    tiny.model.save_pretrained(tmp_path)
+    save_processor(tiny.processor, tmp_path)
+    template = tmp_path / "chat_template.jinja"
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    assert torch.equal(prompts(backbones.load(tmp_path))["input_ids"], prompts(tiny)["input_ids"])
+    (tmp_path / "chat_template.json").unlink()
+    with pytest.raises(UserError, match="chat template"):
+        backbones.load(tmp_path)
+
+
+def test_a_prompt_that_lacks_a_tensor(tiny) -> None:
+    for name in tiny.image_keys[1:]:
+        inputs = prompt(tiny)
+        del inputs[name]
+        with pytest.raises(UserError, match=f"the prompt has no {name}"):
+            tiny.encode(inputs)

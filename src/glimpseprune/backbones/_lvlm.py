@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glimpseprune import attention, cost
@@ -56,13 +56,22 @@ class LVLM(ABC):
     """From the feature layer's state of one visual token [..., C] to the decoder's input; None where more goes in."""
     prompt_keys: tuple[str, ...]
     """Tensors that the processor returns."""
+    image_keys: tuple[str, ...]
+    """Those of them that a prompt with images has."""
+    model_class: type[PreTrainedModel]
+    """transformers' class of ``model``."""
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
         self.text_model, self.lm_head = model.model.language_model, model.lm_head
         config = self.text_model.config
-        if set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
-            raise UserError("this checkpoint uses sliding-window attention: set use_sliding_window=false")
+        # Mistral has no layer_types, and a window of 4096 unless its config says null.
+        kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+        if kinds or getattr(config, "sliding_window", None):
+            raise UserError(
+                "this checkpoint uses sliding-window attention: set sliding_window=null (use_sliding_window=false) in "
+                "the text_config of its config.json, which changes nothing for prompts within the window"
+            )
         self.attention = attention.instrument(self.text_model)
         self.image_token_id: int = model.config.image_token_id
         self.num_heads: int = config.num_attention_heads
@@ -73,7 +82,6 @@ class LVLM(ABC):
         self.restored: set[str] = set()
 
     @classmethod
-    @abstractmethod
     def load(
         cls,
         path: str | Path,
@@ -87,7 +95,27 @@ class LVLM(ABC):
         """A frozen model in eval mode, and its processor. Pixel bounds are per image (None: the checkpoint's own).
 
         Raises:
-            UserError: unknown attention backend, or flash-attn not installed.
+            UserError: unknown attention backend, or flash-attn not installed; no processor there; a tensor of the
+                model is in no file.
+        """
+        require_attention(attn, device)
+        processor = cls.load_processor(path, min_pixels, max_pixels)
+        if not processor.chat_template:
+            raise UserError(f"the tokenizer in '{path}' has no chat template (chat_template.jinja)")
+        model, info = cls.model_class.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn, device_map=destination(device), output_loading_info=True
+        )
+        if missing := sorted(info["missing_keys"]):  # transformers would leave them random, and warn
+            raise UserError(f"the checkpoint in '{path}' lacks {len(missing)} tensors, such as {missing[0]}")
+        return cls(model.to(device).eval().requires_grad_(False), processor)
+
+    @classmethod
+    @abstractmethod
+    def load_processor(cls, path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
+        """Tokenizer, image processor and chat template of a checkpoint folder.
+
+        Raises:
+            UserError: one of them is not there, or this model has no pixel bounds.
         """
 
     @classmethod
@@ -175,14 +203,21 @@ class LVLM(ABC):
             targets: handed through, see :class:`Encoded`.
 
         Raises:
-            UserError: a prompt without an image, or images whose number of tokens is not that of the prompt.
+            UserError: a prompt without an image, images whose number of tokens is not that of the prompt, or a tensor
+                that is missing; no such layer of the tower.
         """
         prompt = {key: value.to(self.device) for key, value in prompt.items() if isinstance(value, Tensor)}
         layouts = self.layouts(prompt)
         ids, mask, places = self._columns(prompt)
-        for layer in (*needs.states, *needs.keys, *needs.attention):
-            self.tower_layer(layer)
-        seen = self.see(prompt, needs)
+        asked = {
+            name: {layer: self.tower_layer(layer) for layer in getattr(needs, name)}
+            for name in ("states", "keys", "attention")
+        }
+        seen = self.see(prompt, Needs(**{name: tuple(layers.values()) for name, layers in asked.items()}))
+        found = {
+            name: {layer: getattr(seen, name)[number] for layer, number in layers.items()}
+            for name, layers in asked.items()
+        }
 
         def lay(tokens: Tensor, into: Tensor) -> Tensor:
             return into.masked_scatter(places[..., None], tokens.to(into.dtype))  # [B, S, D]
@@ -199,9 +234,7 @@ class LVLM(ABC):
             mask=mask,
             visual=visual,
             layouts=layouts,
-            states=seen.states,
-            keys=seen.keys,
-            attention=seen.attention,
+            **found,
             added={layer: lay(tokens, torch.zeros_like(embeds)) for layer, tokens in seen.added.items()},
             targets=targets,
         )
@@ -217,7 +250,10 @@ class LVLM(ABC):
     def layouts(self, prompt: Mapping[str, Tensor]) -> list[list[Layout]]:
         """Per row, per image: how the visual tokens lie, without running the model. Raises as ``encode``."""
         counts = self._columns(prompt)[2].sum(1).tolist()
-        images = iter(self.image_layouts(prompt) if "pixel_values" in prompt else ())
+        missing = [name for name in self.image_keys if name not in prompt]
+        if missing and len(missing) < len(self.image_keys):
+            raise UserError(f"the prompt has no {', '.join(missing)}: give all that the processor returns")
+        images = iter(() if missing else self.image_layouts(prompt))
         result: list[list[Layout]] = []
         for row, count in enumerate(counts):
             found: list[Layout] = []

@@ -61,6 +61,32 @@ def id_of(token: str) -> int:
     return SPECIAL.index(token)
 
 
+DECODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "bos_token_id": None,
+    "eos_token_id": id_of("<|im_end|>"),
+    "pad_token_id": id_of("<|endoftext|>"),
+    "tie_word_embeddings": False,
+}
+"""Sizes of a decoder, under the names of its config."""
+CLIP = {
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "image_size": 70,
+    "patch_size": 14,
+}
+"""A tower of 5x5 patches."""
+QWEN_TOKENS = {f"{name}_token_id": id_of(f"<|{name}|>") for name in ("vision_start", "vision_end")} | {
+    f"{name}_token_id": id_of(f"<|{name}_pad|>") for name in ("image", "video")
+}
+
+
 def randomise(model: nn.Module, seed: int) -> nn.Module:
     """Weights far from their initial values, norms and biases too, so that nothing holds by accident."""
     generator = torch.Generator().manual_seed(seed)

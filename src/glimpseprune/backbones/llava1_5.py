@@ -7,7 +7,7 @@ the first block (checked against HVision-NKU/GlimpsePrune@091a3d5; Qwen2.5-VL's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from glimpseprune import cost
-from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
+from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape
 from glimpseprune.backbones._tower import Watch, tapped, watched
 from glimpseprune.config import UserError
 from glimpseprune.types import Layout, Needs
@@ -48,40 +48,37 @@ PUBLISHED = {
 
 
 class Backbone(LVLM):
-    prompt_keys = ("input_ids", "attention_mask", "pixel_values")
+    image_keys: tuple[str, ...] = ("pixel_values",)
+    prompt_keys = ("input_ids", "attention_mask", *image_keys)
+    model_class, processor_class = LlavaForConditionalGeneration, LlavaProcessor
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
-        tower = model.model.vision_tower
-        self.tower = getattr(tower, "vision_model", tower)
-        layers = model.config.vision_config.num_hidden_layers
-        self.vision_layers = range(1, layers + 1)
-        self.feature_layer = range(layers + 1)[model.config.vision_feature_layer]
-        if model.config.vision_feature_select_strategy != "default":
+        config, tower = model.config, model.model.vision_tower
+        if config.vision_config.model_type != "clip_vision_model":
+            raise UserError(f"a vision tower of type {config.vision_config.model_type}: only CLIP is supported")
+        if config.vision_feature_select_strategy != "default":
             raise UserError("only vision_feature_select_strategy=default (patches without CLS) is supported")
+        if not isinstance(config.vision_feature_layer, int):
+            raise UserError(f"vision_feature_layer={config.vision_feature_layer}: only one layer is supported")
+        self.tower = getattr(tower, "vision_model", tower)
+        layers = config.vision_config.num_hidden_layers
+        self.vision_layers = range(1, layers + 1)
+        self.feature_layer = range(layers + 1)[config.vision_feature_layer]
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        dtype: str | torch.dtype = "auto",
-        attn: str = "sdpa",
-        device: str | torch.device = "cpu",
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> Backbone:
-        require_attention(attn, device)
+    def load_processor(cls, path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Any:
         if min_pixels is not None or max_pixels is not None:
-            raise UserError("LLaVA-1.5 has one resolution: leave min_pixels and max_pixels unset")
-        model = LlavaForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn, device_map=destination(device)
-        )
+            raise UserError("LLaVA's resolutions are fixed: leave min_pixels and max_pixels unset")
         try:
-            processor = LlavaProcessor.from_pretrained(path)
+            processor = cls.processor_class.from_pretrained(path)
+            config = cls.model_class.config_class.from_pretrained(path)
         except (OSError, ValueError) as error:
             raise UserError(f"no processor in '{path}': {str(error).splitlines()[0]}") from error
-        return cls(model.to(device).eval().requires_grad_(False), processor)
+        # Older folders say nothing of these, or null.
+        processor.patch_size, processor.num_additional_image_tokens = config.vision_config.patch_size, 1
+        processor.vision_feature_select_strategy = config.vision_feature_select_strategy
+        return processor
 
     @classmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
@@ -89,25 +86,8 @@ class Backbone(LVLM):
         from glimpseprune.backbones import _tiny
 
         config = LlavaConfig(
-            text_config=LlamaConfig(
-                vocab_size=_tiny.VOCABULARY,
-                hidden_size=32,
-                intermediate_size=48,
-                num_hidden_layers=4,
-                num_attention_heads=4,
-                bos_token_id=None,
-                eos_token_id=_tiny.id_of("<|im_end|>"),
-                pad_token_id=_tiny.id_of("<|endoftext|>"),
-                tie_word_embeddings=False,
-            ),
-            vision_config=CLIPVisionConfig(
-                hidden_size=24,
-                intermediate_size=32,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                image_size=70,
-                patch_size=14,
-            ),
+            text_config=LlamaConfig(**_tiny.DECODER),
+            vision_config=CLIPVisionConfig(**_tiny.CLIP),
             image_token_id=_tiny.id_of("<image>"),
             tie_word_embeddings=False,
         )
@@ -150,17 +130,20 @@ class Backbone(LVLM):
         return [self.layout_of(self.model.config, (1, 1))] * len(prompt["pixel_values"])
 
     def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        return {"pixel_values": prompt["pixel_values"][images]}
+        return {name: prompt[name][images] for name in self.image_keys}
+
+    def pooling(self, prompt: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """From what the tower has of all its tokens [pictures, 1 + patches, ...] to visual tokens [N, ...]."""
+        return lambda state: state[:, 1:].flatten(0, 1)
 
     def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
-        def pool(state: Tensor) -> Tensor:
-            return state[:, 1:].flatten(0, 1)  # [N, ...]
-
-        layers, pixels = self.tower.encoder.layers, prompt["pixel_values"].to(self.model.dtype)
+        layers, pool = self.tower.encoder.layers, self.pooling(prompt)
+        pictures = {name: prompt[name] for name in self.image_keys}
+        pictures["pixel_values"] = pictures["pixel_values"].to(self.model.dtype)
         modules = [{layer: layers[layer - 1].self_attn for layer in wanted} for wanted in (needs.keys, needs.attention)]
         watch = Watch(*modules, from_class_token=True)
         with tapped(layers, needs.states, pool, first=1) as states, watched(self.tower, watch) as watching:
-            images = self.model.model.get_image_features(pixels, **watching)
+            images = self.model.model.get_image_features(**pictures, **watching)
         collected = (watch.collected(what, pool) for what in ("keys", "attention"))
         return Seen(torch.cat(tuple(images.pooler_output)), states, *collected)  # [N, D]
 

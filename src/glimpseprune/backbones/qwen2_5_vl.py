@@ -22,10 +22,11 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
+from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from glimpseprune import cost
-from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape, destination, require_attention
+from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape
 from glimpseprune.backbones._tower import Watch, tapped, watched
 from glimpseprune.config import UserError
 from glimpseprune.types import Layout, Needs
@@ -33,9 +34,6 @@ from glimpseprune.vip import window_ids
 from glimpseprune.windows import batch_windows
 
 MODEL_TYPE = "qwen2_5_vl"
-PIXELS = (4 * 28 * 28, 16384 * 28 * 28)
-"""Least and most pixels of an image, in the published preprocessor_config.json."""
-
 _TOWER = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
           "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip
 PUBLISHED = {
@@ -55,8 +53,8 @@ PUBLISHED = {
 """Sizes of published models: what is in the config.json of Qwen/Qwen2.5-VL-{3B,7B}-Instruct."""
 
 
-class ImageProcessor(Qwen2_5_VLProcessor):
-    """transformers' processor without its video part."""
+class WithoutVideo:
+    """Lets a processor of transformers do without its video part."""
 
     def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
         if argument_name == "video_processor" and argument is None:
@@ -64,35 +62,40 @@ class ImageProcessor(Qwen2_5_VLProcessor):
         return super().check_argument_for_proper_class(argument_name, argument)
 
 
+class ImageProcessor(WithoutVideo, Qwen2_5_VLProcessor):
+    """transformers' processor without its video part."""
+
+
 class Backbone(LVLM):
-    prompt_keys = ("input_ids", "attention_mask", "mm_token_type_ids", "pixel_values", "image_grid_thw")
+    image_keys = ("pixel_values", "image_grid_thw")
+    prompt_keys = ("input_ids", "attention_mask", "mm_token_type_ids", *image_keys)
+    model_class, processor_class = Qwen2_5_VLForConditionalGeneration, ImageProcessor
+    pixels = (4 * 28 * 28, 16384 * 28 * 28)
+    """Least and most pixels of an image, in the published preprocessor_config.json."""
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         super().__init__(model, processor)
         self.tower = model.model.visual
         batch_windows(self.tower)
-        config = model.config.vision_config
-        self.merge: int = config.spatial_merge_size
-        self.window = config.window_size // config.patch_size // self.merge
-        self.vision_layers = range(config.depth)
-        self.feature_layer = config.depth - 1
+        shape = self.shapes.tower
+        self.merge, self.window = shape.merge, shape.window or None
+        self.vision_layers, self.feature_layer = range(shape.layers), shape.layers - 1
 
     @classmethod
-    def load(
-        cls,
-        path: str | Path,
-        *,
-        dtype: str | torch.dtype = "auto",
-        attn: str = "sdpa",
-        device: str | torch.device = "cpu",
-        min_pixels: int | None = None,
-        max_pixels: int | None = None,
-    ) -> Backbone:
-        require_attention(attn, device)
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn, device_map=destination(device)
-        )
-        return cls(model.to(device).eval().requires_grad_(False), load_processor(path, min_pixels, max_pixels))
+    def load_processor(
+        cls, path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None
+    ) -> WithoutVideo:
+        bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+            images = Qwen2VLImageProcessorPil.from_pretrained(
+                path, **{k: v for k, v in bounds.items() if v is not None}
+            )
+            # A tokenizer does not read chat_template.json, where older folders have it.
+            template = tokenizer.chat_template or cls.processor_class.get_processor_dict(path)[0].get("chat_template")
+        except (OSError, ValueError) as error:
+            raise UserError(f"no tokenizer and image processor in '{path}': {str(error).splitlines()[0]}") from error
+        return cls.processor_class(images, tokenizer, None, chat_template=template)
 
     @classmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
@@ -100,18 +103,10 @@ class Backbone(LVLM):
         from glimpseprune.backbones import _tiny
 
         config = Qwen2_5_VLConfig(
-            text_config={
-                "vocab_size": _tiny.VOCABULARY,
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
+            text_config=_tiny.DECODER
+            | {
                 "num_key_value_heads": 2,
                 "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
-                "bos_token_id": None,
-                "eos_token_id": _tiny.id_of("<|im_end|>"),
-                "pad_token_id": _tiny.id_of("<|endoftext|>"),
-                "tie_word_embeddings": False,
             },
             vision_config={
                 "depth": 3,
@@ -122,10 +117,7 @@ class Backbone(LVLM):
                 "fullatt_block_indexes": [1],
                 "window_size": 112,
             },
-            image_token_id=_tiny.id_of("<|image_pad|>"),
-            video_token_id=_tiny.id_of("<|video_pad|>"),
-            vision_start_token_id=_tiny.id_of("<|vision_start|>"),
-            vision_end_token_id=_tiny.id_of("<|vision_end|>"),
+            **_tiny.QWEN_TOKENS,
             eos_token_id=_tiny.id_of("<|im_end|>"),
             pad_token_id=_tiny.id_of("<|endoftext|>"),
             tie_word_embeddings=False,
@@ -151,12 +143,16 @@ class Backbone(LVLM):
         decoder, merged = decoder_shape(config.text_config), merge**2 * tower.width
         return cost.Shapes(decoder, tower, ((merged, merged), (merged, decoder.width)))
 
-    @staticmethod
+    @classmethod
     def layout_of(
-        config: PreTrainedConfig, size: tuple[int, int], min_pixels: int | None = None, max_pixels: int | None = None
+        cls,
+        config: PreTrainedConfig,
+        size: tuple[int, int],
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Layout:
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
-        height, width = smart_resize(size[1], size[0], side, min_pixels or PIXELS[0], max_pixels or PIXELS[1])
+        height, width = smart_resize(size[1], size[0], side, min_pixels or cls.pixels[0], max_pixels or cls.pixels[1])
         return Layout.of((height // side, width // side))
 
     def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
@@ -170,7 +166,11 @@ class Backbone(LVLM):
         }
 
     def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
-        # The tower keeps its patches window by window: undo that.
+        return self.run_tower(prompt, needs)[0]
+
+    def run_tower(self, prompt: Mapping[str, Tensor], needs: Needs) -> tuple[Seen, ModelOutput]:
+        """What is seen, and all that the tower returns."""
+        # It keeps its patches window by window: undo that.
         grids = [grid for layout in self.image_layouts(prompt) for grid in layout.grids]
         raster = window_ids(grids, self.window).argsort(stable=True).argsort().to(self.device)  # [N]
 
@@ -184,26 +184,9 @@ class Backbone(LVLM):
         with tapped(self.tower.blocks, needs.states, pool) as states, watched(self.tower, watch) as watching:
             images = self.model.model.get_image_features(pixels, sizes, **watching)
         collected = (watch.collected(what, lambda x: pool(x[0])) for what in ("keys", "attention"))
-        return Seen(torch.cat(tuple(images.pooler_output)), states, *collected)  # [N, D]
+        return Seen(torch.cat(tuple(images.pooler_output)), states, *collected), images  # [N, D]
 
     def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
         return self.model.model.get_rope_index(
             prompt["input_ids"], places.int(), image_grid_thw=prompt["image_grid_thw"], attention_mask=mask
         )[0]  # [3, B, S]
-
-
-def load_processor(path: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> ImageProcessor:
-    """Tokenizer, image processor and chat template of a checkpoint folder.
-
-    Raises:
-        UserError: one of them is not there.
-    """
-    bounds = {"min_pixels": min_pixels, "max_pixels": max_pixels}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-        images = Qwen2VLImageProcessorPil.from_pretrained(path, **{k: v for k, v in bounds.items() if v is not None})
-    except (OSError, ValueError) as error:
-        raise UserError(f"no tokenizer and image processor in '{path}': {str(error).splitlines()[0]}") from error
-    if not tokenizer.chat_template:
-        raise UserError(f"the tokenizer in '{path}' has no chat template (chat_template.jinja)")
-    return ImageProcessor(images, tokenizer, None, chat_template=tokenizer.chat_template)

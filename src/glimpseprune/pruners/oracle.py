@@ -41,9 +41,9 @@ class Pruner(nn.Module):
 
     def _grow(self, target: Tensor, layouts: list[Layout]) -> Tensor:
         side = 2 * self.options.dilate + 1
-        grids = [grid for layout in layouts for grid in layout.grids]
-        parts = []
-        for (rows, cols), part in zip(grids, target.split([r * c for r, c in grids])):
-            grown = F.max_pool2d(part.view(1, 1, rows, cols).float(), side, stride=1, padding=self.options.dilate)
-            parts.append(grown.flatten() > 0)
-        return torch.cat(parts)  # [V]
+        parts = [part for layout in layouts for part in layout.parts]
+        kept = []
+        for part, own in zip(parts, target.split([len(part.cells) for part in parts])):
+            grown = F.max_pool2d(own.view(1, 1, *part.grid).float(), side, stride=1, padding=self.options.dilate)
+            kept.append((grown.flatten() > 0) & (torch.tensor(part.cells, device=own.device) | own))  # no newlines
+        return torch.cat(kept)  # [V]
