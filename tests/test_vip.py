@@ -126,14 +126,15 @@ def test_windows_are_counted_in_raster_order() -> None:
     assert window_ids([(3, 3), (1, 1)], 2).tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3, 4]
 
 
-def test_segments_round_trip() -> None:
-    ids = torch.tensor([1, 0, 1, 2, 1])
-    segments, x = Segments(ids), torch.arange(5.0)[:, None]
-    padded = segments.pad(x)
-    assert padded.squeeze(-1).tolist() == [[1, 0, 0], [0, 2, 4], [3, 0, 0]]
-    assert segments.mask.squeeze().tolist() == [[True, False, False], [True, True, True], [True, False, False]]
-    assert torch.equal(segments.unpad(padded), x)
-    assert Segments(torch.tensor([0, 1, 1, 0])).mask is None
+def test_segments_of_any_order_attend_within_themselves() -> None:
+    ids = torch.tensor([1, 0, 1, 2, 1, 3, 3, 0, 4, 1])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, len(ids), 2, 4)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 2
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(ids[:, None] != ids, -torch.inf).softmax(-1), v)
+    segments = Segments(ids)
+    assert segments.sizes == [(1, 2), (2, 2), (4, 1)]
+    torch.testing.assert_close(segments.attend(q, k, v), expected)
 
 
 def test_rope_depends_on_differences_only_and_keeps_bfloat16() -> None:

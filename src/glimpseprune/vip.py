@@ -2,12 +2,13 @@
 
 docs/method.md §1.4: a small transformer over the visual tokens of each image, whose queries and keys also see the
 vision tower's states. Checked against HVision-NKU/GlimpsePrune@091a3d5 (AttnFuserV1); parameters have the names of its
-published weights, which therefore load as they are. Imports only torch. Images of a batch become rows of a padded
-batch for the attention alone: nothing of size V x V is ever made.
+published weights, which therefore load as they are. Imports only torch. Images of equal size become a batch for the
+attention alone: nothing of size V x V is ever made, and none is padded to another's size.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -122,9 +123,7 @@ class Attention(nn.Module):
         width = v.shape[-1]
         # Fused kernels want values as wide as keys.
         v = F.pad(v, (0, q.shape[-1] - width))
-        q, k, v = (segments.pad(t).transpose(1, 2) for t in (q, k, v))  # [M, H, n, e]
-        out = F.scaled_dot_product_attention(q, k, v, segments.mask)
-        return self.o_proj(segments.unpad(out.transpose(1, 2))[..., :width].flatten(1))  # [N, F]
+        return self.o_proj(segments.attend(q, k, v)[..., :width].flatten(1))  # [N, F]
 
 
 class MLP(nn.Module):
@@ -138,28 +137,25 @@ class MLP(nn.Module):
 
 
 class Segments:
-    """Tokens [N, ...] <-> padded segments [M, n, ...]; attention stays within a segment.
+    """Attention that stays within segments of tokens; those of one size are the batch of one call, without a mask.
 
-    ``ids`` [N]: the segment each token belongs to, 0 .. M - 1, each at least once, in any order. ``mask`` [M, 1, 1, n]
-    is True where there is a token, None if there is one everywhere.
+    ``ids`` [N]: the segment each token belongs to, 0 .. M - 1, each at least once, in any order.
     """
 
     def __init__(self, ids: Tensor) -> None:
         lengths = ids.bincount()  # [M]
-        self.shape = len(lengths), int(lengths.max())
-        rank = ids.argsort(stable=True).argsort() - (lengths.cumsum(0) - lengths)[ids]  # [N] place within the segment
-        self.slots = ids * self.shape[1] + rank  # [N]
-        self.mask = None
-        if len(ids) < self.shape[0] * self.shape[1]:
-            places = torch.arange(self.shape[1], device=ids.device)
-            self.mask = (places < lengths[:, None])[:, None, None]  # [M, 1, 1, n]
+        self.sizes = sorted(Counter(lengths.tolist()).items())
+        self.order = (lengths[ids] * len(lengths) + ids).argsort(stable=True)  # [N] by size, segment by segment
+        self.places = self.order.argsort()  # [N]
 
-    def pad(self, x: Tensor) -> Tensor:
-        padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return padded.index_copy(0, self.slots, x).unflatten(0, self.shape)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1)[self.slots]
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All of them [N, H, e], and so is what comes out."""
+        groups = (x[self.order].split([size * count for size, count in self.sizes]) for x in (q, k, v))
+        parts = []
+        for (size, _), *group in zip(self.sizes, *groups):
+            batch = (x.unflatten(0, (-1, size)).transpose(1, 2) for x in group)  # [M', H, n, e] each
+            parts.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        return torch.cat(parts)[self.places]
 
 
 def grid_positions(grids: Sequence[Grid]) -> Tensor:
