@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from conftest import deepened, prompt, prompts
+from conftest import TINY, deepened, prompt, prompts
 from glimpseprune.attention import Gate
 from glimpseprune.backbones import LVLM
-from glimpseprune.decoder import View, append, branch, cut, fork, prefill, rows, run_layers, start
+from glimpseprune.decoder import View, advance, append, branch, cut, fork, prefill, rows, run_layers, start
+from glimpseprune.decoder import follow as follow_on
 from glimpseprune.pruners import build, glimpse
 from glimpseprune.types import Decision, Encoded, Needs, Prefill, Stop
 
@@ -229,6 +230,16 @@ def test_a_prompt_without_a_mask_is_all_real(backbone) -> None:
 
 
 @torch.no_grad()
+def test_what_follows_an_image_is_behind_all_of_it(backbone) -> None:
+    """A prompt that ends with one, whose rows and columns may have gone further than its first axis."""
+    inputs = prompt(backbone, 2)
+    end = int((inputs["input_ids"] == backbone.image_token_id).nonzero()[-1, 1]) + 1
+    cut_off = {name: x[:, :end] if x.shape == inputs["input_ids"].shape else x for name, x in inputs.items()}
+    encoded = backbone.encode(cut_off)
+    assert encoded.visual[0, -1] and int(start(encoded).next_position) == int(encoded.positions.max()) + 1
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("probe", glimpse.PROBES)
 def test_glimpse_is_one_token_appended_to_a_full_forward(backbone, probe) -> None:
     """One decode step on the cache sees what a glimpse that was in the sequence from the start would see."""
@@ -372,3 +383,42 @@ def test_cut_after_append_is_refused(backbone) -> None:
     state: Prefill = prefill(backbone, backbone.encode(prompt(backbone)), CASES["prune"])
     with pytest.raises(ValueError, match="before tokens are appended"):
         cut(append(state, answers(backbone, 1)), state.mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["twice", "renumber twice", "renumber, keep the cache"])
+def test_a_prefill_may_wait_behind_any_decision(backbone, name) -> None:
+    pruner, encoded = CASES[name], backbone.encode(prompts(backbone))
+    whole, state = prefill(backbone, encoded, pruner), start(encoded)
+    for taken in range(len(pruner.stops) + 1):
+        state = advance(backbone, encoded, state, pruner, until=taken)
+        assert len(state.trace) == 1 + taken and state.depth == (pruner.stops[taken - 1].depth if taken else 0)
+    again = advance(backbone, encoded, state, pruner, until=1)
+    assert len(again.trace) == len(state.trace) and again.depth == state.depth
+    state = advance(backbone, encoded, state, pruner)
+    assert state.depth == backbone.num_layers and torch.equal(state.hidden, whole.hidden)
+
+
+def test_gradients_pass_a_cut() -> None:
+    """They reach what survives, in states and cache, and merged states in place of those that they replace."""
+    backbone = TINY["qwen2_5_vl"]()
+    with torch.no_grad():
+        state = run_layers(backbone, start(backbone.encode(prompts(backbone))), 2)
+    for layer in state.cache.layers:
+        layer.keys.requires_grad_()
+        layer.values.requires_grad_()
+    keys, values = state.cache.layers[0].keys, state.cache.layers[0].values
+    state.hidden.requires_grad_()
+    keep = every_other(state.source[:, -1:] - state.source, 0)
+    survivors = (keep | ~state.visual) & state.mask
+    merge = torch.randn(int((survivors & state.visual).sum()), backbone.hidden_size, requires_grad=True)
+    pruned = cut(state, keep, Stop(2), merge=merge, index=torch.arange(3))
+    ids = torch.full((3, 2), 9)
+    logits = follow_on(backbone, pruned, ids, torch.ones_like(ids).bool())
+    found = torch.autograd.grad(logits.square().sum(), [state.hidden, merge, keys, values])
+    assert found[0][survivors & ~state.visual].any(-1).all()
+    assert not found[0][state.visual | ~state.mask].any()  # merged states took their place
+    assert found[1].any(-1).all()
+    for gradient in found[2:]:
+        reached = gradient.transpose(1, 2).flatten(2).any(-1)  # [B, S]
+        assert reached[survivors].all() and not reached[~survivors].any()

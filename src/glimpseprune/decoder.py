@@ -84,8 +84,9 @@ class Pruner(Protocol):
     """A pruning method: where it decides, what it must have collected for it, and what to keep.
 
     A method that acts before the vision tower also has ``look(backbone, prompt) -> (prompt, flops per row)``, which
-    gives the prompt anew (a coarse image, crops). Methods with weights are ``nn.Module``s. Whatever else a method has
-    is its own business, and no other code may ask for it.
+    gives the prompt anew (a coarse image, crops), wherever its tensors are. Methods with weights are ``nn.Module``s. A
+    method that trains has a gate at its first stop: ``logits(view) -> [N']``, ``mask(logits, counts) -> bool [N']``,
+    and for stage 1 ``all_logits(view) -> [outputs, N']``. Whatever else a method has is its own business.
     """
 
     stops: tuple[Stop, ...]
@@ -147,18 +148,17 @@ def start(encoded: Encoded, cache: DynamicCache | None = None) -> Prefill:
     mask = encoded.mask
     device, batch = mask.device, len(mask)
     last = encoded.positions.masked_fill(~mask, -1).amax(-1)  # [B] or [3, B]
-    visual = encoded.visual & mask
     state = Prefill(
         hidden=encoded.embeds,
         positions=encoded.positions,
         mask=mask,
-        visual=visual,
+        visual=encoded.visual,
         source=torch.arange(mask.shape[1], device=device).expand(mask.shape),  # [B, S]
         row=torch.arange(batch, device=device),
         next_position=(last.amax(0) if last.ndim == 2 else last) + 1,  # [B]
         cache=DynamicCache() if cache is None else cache,
         added=encoded.added,
-        trace=(Cut(Stop(0), visual.sum(1), _flops(encoded.flops, mask)),),
+        trace=(Cut(Stop(0), encoded.visual.sum(1), _flops(encoded.flops, mask)),),
     )
     return state if bool(mask[:, -1].all()) else _select(state, mask, state.row, prune_cache=True, renumber=False)
 
@@ -182,7 +182,8 @@ def run_layers(
         gate: weighs the keys.
         inject: [L, n, D], added to the first n of the Q columns at the input of every layer but the first (the
             glimpse, docs/method.md §1.2).
-        layers: modules to run in place of the decoder's own, by their number (a method's private layers).
+        layers: modules to run in place of the decoder's own, by their number, which is also their ``layer_idx`` (a
+            method's private layers).
     """
     text, hidden = backbone.text_model, state.hidden
     queries = hidden.shape[1]

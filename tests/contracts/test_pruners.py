@@ -6,6 +6,7 @@ method that refuses a backbone does so when it is built, in a sentence; it is th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -146,12 +147,12 @@ def read_only(**things: Any) -> Iterator[None]:
     yield
     after = dict(walk(things))
     assert after.keys() == {path for path, *_ in before}
-    for path, value, copy in before:
-        if copy is None:
+    for path, value, as_it_was in before:
+        if as_it_was is None:
             assert after[path] is value or after[path] == value, f"{path} was replaced"
         else:
             assert after[path] is value, f"{path} was replaced"
-            assert torch.equal(value, copy), f"{path} was changed"
+            assert torch.equal(value, as_it_was), f"{path} was changed"
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
@@ -429,6 +430,29 @@ def test_generate_says_what_a_masked_model_says(name, on) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(rollout.keep, kept(encoded, state), strict=True))
     for maps, pictures in zip(rollout.keep_maps(), PICTURES, strict=True):
         assert len(maps) == len(pictures)
+
+
+@cache
+def halved(on: str) -> LVLM:
+    backbone = TINY[on]()
+    return type(backbone)(copy.deepcopy(backbone.model).to(torch.bfloat16), backbone.processor)
+
+
+@torch.no_grad()
+@on_all
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16", "autocast"])
+def test_it_runs_in_half_precision(name, on, autocast) -> None:
+    """What the model computes in stays what it computes in, whatever a method's own weights and scores are."""
+    backbone = TINY[on]() if autocast else halved(on)
+    pruner = build(name, backbone)
+    with torch.autocast(backbone.device.type, torch.bfloat16, enabled=autocast):
+        encoded = encode(backbone, pruner)
+        plain, state = prefill(backbone, encoded, build("none", backbone)), prefill(backbone, encoded, pruner)
+        after = run_layers(backbone, append(branch(state), extra(backbone, len(encoded.mask))), backbone.num_layers)
+    for ours, theirs in ((state, plain), (after, plain)):
+        assert ours.hidden.dtype == theirs.hidden.dtype and ours.hidden.isfinite().all()
+    for ours, theirs in zip(state.cache.layers, plain.cache.layers, strict=True):
+        assert ours.keys.dtype == theirs.keys.dtype and ours.values.dtype == theirs.values.dtype
 
 
 @torch.no_grad()
