@@ -126,14 +126,16 @@ def test_windows_are_counted_in_raster_order() -> None:
     assert window_ids([(3, 3), (1, 1)], 2).tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3, 4]
 
 
-def test_segments_round_trip() -> None:
-    ids = torch.tensor([1, 0, 1, 2, 1])
-    segments, x = Segments(ids), torch.arange(5.0)[:, None]
-    padded = segments.pad(x)
-    assert padded.squeeze(-1).tolist() == [[1, 0, 0], [0, 2, 4], [3, 0, 0]]
-    assert segments.mask.squeeze().tolist() == [[True, False, False], [True, True, True], [True, False, False]]
-    assert torch.equal(segments.unpad(padded), x)
-    assert Segments(torch.tensor([0, 1, 1, 0])).mask is None
+def test_segments_attend_to_themselves() -> None:
+    """In any order; equally large ones are one batch."""
+    torch.manual_seed(0)
+    ids = torch.tensor([1, 0, 1, 2, 1, 3, 3])
+    query, key, value = torch.randn(3, 7, 2, 4)
+    segments = Segments(ids)
+    assert [group.shape for group in segments.groups] == [(2, 1), (1, 2), (1, 3)]
+    weights = torch.einsum("nhe,mhe->hnm", query, key) / 2
+    weights = weights.masked_fill(ids[:, None] != ids, -torch.inf).softmax(-1)
+    torch.testing.assert_close(segments.attend(query, key, value), torch.einsum("hnm,mhe->nhe", weights, value))
 
 
 def test_rope_depends_on_differences_only_and_keeps_bfloat16() -> None:

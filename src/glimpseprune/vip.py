@@ -2,8 +2,8 @@
 
 docs/method.md §1.4: a small transformer over the visual tokens of each image, whose queries and keys also see the
 vision tower's states. Checked against HVision-NKU/GlimpsePrune@091a3d5 (AttnFuserV1); parameters have the names of its
-published weights, which therefore load as they are. Imports only torch. Images of a batch become rows of a padded
-batch for the attention alone: nothing of size V x V is ever made.
+published weights, which therefore load as they are. Imports only torch. Images of a batch that are equally large are a
+batch of their own for the attention: nothing of size V x V is ever made.
 """
 
 from __future__ import annotations
@@ -122,9 +122,7 @@ class Attention(nn.Module):
         width = v.shape[-1]
         # Fused kernels want values as wide as keys.
         v = F.pad(v, (0, q.shape[-1] - width))
-        q, k, v = (segments.pad(t).transpose(1, 2) for t in (q, k, v))  # [M, H, n, e]
-        out = F.scaled_dot_product_attention(q, k, v, segments.mask)
-        return self.o_proj(segments.unpad(out.transpose(1, 2))[..., :width].flatten(1))  # [N, F]
+        return self.o_proj(segments.attend(q, k, v)[..., :width].flatten(1))  # [N, F]
 
 
 class MLP(nn.Module):
@@ -138,28 +136,25 @@ class MLP(nn.Module):
 
 
 class Segments:
-    """Tokens [N, ...] <-> padded segments [M, n, ...]; attention stays within a segment.
-
-    ``ids`` [N]: the segment each token belongs to, 0 .. M - 1, each at least once, in any order. ``mask`` [M, 1, 1, n]
-    is True where there is a token, None if there is one everywhere.
-    """
+    """Which of N tokens attend to each other: those of the same segment. ``ids`` [N]: the segment of each, 0 .. M - 1,
+    each at least once, in any order. Segments of equal size are one batch, so that nothing is padded."""
 
     def __init__(self, ids: Tensor) -> None:
         lengths = ids.bincount()  # [M]
-        self.shape = len(lengths), int(lengths.max())
-        rank = ids.argsort(stable=True).argsort() - (lengths.cumsum(0) - lengths)[ids]  # [N] place within the segment
-        self.slots = ids * self.shape[1] + rank  # [N]
-        self.mask = None
-        if len(ids) < self.shape[0] * self.shape[1]:
-            places = torch.arange(self.shape[1], device=ids.device)
-            self.mask = (places < lengths[:, None])[:, None, None]  # [M, 1, 1, n]
+        order, first = ids.argsort(stable=True), lengths.cumsum(0) - lengths
+        self.groups = [
+            order[first[lengths == size, None] + torch.arange(size, device=ids.device)]  # [segments of this size, size]
+            for size in sorted(set(lengths.tolist()))
+        ]
 
-    def pad(self, x: Tensor) -> Tensor:
-        padded = x.new_zeros(self.shape[0] * self.shape[1], *x.shape[1:])
-        return padded.index_copy(0, self.slots, x).unflatten(0, self.shape)
-
-    def unpad(self, x: Tensor) -> Tensor:
-        return x.flatten(0, 1)[self.slots]
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[N, H, e] each -> [N, H, e]"""
+        out = torch.zeros_like(value)
+        for group in self.groups:
+            parts = (x[group].transpose(1, 2) for x in (query, key, value))  # [segments, H, size, e]
+            seen = F.scaled_dot_product_attention(*parts).transpose(1, 2)
+            out = out.index_copy(0, group.flatten(), seen.flatten(0, 1))
+        return out
 
 
 def grid_positions(grids: Sequence[Grid]) -> Tensor:
