@@ -141,14 +141,14 @@ def test_vip_linears_against_torch():
         model(torch.randn(15, 12), [torch.randn(15, 24)] * 2, [(3, 5)])
     counts = counter.get_flop_counts()["Global"]
     linear = counts[torch.ops.aten.addmm] + counts[torch.ops.aten.mm]
-    attention = vip.blocks * 4 * 15**2 * 24  # scores and a weighted sum, both as wide as queries
+    attention = vip.blocks * 2 * 15**2 * (8 + 24)  # scores as wide as queries, a weighted sum as wide as values
     assert cost.vip_flops(vip, shapes, [15]) == linear + attention
 
 
 def test_vip_attends_within_segments():
     shapes = SHAPES["qwen2.5-vl-7b"]
     one, two = (cost.vip_flops(Vip(), shapes, sizes) for sizes in ([80], [40, 40]))
-    assert one - two == 4 * 4 * 768 * (80**2 - 2 * 40**2)
+    assert one - two == 4 * 2 * (256 + 768) * (80**2 - 2 * 40**2)
 
 
 def test_published_anchor():

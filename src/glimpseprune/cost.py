@@ -289,14 +289,14 @@ def attention_flops(tower: Tower, grids: Sequence[Grid], layer: int) -> int:
 
 
 def vip_flops(vip: Vip, shapes: Shapes, segments: Sequence[int]) -> int:
-    """Of the predictor on one row, whose tokens attend within ``segments`` of so many tokens each. Its values are made
-    as wide as its keys, which fused kernels ask for, and are counted so."""
+    """Of the predictor on one row, whose tokens attend within ``segments`` of so many tokens each. Values are counted
+    as wide as they are, not as the keys, to which they are padded for fused kernels."""
     n, f = sum(segments), vip.width
     wide = f + vip.cond_width
     pairs = sum(size**2 for size in segments)
     ends = 2 * n * f * (vip.probes * shapes.decoder.heads + 1)
     condition = 2 * n * shapes.tower.width * vip.cond_width
-    block = n * (4 * wide**2 + 4 * f**2 + 12 * f**2) + 4 * pairs * wide
+    block = n * (4 * wide**2 + 4 * f**2 + 12 * f**2) + 2 * pairs * (wide + f)
     return ends + vip.blocks * (condition + block)
 
 
