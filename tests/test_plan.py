@@ -131,7 +131,7 @@ def test_a_step_of_stage_2(dtype, trains):
     keep = (kept - size.text) / size.visual
     size = replace(size, answer=max(int(batch.mask[rows].sum(1).max()), 1), keep=keep)
     for name, run in {
-        "masks' loss": lambda: module.keep_loss(batch, 1, meter),
+        "masks' loss": lambda: module.masks_loss(batch, 1, meter),
         "tokens' loss": lambda: module.token_loss(batch, rows, torch.ones(actions.tokens.shape), meter),
     }.items():
         with (saved := Saved(module)):

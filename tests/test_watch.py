@@ -239,7 +239,7 @@ def test_losses_of_batches_that_accumulate_are_their_own(args, tmp_path, monkeyp
 
 
 def test_reinforcement_stops_before_the_update_too(args, tmp_path, monkeypatch, capsys):
-    loss, before, modules = GRPOModule.keep_loss, {}, []
+    loss, before, modules = GRPOModule.masks_loss, {}, []
 
     def bad(module: GRPOModule, *args: Any) -> Tensor:
         if module.global_step == 1:
@@ -250,7 +250,7 @@ def test_reinforcement_stops_before_the_update_too(args, tmp_path, monkeypatch, 
 
     parted: list[int] = []
     monkeypatch.setattr(Throughput, "on_own_work_end", lambda self, trainer, _: parted.append(trainer.global_step))
-    monkeypatch.setattr(GRPOModule, "keep_loss", bad)
+    monkeypatch.setattr(GRPOModule, "masks_loss", bad)
     grpo = ["stage=grpo", "train=[glimpse, vip]", "grpo.num_generations=2", "grpo.max_completion_length=3"]
     error = refused([*args, *grpo, "rewards.functions={format: 1.0}", f"out={tmp_path}"], capsys)
     report = json.loads((tmp_path / "bad-batch-1-rank0.json").read_text())
