@@ -126,16 +126,15 @@ def test_windows_are_counted_in_raster_order() -> None:
     assert window_ids([(3, 3), (1, 1)], 2).tolist() == [0, 0, 1, 0, 0, 1, 2, 2, 3, 4]
 
 
-def test_segments_attend_to_themselves() -> None:
-    """In any order; equally large ones are one batch."""
+def test_segments_of_any_order_attend_within_themselves() -> None:
+    ids = torch.tensor([1, 0, 1, 2, 1, 3, 3, 0, 4, 1])
     torch.manual_seed(0)
-    ids = torch.tensor([1, 0, 1, 2, 1, 3, 3])
-    query, key, value = torch.randn(3, 7, 2, 4)
+    q, k, v = torch.randn(3, len(ids), 2, 4)
+    scores = torch.einsum("qhd,khd->hqk", q, k) / 2
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(ids[:, None] != ids, -torch.inf).softmax(-1), v)
     segments = Segments(ids)
-    assert [group.shape for group in segments.groups] == [(2, 1), (1, 2), (1, 3)]
-    weights = torch.einsum("nhe,mhe->hnm", query, key) / 2
-    weights = weights.masked_fill(ids[:, None] != ids, -torch.inf).softmax(-1)
-    torch.testing.assert_close(segments.attend(query, key, value), torch.einsum("hnm,mhe->nhe", weights, value))
+    assert segments.sizes == [(1, 2), (2, 2), (4, 1)]
+    torch.testing.assert_close(segments.attend(q, k, v), expected)
 
 
 def test_rope_depends_on_differences_only_and_keeps_bfloat16() -> None:

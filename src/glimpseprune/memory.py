@@ -212,9 +212,9 @@ def through_saved(decoder: cost.Decoder, load: Load, probes: int) -> float:
 
 def vip_saved(vip: cost.Vip, shapes: cost.Shapes, tokens: int, itemsize: int = 4) -> float:
     """The predictor on ``tokens`` visual tokens. Per block: the tower's state; 15 times the width (norms, value, MLP);
-    8 times the width of q and k, condition included: their input, q, k and v before and after padding, the output."""
+    5 times the width of q and k, condition included: their input, q, k, v and the output."""
     wide = vip.width + vip.cond_width
-    block = 15 * vip.width + 6 * wide + shapes.tower.width
+    block = 15 * vip.width + 5 * wide + shapes.tower.width
     return tokens * itemsize * (vip.blocks * block + 2 * vip.width + vip.probes * shapes.decoder.heads)
 
 

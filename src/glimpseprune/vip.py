@@ -2,12 +2,13 @@
 
 docs/method.md §1.4: a small transformer over the visual tokens of each image, whose queries and keys also see the
 vision tower's states. Checked against HVision-NKU/GlimpsePrune@091a3d5 (AttnFuserV1); parameters have the names of its
-published weights, which therefore load as they are. Imports only torch. Images of a batch that are equally large are a
-batch of their own for the attention: nothing of size V x V is ever made.
+published weights, which therefore load as they are. Imports only torch. Images of equal size become a batch for the
+attention alone: nothing of size V x V is ever made, and none is padded to another's size.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -136,25 +137,25 @@ class MLP(nn.Module):
 
 
 class Segments:
-    """Which of N tokens attend to each other: those of the same segment. ``ids`` [N]: the segment of each, 0 .. M - 1,
-    each at least once, in any order. Segments of equal size are one batch, so that nothing is padded."""
+    """Attention that stays within segments of tokens; those of one size are the batch of one call, without a mask.
+
+    ``ids`` [N]: the segment each token belongs to, 0 .. M - 1, each at least once, in any order.
+    """
 
     def __init__(self, ids: Tensor) -> None:
         lengths = ids.bincount()  # [M]
-        order, first = ids.argsort(stable=True), lengths.cumsum(0) - lengths
-        self.groups = [
-            order[first[lengths == size, None] + torch.arange(size, device=ids.device)]  # [segments of this size, size]
-            for size in sorted(set(lengths.tolist()))
-        ]
+        self.sizes = sorted(Counter(lengths.tolist()).items())
+        self.order = (lengths[ids] * len(lengths) + ids).argsort(stable=True)  # [N] by size, segment by segment
+        self.places = self.order.argsort()  # [N]
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[N, H, e] each -> [N, H, e]"""
-        out = torch.zeros_like(value)
-        for group in self.groups:
-            parts = (x[group].transpose(1, 2) for x in (query, key, value))  # [segments, H, size, e]
-            seen = F.scaled_dot_product_attention(*parts).transpose(1, 2)
-            out = out.index_copy(0, group.flatten(), seen.flatten(0, 1))
-        return out
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """All of them [N, H, e], and so is what comes out."""
+        groups = (x[self.order].split([size * count for size, count in self.sizes]) for x in (q, k, v))
+        parts = []
+        for (size, _), *group in zip(self.sizes, *groups):
+            batch = (x.unflatten(0, (-1, size)).transpose(1, 2) for x in group)  # [M', H, n, e] each
+            parts.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
+        return torch.cat(parts)[self.places]
 
 
 def grid_positions(grids: Sequence[Grid]) -> Tensor:

@@ -390,8 +390,8 @@ def counted(work: Any) -> int:
 @pytest.mark.parametrize("row", [0, 1])
 def test_declared_flops_are_those_that_torch_counts(name, on, row) -> None:
     """All that a method costs beside the decoder on the same columns: its look, what it has the tower compute once
-    more, its probes and its decisions, within 3% (the predictor's values, padded to the width of its keys, are declared
-    as wide as they are). And the decoder on those columns, to the last one."""
+    more, its probes and its decisions, within 3% (the zeros that pad the values of glimpse's predictor are not counted,
+    nor is what does not depend on the input). And the decoder on those columns, to the last one."""
     backbone = TINY[on]("eager")
     pruner, inputs = build(name, backbone), prompt(backbone, row)
     looked = pruner.look(backbone, inputs)[0] if hasattr(pruner, "look") else inputs
