@@ -54,9 +54,10 @@ class Collator:
             questions, images = [sample.question for sample in samples], [sample.images for sample in samples]
             prompt = dict(self.backbone.prepare(questions, images, self.system))
             layouts = self.backbone.layouts(prompt)
-        except (ValueError, IndexError) as error:  # what processors raise; UserError is a ValueError
+        except (ValueError, IndexError, StopIteration) as error:  # what processors raise; UserError is a ValueError
             if len(samples) == 1:
-                raise UserError(f"sample {samples[0].key!r}: {error}") from error
+                said = str(error) or "more image tokens than images"  # all that a StopIteration means there
+                raise UserError(f"sample {samples[0].key!r}: {said}") from error
             for sample in samples:  # alone, the culprit names itself
                 self([sample])
             raise
