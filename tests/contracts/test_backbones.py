@@ -92,11 +92,11 @@ def test_what_the_tower_made_lies_where_the_layout_says(tiny, corner) -> None:
 def test_keys_and_attention(tiny) -> None:
     inputs, layers = prompts(tiny), (tiny.vision_layers[0], tiny.vision_layers[-1])
     encoded = tiny.encode(inputs, Needs(keys=layers, attention=layers))
-    tokens, heads = sum(encoded.counts), tiny.model.config.vision_config.hidden_size
+    tokens = sum(encoded.counts)
     cells = torch.tensor([cell for row in encoded.layouts for x in row for part in x.parts for cell in part.cells])
     for layer in layers:
         keys, attention = encoded.keys[layer], encoded.attention[layer]
-        assert keys.ndim == 3 and keys.shape[0] == tokens and keys[0].numel() == heads
+        assert keys.ndim == 3 and keys.shape[0] == tokens and keys[0].numel() == tiny.vision_width
         assert attention.shape == (tokens,) and attention.isfinite().all()
         assert (attention[cells] > 0).all() and not attention[~cells].any() and not keys[~cells].any()
     assert not encoded.states

@@ -78,7 +78,7 @@ class LVLM(ABC):
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.norm_eps: float = config.rms_norm_eps
-        self.vision_width: int = model.config.vision_config.hidden_size
+        self.vision_width: int = self.shapes.tower.width
         self.restored: set[str] = set()
 
     @classmethod
