@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from ..backbones import LVLM
 from ..config import UserError, option
 from ..decoder import View
-from ..types import Decision, Layout, Needs, Stop
+from ..types import Cut, Decision, Layout, Needs, Stop
 from ._columns import at_columns, depth_after
 
 
@@ -28,6 +29,10 @@ class Pruner(nn.Module):
         super().__init__()
         self.options = options
         self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
+
+    def mimic(self, stops: tuple[Stop, ...], trace: Sequence[Cut] | None = None) -> None:
+        """Decide at these stops, where another method does; how many tokens that kept is not followed."""
+        self.stops = stops
 
     def decide(self, view: View) -> Decision:
         """Raises UserError where the batch has no box targets."""
