@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from glimpseprune import pruners
 from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
 from glimpseprune.backbones._tiny import VOCABULARY as VOCABULARY
@@ -86,3 +89,13 @@ def recipe(tmp_path_factory) -> list[str]:
         "data.workers=0",
         "trainer.log_every=1",
     ]
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch) -> str:
+    """Puts the method ``staged`` beside those of pruners/."""
+    folder = tmp_path / "more-pruners"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("staged.py"), folder)
+    monkeypatch.setattr(pruners, "__path__", [*pruners.__path__, str(folder)])
+    return "staged"

@@ -105,11 +105,15 @@ class Setting:
         """What it is set to, and what that comes to."""
         reached = {name: round(getattr(self.cost, name), 3) for name in BUDGETS}
         found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in reached.items())
-        return f"with {', '.join(f'{name}={value}' for name, value in self.knob.items())} has {found}"
+        return f"with {', '.join(f'{name}={shown(value)}' for name, value in self.knob.items())} has {found}"
 
     def plain(self) -> dict[str, Any]:
         """For YAML."""
         return {"keep": self.keep, "options": dict(self.options), "reached": asdict(self.cost)}
+
+
+def shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def afford(method: Method, budget: Budget, calibration: Calibration) -> Setting | None:
@@ -169,7 +173,7 @@ def fit(cost: Callable[[float], float], wanted: float, close: float) -> float:
         if not tried[low] < wanted < tried[high]:
             break
         share = (wanted - tried[low]) / (tried[high] - tried[low]) if attempt % 2 == 0 else 0.5
-        keep = low + share * (high - low)
+        keep = round(low + share * (high - low), 6)
         tried[keep] = cost(keep)
         if abs(tried[keep] - wanted) <= close:
             break

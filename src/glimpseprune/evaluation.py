@@ -347,12 +347,13 @@ class Scores:
         return Spread(names, kinds, sums)
 
     def summary(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """:func:`over_needing_kinds`, with intervals."""
-        found, spread = over_needing_kinds(rows), self.spread
-        if found is not None and spread is not None:
-            for name, scores in found["methods"].items():
-                scores["accuracy_ci"] = spread.accuracy(name, found["kinds"])
-                scores["difference_ci"] = spread.difference(name, "none", found["kinds"])
+        """:func:`over_needing_kinds`, with differences and intervals."""
+        found = over_needing_kinds(rows)
+        for name, scores in found["methods"].items() if found else ():
+            scores["difference"] = round(scores["accuracy"] - found["methods"]["none"]["accuracy"], 4)
+            if self.spread is not None:
+                scores["accuracy_ci"] = self.spread.accuracy(name, found["kinds"])
+                scores["difference_ci"] = self.spread.difference(name, "none", found["kinds"])
         return found
 
 

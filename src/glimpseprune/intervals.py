@@ -1,8 +1,9 @@
 """Error bars: the bootstrap over samples (Efron 1979), by torchmetrics, paired over methods.
 
-Samples are drawn anew with replacement, each with the scores of all methods: the difference of two methods on the same
-samples is then much surer than each of them. An interval is the middle 95% of what was drawn (percentile method). Left
-out: the spread over trainings, which no resampling of test questions can show; ``src.compare`` puts seeds side by side.
+Samples are drawn anew with replacement, each with the scores of all methods, so that the difference of two methods on
+the same samples is much surer than each of them. An interval is the middle 95% of what was drawn (percentile method);
+where all samples score alike it has no width, which says that they are few and not that the score is sure. Left out: the
+spread over trainings, which no resampling of test questions can show; ``src.compare`` puts seeds side by side.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ class Sums(Metric):
     full_state_update = False
 
     def __init__(self, kinds: int, methods: int) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=False)  # one process has all samples, and may be one of several
         self.add_state("sums", torch.zeros(kinds, methods + 1, dtype=torch.float64), "sum")
 
     def update(self, scores: Tensor, kinds: Tensor) -> None:

@@ -146,7 +146,7 @@ def print_table(rows: Sequence[Mapping[str, Any]], skipped: int = 0) -> None:
         for row in group:
             table.add_row(*map(escape, row))
         table.add_section()
-    Console(width=max(160, Console().width)).print(table)
+    Console(width=Console(width=999).measure(table).maximum).print(table)  # as wide as it is, wherever it goes
 
 
 def say_summary(summary: Mapping[str, Any]) -> str:

@@ -204,5 +204,9 @@ def plain(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""What some readers take for the end of a line, and JSON does not escape."""
+
+
 def line(record: Mapping[str, Any]) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    return json.dumps(record, ensure_ascii=False).translate(ENDS) + "\n"
