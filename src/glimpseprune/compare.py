@@ -188,17 +188,17 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
 def print_table(rows: Sequence[Mapping[str, Any]], kind: str) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     headings, made = cells(rows)
-    table = Table(title=escape(f"evaluations side by side, kind of question: {kind}"))
+    table = Table(title=Text(f"evaluations side by side, kind of question: {kind}"))
     for place, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="left" if place < 2 else "right", no_wrap=place > 0)
+        table.add_column(Text(heading), justify="left" if place < 2 else "right", no_wrap=place > 0)
     for place, row in enumerate(made):
         if row[0] and place:
             table.add_section()
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))  # never markup: what stands there comes from data
     Console(width=Console(width=999).measure(table).maximum).print(table)  # as wide as it is, wherever it goes
 
 

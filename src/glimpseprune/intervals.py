@@ -2,8 +2,8 @@
 
 Samples are drawn anew with replacement, each with the scores of all methods, so that the difference of two methods on
 the same samples is much surer than each of them. An interval is the middle 95% of what was drawn (percentile method);
-where all samples score alike it has no width, which says that they are few and not that the score is sure. Left out: the
-spread over trainings, which no resampling of test questions can show; ``src.compare`` puts seeds side by side.
+where all samples score alike it has no width, which says that they are few and not that the score is sure. Left out:
+the spread over trainings, which no resampling of test questions can show; ``src.compare`` puts seeds side by side.
 """
 
 from __future__ import annotations

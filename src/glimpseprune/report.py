@@ -133,18 +133,18 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[list[
 
 def print_table(rows: Sequence[Mapping[str, Any]], skipped: int = 0) -> None:
     from rich.console import Console
-    from rich.markup import escape
     from rich.table import Table
+    from rich.text import Text
 
     headings, groups = cells(rows)
     table = Table(
         title="accuracy and cost of pruned prefill" + (f" ({skipped} damaged samples skipped)" if skipped else "")
     )
     for place, heading in enumerate(headings):
-        table.add_column(escape(heading), justify="left" if place < 2 else "right", no_wrap=place > 0)
+        table.add_column(Text(heading), justify="left" if place < 2 else "right", no_wrap=place > 0)
     for group in groups:
         for row in group:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(Text, row))  # never markup: what stands there comes from data
         table.add_section()
     Console(width=Console(width=999).measure(table).maximum).print(table)  # as wide as it is, wherever it goes
 
