@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+from glimpseprune import pruners
 from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
 from glimpseprune.backbones._tiny import VOCABULARY as VOCABULARY
@@ -133,3 +136,13 @@ def recipe(tmp_path_factory) -> list[str]:
         "data.workers=0",
         "trainer.log_every=1",
     ]
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch) -> str:
+    """Puts the method ``staged`` beside those of pruners/."""
+    folder = tmp_path / "more-pruners"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("staged.py"), folder)
+    monkeypatch.setattr(pruners, "__path__", [*pruners.__path__, str(folder)])
+    return "staged"
