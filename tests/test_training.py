@@ -390,9 +390,8 @@ def test_checkpoint_of_another_backbone_names_the_tensor(world, capsys, tmp_path
 
     wider = pretrain.TinyConfig(layers=3, hidden=64, intermediate=32, vision_layers=4, vision_hidden=32)
     pretrain.PretrainModule(pretrain.PretrainConfig(model=wider)).save(str(tmp_path / "wider"))
-    error = fails(
-        evaluate.main, [f"ckpt={world['run']}", f"backbone.path={tmp_path / 'wider'}"], capsys, after_loading=True
-    )
+    args = [f"ckpt={world['run']}", f"backbone.path={tmp_path / 'wider'}", f"out={tmp_path / 'out'}"]
+    error = fails(evaluate.main, args, capsys, after_loading=True)
     assert "glimpse." in error and "[3, 1, 32]" in error and "[3, 1, 64]" in error
 
 
