@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from conftest import picture
 from glimpseprune import checkpoint, config, evaluate, lora
+from glimpseprune.backbones import LVLM
 from glimpseprune.data import shards
 from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
 from glimpseprune.types import Sample
@@ -169,6 +171,19 @@ def test_first_stage_that_is_not_there_is_left_out(init_from, second, tiny_folde
     assert list(rows) == ["none", "glimpse+"]
     lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
     assert len(lines) == 1 and str(init_from or "null") in lines[0]
+
+
+def test_time_to_first_token_is_from_the_images_on(second, tmp_path, monkeypatch):
+    """Every method waits for the tower, though one encoded batch serves several of them."""
+    encode = LVLM.encode
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.3)
+        return encode(*args, **kwargs)
+
+    monkeypatch.setattr(LVLM, "encode", slow)
+    rows, _ = scored(second, tmp_path, "controls=[none,random]")
+    assert all(row["time_to_first_token"] > 0.3 for row in rows.values())
 
 
 def test_one_cold_sample_is_the_greedy_answer(second, tmp_path):
