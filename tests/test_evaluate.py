@@ -431,15 +431,6 @@ def test_several_metrics_intervals_and_differences(first, tmp_path, monkeypatch)
     assert set(kinds["glimpse", "odd"]["accuracy_ci"]) <= {0, 0.5, 1} and "time_to_first_token" in rows["none"]
 
 
-def test_time_to_first_token_has_the_encoding_in_it(first, tmp_path, monkeypatch):
-    from glimpseprune.backbones import LVLM
-
-    encode = LVLM.encode
-    monkeypatch.setattr(LVLM, "encode", lambda *args: (time.sleep(0.7), encode(*args))[1])
-    rows, _ = scored(first, tmp_path, "limit=2")
-    assert all(0.7 < row["time_to_first_token"] < 5 for row in rows.values())
-
-
 def test_text_of_the_data_survives_wherever_it_is_written(first, tmp_path, capsys):
     kind, question = "[red]x[/red] \\[bold", "is [/link] 'a' < \"b\"?\u2028 \\ [blue]"
     samples = [Sample("0", question, ("[/]",), [picture(84, 84)], kind=kind)]

@@ -35,5 +35,5 @@ for seed in 0 1 2; do
   $python -m src.evaluate ckpt=runs/plus-demo-$seed data.path=runs/fresh-data data.split=val \
     pruner.options.threshold=0.05 out=runs/plus-demo-$seed/fresh
   $python -m src.evaluate ckpt=runs/demo-${starts[$seed]} data.path=runs/fresh-data data.split=val 'controls=[]' \
-    pruner.options.threshold=0.05 out=runs/demo-${starts[$seed]}/fresh
+    pruner.options.threshold=0.05 out=runs/demo-${starts[$seed]}/fresh overwrite=true
 done

@@ -105,7 +105,8 @@ class Setting:
         """What it is set to, and what that comes to."""
         reached = {name: round(getattr(self.cost, name), 3) for name in BUDGETS}
         found = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in reached.items())
-        return f"with {', '.join(f'{name}={shown(value)}' for name, value in self.knob.items())} has {found}"
+        knob = ", ".join(f"{name}={shown(value)}" for name, value in self.knob.items() if value is not None)
+        return f"with {knob} has {found}"
 
     def plain(self) -> dict[str, Any]:
         """For YAML."""
@@ -113,6 +114,9 @@ class Setting:
 
 
 def shown(value: Any) -> str:
+    """A number, or a list of them, short."""
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

@@ -47,12 +47,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from glimpseprune import config, lookup, report
+from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
 from glimpseprune.config import MISSING, UserError, option
 from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
 from glimpseprune.evaluation import over_needing_kinds as over_needing_kinds
 from glimpseprune.options import PrunerOptions, TrainConfig
 from glimpseprune.processes import Processes, together
-from glimpseprune.results import Folder, plain
+from glimpseprune.results import Earlier, Folder, plain
 
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     Base = tuple[LVLM, Callable[[], AbstractContextManager]]
 
 CONTROLS = ("none", "glimpse", "random", "oracle", "zero")
-BUDGETS = ("kept", "mean_tokens", "kv", "decoder_flops", "prefill_flops")
 
 
 @dataclass
@@ -156,7 +156,6 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.stream import PADDING, ShardDataset, ShardLoader
 
-    metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
     saved = checkpoint_config(cfg)
     plan = planned(cfg, saved)
     dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
@@ -164,14 +163,8 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
     earlier = processes.agree(lambda: folder.earlier(resume=cfg.resume, overwrite=cfg.overwrite, draws=cfg.samples))
     require_fit(cfg, saved, plan)
     model = load_model(cfg, saved, plan, processes)
-    collate, base, plus = Collator(model.backbone), base_of(saved, model), is_plus(saved, model)
-    methods = evaluated(cfg, saved, model, plan)
-    methods += first_stage(saved, base, processes.first) if plus and "glimpse" in cfg.controls else []
-    folder.description["settings"] = settings = processes.agree(
-        lambda: earlier.settings or calibrated(cfg, methods, dataset, collate)
-    )
-    boxes = processes.agree(lambda: any(s.boxes is not None for s in islice(dataset, cfg.data.batch_size)))
-    methods = line_up(cfg, model, set_to(methods, settings), base, plus, boxes)
+    collate = Collator(model.backbone)
+    methods, folder.description["settings"] = chosen(cfg, saved, plan, model, dataset, collate, earlier, processes)
     loader = ShardLoader(
         dataset,
         collate,
@@ -180,10 +173,10 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
         rank=processes.rank,
         world=processes.world,
     )
+    metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
     evaluation = Evaluation(cfg, methods, metrics, earlier.records)
-    scores = Scores(
-        cfg.metrics, {m.name: cfg.samples for m in methods if m.listed and cfg.draws}, cfg.bootstrap, cfg.seed
-    )
+    drawn = {method.name: cfg.samples for method in methods if method.listed and cfg.draws}
+    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed)
     scores.add(earlier.records, earlier.timings)
     skipped = 0
     with folder:
@@ -240,6 +233,8 @@ def check_methods(cfg: EvaluateConfig) -> None:
         raise UserError("give data.path=<folder of shards>: without a checkpoint nothing else names it")
     if cfg.methods and (cfg.pruner.name or cfg.pruner.options):
         raise UserError("methods and pruner say the same thing: give methods=[...] and options.<method>.<key>=...")
+    if cfg.options and cfg.pruner.options:
+        raise UserError("options and pruner.options say the same thing: give options.<method>.<key>=...")
     if twice := sorted({name for name in cfg.methods if cfg.methods.count(name) > 1}):
         raise UserError(f"methods: {twice[0]} is there twice: a row of the table is one method with one set of options")
     if unknown := [name for name in cfg.options if cfg.methods and name not in cfg.methods]:
@@ -330,21 +325,41 @@ def load_model(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any],
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
     if device == "cuda" and processes.world > 1:
-        device = f"cuda:{processes.local % torch.cuda.device_count()}"
+        device = f"cuda:{processes.local % max(torch.cuda.device_count(), 1)}"
     pruner = PrunerOptions(saved.pruner.name, dict(plan.get(saved.pruner.name, saved.pruner.options)))
     return checkpoint.load(cfg.ckpt, backbone=saved.backbone, pruner=pruner, device=device)
 
 
-def is_plus(saved: TrainConfig, model: GlimpsePrune) -> bool:
-    """Whether the run trained the language model, or reinforced the pruner of another run."""
-    return bool(model.backbone.restored) or (saved.stage == "grpo" and saved.init_from is not None)
+def chosen(
+    cfg: EvaluateConfig,
+    saved: TrainConfig,
+    plan: Mapping[str, Any],
+    model: GlimpsePrune,
+    dataset: Sequence[Any],
+    collate: Callable,
+    earlier: Earlier,
+    processes: Processes,
+) -> tuple[list[Method], dict[str, Any]]:
+    """All methods in the order in which they run, and what those with a budget were set to."""
+    # Whether the run trained the language model, or reinforced the pruner of another run.
+    plus = bool(model.backbone.restored) or (saved.stage == "grpo" and saved.init_from is not None)
+    base, methods = base_of(saved, model), evaluated(cfg, saved, model, plan, "+" * plus)
+    if plus and "glimpse" in cfg.controls:
+        methods += first_stage(saved, base, processes.first)
+    settings = processes.agree(lambda: earlier.settings or calibrated(cfg, methods, dataset, collate))
+    for method in methods:
+        if method.name in settings:
+            method.options = settings[method.name]["options"]
+            method.pruner = rebuilt(method, method.options)
+    boxes = processes.agree(lambda: any(s.boxes is not None for s in islice(dataset, cfg.data.batch_size)))
+    return line_up(cfg, model, methods, base, plus, boxes), settings
 
 
 def evaluated(
-    cfg: EvaluateConfig, saved: TrainConfig, model: GlimpsePrune, plan: Mapping[str, Mapping[str, Any]]
+    cfg: EvaluateConfig, saved: TrainConfig, model: GlimpsePrune, plan: Mapping[str, Mapping[str, Any]], suffix: str
 ) -> list[Method]:
     """The methods that are asked for; raises UserError where one has no gate for ``sample_keep``."""
-    methods, plus = [], is_plus(saved, model)
+    methods = []
     for name, options in plan.items():
         own = cfg.ckpt is not None and name == saved.pruner.name
         pruner = model.pruner if own else build(name, options, model.backbone)
@@ -352,7 +367,7 @@ def evaluated(
             pruner.mimic(model.pruner.stops)  # in the checkpoint's place, unless its options say where
         if cfg.sample_keep and not hasattr(pruner, "logits"):
             raise UserError(f"sample_keep=true: the pruner '{name}' has no gate to draw from, as glimpse has")
-        methods.append(Method(name + "+" * plus, pruner, model.backbone, name, options, listed=True, budgeted=True))
+        methods.append(Method(name + suffix, pruner, model.backbone, name, options, listed=True, budgeted=True))
     return methods
 
 
@@ -441,8 +456,6 @@ def calibrated(
     given = {name: getattr(cfg.budget, name) for name in BUDGETS if getattr(cfg.budget, name) is not None}
     if not given:
         return {}
-    from glimpseprune.budget import Budget, Calibration, afford
-
     (budget,) = (Budget(name, value, cfg.budget.tolerance) for name, value in given.items())
     samples = [dataset[index] for index in range(min(cfg.budget.samples, len(dataset)))]
     size = cfg.data.batch_size
@@ -453,17 +466,6 @@ def calibrated(
             settings[method.name] = plain(setting.plain())
             print(f"budget {budget.what}={budget.wanted:g}: {method.name} {setting.said()}")
     return settings
-
-
-def set_to(methods: Sequence[Method], settings: Mapping[str, Any]) -> Sequence[Method]:
-    """The methods with the options that meet their budget."""
-    from glimpseprune.budget import rebuilt
-
-    for method in methods:
-        if method.name in settings:
-            method.options = settings[method.name]["options"]
-            method.pruner = rebuilt(method, method.options)
-    return methods
 
 
 # ----------------------------------------------------------------------------------------------------- what is written

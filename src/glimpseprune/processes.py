@@ -44,7 +44,7 @@ class Processes:
         return found or []
 
     def agree(self, make: Callable[[], T]) -> T:
-        """What the first process makes, for all; its UserError ends them all."""
+        """What the first process makes, for all; its UserError ends them all, and it alone tells it."""
         if self.world == 1:
             return make()
         import torch.distributed as dist
@@ -57,13 +57,13 @@ class Processes:
                 said[1] = str(error)
         dist.broadcast_object_list(said)
         if said[1] is not None:
-            raise UserError(said[1])
+            raise UserError(said[1]) if self.first else SystemExit(2)
         return said[0]
 
 
 @contextmanager
 def together() -> Iterator[Processes]:
-    """The group of all processes; it ends with the block. What is wrong is said by the first one alone."""
+    """The group of all processes; it ends with the block."""
     mine = placed(os.environ)
     if mine.world == 1:
         yield mine
@@ -75,10 +75,6 @@ def together() -> Iterator[Processes]:
     )
     try:
         yield mine
-    except UserError:
-        if mine.first:
-            raise
-        raise SystemExit(2) from None
     finally:
         dist.destroy_process_group()
 
