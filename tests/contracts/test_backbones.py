@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, picture, prompt, prompts
 from glimpseprune import backbones, cost
-from glimpseprune.backbones import _lvlm
+from glimpseprune.backbones import _lvlm, _tiny
 from glimpseprune.config import UserError
 from glimpseprune.export import save_processor
 from glimpseprune.lookup import find, names
@@ -208,6 +208,16 @@ def weights(module: nn.Module) -> int:
     """Of linear maps and convolutions, without biases."""
     kinds = (nn.Linear, nn.Conv2d, nn.Conv3d)
     return sum(x.weight.numel() for x in module.modules() if isinstance(x, kinds))
+
+
+def test_the_tiny_model_has_the_sizes_that_tests_ask_for(tiny) -> None:
+    config = tiny.text_model.config
+    assert {name: getattr(config, name) for name in _tiny.DECODER if "tie" not in name} == {
+        name: value for name, value in _tiny.DECODER.items() if "tie" not in name
+    }
+    assert {1, 2} <= set(tiny.vision_layers) and len(tiny.vision_layers) < 9
+    assert tiny.feature_layer in tiny.vision_layers
+    assert set(tiny.image_keys) < set(tiny.prompt_keys) == set(prompt(tiny))
 
 
 def test_embed_and_logits(tiny) -> None:
