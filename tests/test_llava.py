@@ -169,6 +169,27 @@ def test_slivers_run(next_, size) -> None:
 
 
 @torch.no_grad()
+def test_images_of_different_numbers_of_tiles_in_one_batch(next_) -> None:
+    """The processor fills up with empty tiles, which are not run."""
+    questions, images = ["why?", "what is it?"], [[picture(60, 60)], [picture(210, 60, 1), picture(150, 140, 2)]]
+    needs = Needs(states=(2,), keys=(2,), attention=(2,))
+    inputs = next_.prepare(questions, images)
+    tiles = [len(layout.encoded) for row in next_.layouts(inputs) for layout in row]
+    assert len(set(tiles)) == 3 and inputs["pixel_values"].shape[1] == max(tiles)
+    together = next_.encode(inputs, needs)
+    for row in range(2):
+        alone = next_.encode(next_.prepare(questions[row : row + 1], images[row : row + 1]), needs)
+        chosen = next_.encode(next_.choose(inputs, torch.tensor([row])), needs)
+        mask = together.mask[row]
+        torch.testing.assert_close(together.embeds[row][mask], alone.embeds[0])
+        torch.testing.assert_close(chosen.embeds[0][mask], alone.embeds[0])
+        for of in ("states", "keys", "attention"):
+            mine, chosens, its = (getattr(x, of)[2] for x in (together, chosen, alone))
+            torch.testing.assert_close(mine.split(together.counts)[row], its)
+            torch.testing.assert_close(chosens, its)
+
+
+@torch.no_grad()
 def test_newlines_that_may_not_go_stay(next_) -> None:
     class Stays(llava_next.Backbone):
         @staticmethod

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 from torch import Tensor
 
 from conftest import TINY, prompts
+from glimpseprune import backbones
 from glimpseprune.decoder import run_layers, start
+from glimpseprune.export import save_processor
 
 
 @torch.no_grad()
@@ -42,3 +46,23 @@ def test_features_come_as_tensors_or_per_image(monkeypatch) -> None:
     monkeypatch.setattr(inner, "get_image_features", other)
     found = backbone.encode(inputs).added
     assert all(torch.equal(found[layer], expected[layer]) for layer in expected)
+
+
+@torch.no_grad()
+def test_a_config_as_it_is_published(tmp_path) -> None:
+    """Rotary settings under their older names; the tower's type is the model's; least and most pixels as edges."""
+    tiny = TINY["qwen3_vl"]()
+    tiny.model.save_pretrained(tmp_path)
+    save_processor(tiny.processor, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config["text_config"].pop("rope_parameters")
+    config["text_config"] |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    config["vision_config"]["model_type"] = "qwen3_vl"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert images["size"] == {"shortest_edge": 4 * 32 * 32, "longest_edge": 48 * 32 * 32}
+    images["image_processor_type"] = "Qwen2VLImageProcessorFast"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    loaded = backbones.load(tmp_path)
+    ours, theirs = (run_layers(b, start(b.encode(prompts(b))), 4).hidden for b in (loaded, tiny))
+    torch.testing.assert_close(ours, theirs)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, picture, prompt, prompts
 from glimpseprune import backbones, cost
-from glimpseprune.backbones import _lvlm
+from glimpseprune.backbones import _lvlm, _tiny
 from glimpseprune.config import UserError
 from glimpseprune.export import save_processor
 from glimpseprune.lookup import find, names
@@ -219,6 +219,16 @@ def test_a_projector_makes_the_decoders_inputs(tiny) -> None:
         cell = [cell for row in encoded.layouts for layout in row for part in layout.parts for cell in part.cells]
         made = tiny.projector(encoded.states[tiny.feature_layer][cell])
         torch.testing.assert_close(made, encoded.embeds[encoded.visual][cell])
+
+
+def test_the_tiny_model_has_the_sizes_that_tests_ask_for(tiny) -> None:
+    config = tiny.text_model.config
+    assert {name: getattr(config, name) for name in _tiny.DECODER if "tie" not in name} == {
+        name: value for name, value in _tiny.DECODER.items() if "tie" not in name
+    }
+    assert {1, 2} <= set(tiny.vision_layers) and len(tiny.vision_layers) < 9
+    assert tiny.feature_layer in tiny.vision_layers
+    assert set(tiny.image_keys) < set(tiny.prompt_keys) == set(prompt(tiny))
 
 
 def test_embed_and_logits(tiny) -> None:

@@ -121,7 +121,8 @@ class LVLM(ABC):
     @classmethod
     @abstractmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> LVLM:
-        """A random model of the smallest sensible size with a working processor, without any download."""
+        """A random model of the smallest sensible size with a working processor, without any download: what the tests
+        run on. Its decoder has the sizes in ``_tiny.DECODER``, its tower the layers 1 and 2 and less than nine."""
 
     @staticmethod
     @abstractmethod
