@@ -226,8 +226,10 @@ def test_masks_of_a_gate_without_doubt_are_those_of_the_threshold(second, tmp_pa
         weights[name] = weights[name] * 1e4
     save_file(weights, sure / "trainable.safetensors")
     (sure / "config.yaml").write_text(Path(second, "config.yaml").read_text())
-    _, greedy = scored(str(sure), tmp_path / "greedy", "controls=[]")
-    _, drawn = scored(str(sure), tmp_path / "drawn", "controls=[random]", "samples=3", "sample_keep=true")
+    rows, greedy = scored(str(sure), tmp_path / "greedy", "controls=[]")
+    others, drawn = scored(str(sure), tmp_path / "drawn", "controls=[random]", "samples=3", "sample_keep=true")
+    assert others["glimpse+"]["decoder_flops"] == rows["glimpse+"]["decoder_flops"]
+    assert others["random"]["decoder_flops"] < others["glimpse+"]["decoder_flops"]  # which decides for nothing
     assert drawn["glimpse+"] == [line for line in greedy["glimpse+"] for _ in range(3)]
     assert [kept for *_, kept in drawn["random"]] == [kept for *_, kept in greedy["glimpse+"]]
     assert len({kept for *_, kept in greedy["glimpse+"]}) > 1
