@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import picture
-from glimpseprune import checkpoint, config, evaluate, lora
+from glimpseprune import checkpoint, config, cost, evaluate, lora
 from glimpseprune.backbones import LVLM
 from glimpseprune.data import shards
 from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
@@ -226,8 +226,10 @@ def test_masks_of_a_gate_without_doubt_are_those_of_the_threshold(second, tmp_pa
         weights[name] = weights[name] * 1e4
     save_file(weights, sure / "trainable.safetensors")
     (sure / "config.yaml").write_text(Path(second, "config.yaml").read_text())
-    _, greedy = scored(str(sure), tmp_path / "greedy", "controls=[]")
-    _, drawn = scored(str(sure), tmp_path / "drawn", "controls=[random]", "samples=3", "sample_keep=true")
+    rows, greedy = scored(str(sure), tmp_path / "greedy", "controls=[]")
+    others, drawn = scored(str(sure), tmp_path / "drawn", "controls=[random]", "samples=3", "sample_keep=true")
+    assert others["glimpse+"]["decoder_flops"] == rows["glimpse+"]["decoder_flops"]
+    assert others["random"]["decoder_flops"] < others["glimpse+"]["decoder_flops"]  # which decides for nothing
     assert drawn["glimpse+"] == [line for line in greedy["glimpse+"] for _ in range(3)]
     assert [kept for *_, kept in drawn["random"]] == [kept for *_, kept in greedy["glimpse+"]]
     assert len({kept for *_, kept in greedy["glimpse+"]}) > 1
@@ -291,7 +293,7 @@ def test_controls_of_a_method_with_several_stops_follow_all_of_them(tiny_folder,
 
 def test_costs_in_the_table_are_what_each_layer_saw(tiny_folder, staged, data, tmp_path, monkeypatch):
     """A probe counts the tokens that run through every decoder layer; one sample per batch, so that none is padding."""
-    from glimpseprune import cost, decoder
+    from glimpseprune import decoder
 
     seen, run_layers = [], decoder.run_layers
 
@@ -429,6 +431,25 @@ def test_several_metrics_intervals_and_differences(first, tmp_path, monkeypatch)
     assert any(0 < row["accuracy"] < 1 for row in rows.values()) and rows["none"]["difference_ci"] == [0, 0]
     kinds = {(row["method"], row["kind"]): row for row in rows_of(tmp_path)}
     assert set(kinds["glimpse", "odd"]["accuracy_ci"]) <= {0, 0.5, 1} and "time_to_first_token" in rows["none"]
+
+
+def test_memory_is_the_most_that_a_method_or_its_encoding_took(first, tmp_path, monkeypatch):
+    """As on CUDA, where it is measured; the first measurement of a batch is that of the encoding."""
+    from contextlib import contextmanager
+
+    peaks = iter([7, *[5] * 4, 3, *[9] * 4])  # encoding, then (whole, first token) of none and glimpse, twice
+
+    @contextmanager
+    def measure(device):
+        measured = cost.Measured(seconds=0.25)
+        yield measured
+        measured.peak_bytes = next(peaks)
+
+    monkeypatch.setattr(cost, "measure", measure)
+    rows, _ = scored(first, tmp_path, "controls=[none]", "limit=4")
+    assert {row["peak_bytes"] for row in rows.values()} == {9}
+    assert {line["peak_bytes"] for line in lines_of(tmp_path, "timings.jsonl")} == {7, 9}
+    assert {row["time_to_first_token"] for row in rows.values()} == {0.5}
 
 
 def test_text_of_the_data_survives_wherever_it_is_written(first, tmp_path, capsys):

@@ -192,8 +192,11 @@ class Evaluation:
         backbone, pruner = method.backbone, method.pruner
         state = approach(backbone, start(encoded), pruner)
         index = torch.arange(len(encoded.mask), device=backbone.device).repeat_interleave(self.cfg.samples)  # [B k]
-        keep, _ = sample_keep(state, pruner.logits(View(state, encoded, backbone)), index)
-        return advance(backbone, encoded, cut(state, keep, pruner.stops[0], index=index), pruner)
+        view = View(state, encoded, backbone, pruner.stops[0])
+        keep, _ = sample_keep(state, pruner.logits(view), index)
+        flops = pruner.decide(view).flops  # what deciding costs, which a drawn mask does not make cheaper
+        flops = torch.as_tensor(flops, device=index.device)[index] if len(flops) else ()  # [B k]
+        return advance(backbone, encoded, cut(state, keep, pruner.stops[0], index=index, flops=flops), pruner)
 
     def scores(self, texts: Sequence[str], samples: Sequence[Sample], metric: str | None = None) -> list[float]:
         """How right each answer to its sample is by a metric (default: the first), 0 to 1. A judge, who wants many at
