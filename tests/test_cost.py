@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import TINY, prompt
 from contracts._masked import Replay, Witness
 from contracts._methods import METHODS
+from devices import put
 from glimpseprune import backbones, cost
 from glimpseprune.cost import Step, Vip
 from glimpseprune.decoder import prefill, see
@@ -48,7 +49,7 @@ def test_a_staged_prefill_against_torch(name, on):
 
 def test_vip_linears_against_torch():
     shapes, vip = TINY["qwen2_5_vl"]().shapes, Vip(width=8, cond_width=16, blocks=2, probes=3)
-    model = VIP(3 * 4, 24, 2, width=8, cond_width=16, num_heads=2)
+    model = put(VIP(3 * 4, 24, 2, width=8, cond_width=16, num_heads=2))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.randn(15, 12), [torch.randn(15, 24)] * 2, [(3, 5)])
     counts = counter.get_flop_counts()["Global"]
@@ -145,7 +146,6 @@ def test_measure():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_measure_on_a_gpu():
     with cost.measure("cuda") as measured:
         torch.ones(1 << 20, device="cuda")

@@ -837,7 +837,6 @@ def args(tiny_folder, tmp_path_factory) -> list[str]:
         "trainer.max_steps=2",
         "trainer.val_every=1",
         "trainer.log_every=1",
-        "trainer.accelerator=cpu",
         "trainer.devices=1",
         "grpo.num_generations=4",
         "grpo.max_completion_length=5",
@@ -866,7 +865,7 @@ def second(published, tmp_path_factory) -> str:
     """The published recipe's second stage: the glimpse, on the adapters of the first."""
     run = str(tmp_path_factory.mktemp("runs") / "glimpse")
     steps = ["trainer.max_steps=2", "trainer.val_every=1", "data.batch_size=2", "data.val_samples=2", "data.workers=0"]
-    device = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.log_every=1"]
+    device = ["trainer.devices=1", "trainer.log_every=1"]
     train.main([*GATE, *steps, *device, f"init_from={published}", f"out={run}"])
     return run
 
@@ -1088,7 +1087,7 @@ def test_two_processes_end_with_the_same_weights(args, tmp_path) -> None:
     """Lightning's ddp on two CPU processes, each with prompts and rollouts of its own."""
     script, out = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.val_every=2", f"out={out}"]
+    two = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.val_every=2", f"out={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(script), *args, *GATE, *REINFORCE, *two],

@@ -132,7 +132,7 @@ def test_mask_scores_are_those_of_hand_made_masks():
     ]
     keep = torch.tensor([1, 1, 0, 0, 0, 1, 1, 0], dtype=torch.bool)
     targets = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)
-    scores = mask_scores(keep, targets, Inputs({}, samples), [4, 4])
+    scores = {name: float(score) for name, score in mask_scores(keep, targets, Inputs({}, samples), [4, 4]).items()}
     assert scores["box_iou"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert scores["box_recall"] == pytest.approx((1 + 1 / 2) / 2)
     assert scores["mask_overlap"] == pytest.approx(1 / 3)

@@ -52,8 +52,17 @@ def test_encode(tiny) -> None:
     assert tiny.encode(inputs, targets=targets).targets is targets
 
 
+@pytest.fixture
+def convolutions():
+    """How cuDNN's are computed, with torch's own default, which a run of the tests on a GPU may have changed."""
+    setting = torch.backends.cudnn.conv
+    own, setting.fp32_precision = setting.fp32_precision, "tf32"
+    yield setting
+    setting.fp32_precision = own
+
+
 @torch.no_grad()
-def test_rows_do_not_depend_on_the_batch(tiny) -> None:
+def test_rows_do_not_depend_on_the_batch(tiny, convolutions) -> None:
     layers = (tiny.vision_layers[0],)
     together = tiny.encode(prompts(tiny), Needs(states=layers))
     states = together.states[layers[0]].split(together.counts)
@@ -62,6 +71,29 @@ def test_rows_do_not_depend_on_the_batch(tiny) -> None:
         torch.testing.assert_close(together.embeds[row][mask], alone.embeds[0])
         torch.testing.assert_close(states[row], alone.states[layers[0]])
         assert torch.equal(together.positions[..., row, :][..., mask], alone.positions[..., 0, :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("own", "inside"), [("tf32", "ieee"), ("ieee", "ieee"), ("none", "none")])
+def test_convolutions_of_float32_are_not_rounded(tiny, own, inside, convolutions) -> None:
+    """Whatever is set for others stays set, after an error too."""
+    convolutions.fp32_precision, seen = own, []
+    patches = next(module for module in tiny.model.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+
+    def look(*_) -> None:
+        seen.append(convolutions.fp32_precision)
+        if len(seen) > 1:
+            raise RuntimeError("broken")
+
+    handle = patches.register_forward_pre_hook(look)
+    try:
+        tiny.encode(prompt(tiny))
+        assert seen == [inside] and convolutions.fp32_precision == own
+        with pytest.raises(RuntimeError, match="broken"):
+            tiny.encode(prompt(tiny))
+        assert convolutions.fp32_precision == own
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -236,7 +268,7 @@ def test_embed_and_logits(tiny) -> None:
     assert tiny.embed(ids).shape == (1, 2, tiny.hidden_size)
     assert tiny.logits(tiny.embed(ids)).shape == (1, 2, VOCABULARY)
     assert len(tiny.text_model.layers) == tiny.num_layers
-    assert tiny.device == torch.device("cpu")
+    assert tiny.device == next(tiny.model.parameters()).device
 
 
 def test_prepare_pads_on_the_left_and_puts_the_system_prompt_first(tiny) -> None:

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glimpseprune import attention, cost
+from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.types import Encoded, Layout, Needs
 
@@ -214,7 +215,8 @@ class LVLM(ABC):
             name: {layer: self.tower_layer(layer) for layer in getattr(needs, name)}
             for name in ("states", "keys", "attention")
         }
-        seen = self.see(prompt, Needs(**{name: tuple(layers.values()) for name, layers in asked.items()}))
+        with without_tf32():
+            seen = self.see(prompt, Needs(**{name: tuple(layers.values()) for name, layers in asked.items()}))
         found = {
             name: {layer: getattr(seen, name)[number] for layer, number in layers.items()}
             for name, layers in asked.items()
