@@ -8,17 +8,20 @@
 PYTHON      ?= python3
 VENV_FLAGS  ?=
 TORCH       ?= torch==2.13.0
-EXTRAS      ?= train,demo,dev
+EXTRAS      ?= train,demo,report,dev
 TEST_JOBS   ?= 2
 KILLS       ?= 20
+DEVICE      ?= cuda
 ARGS        ?=
 
 CPU_WHEELS  := https://download.pytorch.org/whl/cpu
 BIN         := .venv/bin
+GPU_TESTS   := tests/contracts tests/golden $(patsubst %,tests/test_%.py,attention cost decoder devices generate \
+               glimpse grpo lora losses pretrain rollout training vip)
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-plus test test-slurm test-faults lint format clean
+.PHONY: help install demo demo-plus test test-gpu test-slurm test-faults lint format clean
 
 # glibc gives every large activation back to the kernel and faults it in again; keeping it makes torch on a CPU up to
 # ten times faster. Read when a process starts, so it cannot be set from Python.
@@ -39,6 +42,9 @@ demo-plus: .venv/.ok ## Reinforce the demo's model on a harder task (trains the 
 
 test: .venv/.ok ## Run the tests (ARGS="-k decoder" for some of them, TEST_JOBS for processes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) $(ARGS)
+
+test-gpu: .venv/.ok ## Run what touches models with everything on a GPU (DEVICE=pretend: on a pretended one)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --device $(DEVICE) $(GPU_TESTS) $(ARGS)
 
 test-slurm: .venv/.ok ## Run slurm/ on a throw-away SLURM of two nodes (as root, who may install it from Debian's packages)
 	@command -v slurmctld slurmd sbatch munged > /dev/null || { apt-get -qq update; \

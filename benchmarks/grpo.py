@@ -236,7 +236,7 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     clock.wrap(rollout, "run_layers", layers)
     clock.wrap(rewards.Rewards, "__call__", "rewards")
     clock.wrap(module, "score", through)
-    clock.wrap(module, "keep_loss", "mask loss: forward")
+    clock.wrap(module, "masks_loss", "mask loss: forward")
     clock.wrap(module, "manual_backward", "backward")
     clock.wrap(module, "report", "metrics")
     clock.wrap(module, "log_dict", "metrics")

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Evaluate a run folder, or a published pruner, on one GPU.
+# Evaluate a run folder, a published pruner, or methods without weights, on one GPU or several.
 #
 #   sbatch slurm/evaluate.sh ckpt=runs/stage1
+#   sbatch --nodes=2 --gpus-per-node=4 --cpus-per-task=16 slurm/evaluate.sh ckpt=runs/stage1    eight processes share it
 #   sbatch --gpus-per-node=0 slurm/evaluate.sh ckpt=runs/smoke       on a cluster without GPUs
 #   slurm/evaluate.sh ckpt=runs/stage1                               checks first; knows by itself if there are GPUs
 #
-# Arguments are those of `python -m src.evaluate`.
+# Arguments are those of `python -m src.evaluate`. A job that SLURM starts again goes on where it was.
 #SBATCH --job-name=evaluate
 #SBATCH --output=logs/%x-%j.out
 #SBATCH --open-mode=append

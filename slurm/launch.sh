@@ -69,8 +69,15 @@ check_train() {
 }
 
 run_train() {
-    local tasks options=(--kill-on-bad-exit=1 --label)
     train_arguments "$@"
+    one_per_gpu --label
+    run srun "${options[@]}" bash slurm/rank.sh "${PYTHON[@]}" -m src.train "${arguments[@]}"
+}
+
+# one_per_gpu OPTIONS: srun's options for a task on each GPU that answers, or on each node; they share the node's CPUs.
+one_per_gpu() {
+    local tasks
+    options=(--kill-on-bad-exit=1 "$@")
     if in_job; then
         local gpus=${SLURM_GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
         gpus=${gpus##*:} # of a100:8
@@ -82,14 +89,26 @@ run_train() {
         options+=("--cpus-per-task=$((SLURM_CPUS_ON_NODE > tasks ? SLURM_CPUS_ON_NODE / tasks : 1))")
     fi
     options=("--ntasks-per-node=${tasks:-GPUS}" "${options[@]}")
-    run srun "${options[@]}" bash slurm/rank.sh "${PYTHON[@]}" -m src.train "${arguments[@]}"
 }
 
 # ---------------------------------------------------------------------------------------------- evaluation, preparation
 
-check_evaluate() { "${PYTHON[@]}" -m src.preflight evaluate "$@"; }
+# A job that SLURM starts again goes on where it was.
+evaluate_arguments() {
+    arguments=("$@")
+    [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || arguments+=(resume=true)
+}
 
-run_evaluate() { run srun --ntasks=1 "--cpus-per-task=${SLURM_CPUS_PER_TASK:-1}" "${PYTHON[@]}" -m src.evaluate "$@"; }
+check_evaluate() {
+    evaluate_arguments "$@"
+    "${PYTHON[@]}" -m src.preflight evaluate "${arguments[@]}"
+}
+
+run_evaluate() {
+    evaluate_arguments "$@"
+    one_per_gpu
+    run srun "${options[@]}" "${PYTHON[@]}" -m src.evaluate "${arguments[@]}"
+}
 
 check_prepare() { :; }
 

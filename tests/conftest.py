@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from torch.nn.functional import pad
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
+import devices
+from glimpseprune import pruners
 from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
 from glimpseprune.backbones._tiny import VOCABULARY as VOCABULARY
@@ -23,7 +27,38 @@ from glimpseprune.types import Encoded
 
 torch.set_num_threads(1)
 
-TINY = {name: cache(find("glimpseprune.backbones", name).Backbone.tiny) for name in names("glimpseprune.backbones")}
+
+def tiny(name: str) -> Callable[..., LVLM]:
+    """The tiny model of a backbone, on the device of the tests; made once for each set of arguments."""
+
+    @cache
+    def make(attn: str = "sdpa", seed: int = 0) -> LVLM:
+        made = find("glimpseprune.backbones", name).Backbone.tiny(attn, seed)
+        devices.put(made.model)
+        return made
+
+    return make
+
+
+TINY = {name: tiny(name) for name in names("glimpseprune.backbones")}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", default="cpu", choices=("cpu", "cuda", "pretend"), help="where the models of the tests are"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    devices.start(config.getoption("--device"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What needs a GPU is left out where it is not asked for, as SLURM is."""
+    if config.getoption("--device") != "cuda":
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -133,3 +168,13 @@ def recipe(tmp_path_factory) -> list[str]:
         "data.workers=0",
         "trainer.log_every=1",
     ]
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch) -> str:
+    """Puts the method ``staged`` beside those of pruners/."""
+    folder = tmp_path / "more-pruners"
+    folder.mkdir()
+    shutil.copy(Path(__file__).with_name("staged.py"), folder)
+    monkeypatch.setattr(pruners, "__path__", [*pruners.__path__, str(folder)])
+    return "staged"

@@ -8,7 +8,7 @@ from PIL import Image
 
 from conftest import TINY
 from glimpseprune.config import UserError
-from glimpseprune.data.collate import Collator, box_targets
+from glimpseprune.data.collate import Collator, box_targets, sample_targets
 from glimpseprune.types import Layout, Part, Sample
 
 CELL, IMAGE_TOKEN, PAD, END = 10, 1, 0, 2
@@ -130,6 +130,45 @@ def test_dilation_stops_at_the_border():
     assert cells([(12, 2, 13, 3)], dilate=9) == [[1] * 4] * 3
     targets = Collator(Backbone(), dilate=1)([sample()]).targets
     assert targets[0].sum() == 4
+
+
+TILE = Part(4, 3, (0.5, -0.1, 1.1, 0.75), newline=True)  # a tile that shows some padding
+
+
+def test_a_part_has_targets_where_it_shows_a_box():
+    """Of a picture of 100 x 200; cells of the tile are 20 x 42.5 pixels, from (50, -20) on; newlines are no target."""
+
+    def cells(*box) -> list[list[int]]:
+        return box_targets([box], (100, 200), TILE).view(4, 4).int().tolist()
+
+    assert cells(0, 0, 49, 200) == [[0] * 4] * 4
+    assert cells(0, 151, 100, 200) == [[0] * 4] * 4
+    assert cells(0, 0, 100, 200) == [[1, 1, 1, 0]] * 4
+    assert cells(72, 30, 88, 60) == [[0] * 4, [0, 1, 0, 0], [0] * 4, [0] * 4]
+    assert cells(40, 0, 69, 10) == [[1, 0, 0, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert cells(95, 140, 99, 199) == [[0] * 4, [0] * 4, [0] * 4, [0, 0, 1, 0]]
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_targets_are_the_cells_that_touch_a_box_in_every_part(name):
+    """Cell by cell, by the pixels that a layout says it shows."""
+    backbone, generator = TINY[name](), torch.Generator().manual_seed(0)
+    for size in ((168, 112), (90, 250), (300, 60)):
+        layout = backbone.layout_of(backbone.model.config, size, 16, 48 * 1024)
+        for _ in range(8):
+            x, y = (torch.rand(2, generator=generator).sort().values.mul(edge).tolist() for edge in size)
+            box = x[0], y[0], x[1], y[1]
+            one = Sample("a", "?", ("a",), [Image.new("RGB", size)], [[box]])
+            targets = iter(sample_targets(one, [layout]).tolist())
+            for part in layout.parts:
+                left, top, right, bottom = (edge * size[axis % 2] for axis, edge in enumerate(part.box))
+                wide, high = (right - left) / part.cols, (bottom - top) / part.rows
+                for row in range(part.rows):
+                    for col in range(part.grid[1]):
+                        beside = left + (col + 1) * wide <= x[0] or left + col * wide > x[1]
+                        beside |= top + (row + 1) * high <= y[0] or top + row * high > y[1]
+                        assert next(targets) == (col < part.cols and not beside), (part, row, col, box)
+            assert next(targets, None) is None
 
 
 @pytest.mark.parametrize(

@@ -296,3 +296,21 @@ def test_nothing_heavy_is_imported():
     code += "; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@dataclass
+class Folders:
+    folders: list[str] = option(MISSING, "some")
+    out: str = option("x", "one")
+
+    BARE = "folders"
+
+
+def test_bare_arguments_are_the_value_of_the_key_that_the_schema_names(tmp_path):
+    file = tmp_path / "a.yaml"
+    file.write_text("out: y")
+    cfg = config.load(Folders, ["runs/a", str(file), "runs/k=0.1,[b]", "it's: b"])
+    assert (cfg.folders, cfg.out) == (["runs/a", "runs/k=0.1,[b]", "it's: b"], "y")
+    assert config.load(Folders, ["folders=[c]", "out=z"]) == Folders(["c"], "z")
+    with pytest.raises(UserError, match="missing mandatory key 'folders'"):
+        config.load(Folders, ["out=z"])

@@ -1,14 +1,11 @@
 """What is written is true as far as a machine can tell: cited sections exist, links lead somewhere, commands parse.
 
-Commands of run.sh are those that bash would start (in a copy of the layout whose python only writes down its
-arguments); those of Markdown and of comments in conf/ are read from the text. Both go through the real parser of the
-command's options, and so do the options of methods and sources. Nothing is run.
+Commands in Markdown and in comments of conf/ go through the real parser of the command's options, and so do the options
+of methods and sources. Nothing is run. Blocks of commands and run.sh are test_commands.py's.
 """
 
-import os
 import re
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -27,7 +24,6 @@ SHIMS = {path.stem: path.read_text() for path in (ROOT / "src").glob("*.py") if 
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "data").glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/**/*.md")]
 )
-SCRIPTS = sorted(ROOT.glob("experiments/*/run.sh"))
 SOURCES = [
     path
     for folder, ending in (("src", "py"), ("tests", "py"), ("benchmarks", "py"), ("conf", "yaml"), ("experiments", "*"))
@@ -114,27 +110,6 @@ def parse(tmp_path, monkeypatch) -> Callable[..., Any]:
         return cfg
 
     return run
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.parent.name)
-def test_commands_of_an_experiment_parse(script, parse, tmp_path):
-    copy, log = tmp_path / "copy", tmp_path / "log"
-    (copy / ".venv/bin").mkdir(parents=True)
-    python = copy / ".venv/bin/python"
-    python.write_text(f"#!/bin/sh\nprintf '%s\\037' \"$@\" >> {log}\necho >> {log}\n")
-    python.chmod(0o755)
-    place = copy / "experiments" / script.parent.name / script.name
-    place.parent.mkdir(parents=True)
-    place.write_text(script.read_text())
-    clean = {name: value for name, value in os.environ.items() if name != "PYTHON"}
-    subprocess.run(["bash", place], check=True, env=clean | {"BASH_FUNC_cp%%": "() { :; }"}, timeout=60)
-    commands = [line.split("\x1f")[:-1] for line in log.read_text().splitlines()]
-    assert commands
-    for first, *rest in commands:
-        if first == "-m":
-            parse(rest[0].removeprefix("src."), rest[1:])
-        elif first != "-":  # what bash hands over as standard input
-            assert (ROOT / first).is_file(), first
 
 
 COMMAND = re.compile(rf"(?:\bsrc\.(\w+)|\bglimpseprune ({'|'.join(SHIMS)})\b)(?!\.py)([^`]*)")

@@ -10,12 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import glimpseprune
 from conftest import TINY, prompts
 from glimpseprune import checkpoint, config, export
 from glimpseprune.backbones.qwen2_5_vl import Backbone
+from glimpseprune.export import save_processor
 from glimpseprune.options import TrainConfig
 from glimpseprune.pruners import build
 from test_evaluate import OPTIONS, data, save_run, scored  # noqa: F401  (data is a fixture)
@@ -82,16 +83,19 @@ def test_exported_run_can_be_evaluated(tiny_folder, data, tmp_path):  # noqa: F8
     assert after["glimpse"] == before["glimpse+"] and after["none"] == before["none+"]
 
 
-def test_llava(tmp_path):
-    backbone = TINY["llava1_5"]()
-    for part in (backbone.model, backbone.processor):
-        part.save_pretrained(tmp_path / "base")
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_every_backbone(name, tmp_path):
+    backbone = TINY[name]()
+    backbone.model.save_pretrained(tmp_path / "base")
+    save_processor(backbone.processor, tmp_path / "base")
     run = save_run(tmp_path / "run", str(tmp_path / "base"), 4, trained="lora")
     out, before = exported(run, tmp_path / "out"), checkpoint.load(run)
-    plain, prompt = LlavaForConditionalGeneration.from_pretrained(out), prompts(before.backbone)
+    plain, prompt = backbone.model_class.from_pretrained(out), prompts(before.backbone)
     assert torch.allclose(logits(plain, prompt), logits(before.backbone.model, prompt), atol=1e-5)
-    assert torch.equal(answers(checkpoint.load(out))[0], answers(before)[0])
-    assert LlavaProcessor.from_pretrained(out).to_dict() == before.processor.to_dict()
+    after = checkpoint.load(out)
+    assert torch.equal(answers(after)[0], answers(before)[0])
+    assert all(torch.equal(x, prompt[key]) for key, x in prompts(after.backbone).items())
+    assert after.processor.image_processor.to_dict() == before.processor.image_processor.to_dict()
 
 
 def test_weights_in_another_dtype(tiny_folder, tmp_path):

@@ -176,7 +176,7 @@ def ratios(module: Untrained, batch: Batch) -> tuple[Tensor, Tensor]:
         said, _ = module.score(batch, actions.index, actions.keep, actions.tokens, actions.mask)
         logits = module.pruner.logits(module.view(batch.encoded, state))
     kept = torch.zeros(state.visual.shape).masked_scatter(state.visual, logits)[actions.index]
-    kept = losses.keep_log_probs(kept / module.config.grpo.keep_temperature, actions.keep)
+    kept = losses.keep_log_probs(kept / module.config.grpo.mask_temperature, actions.keep)
     visual = state.visual[actions.index]
     return (said - actions.log_probs)[actions.mask].exp(), (kept - actions.keep_log_probs)[visual].exp()
 
@@ -184,7 +184,7 @@ def ratios(module: Untrained, batch: Batch) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("first_layer", [None, 0], ids=["above K", "all layers"])
 def test_ratio_is_one_until_an_update(backbone, first_layer) -> None:
     """The log-probability pass is the distribution that was sampled: prefix shared or not, on every backend."""
-    module, inputs = stage(backbone, first_layer=first_layer, temperature=1.2, keep_temperature=0.8)
+    module, inputs = stage(backbone, first_layer=first_layer, temperature=1.2, mask_temperature=0.8)
     assert module.trains_below == (first_layer == 0)
     module.train()
     batch = collect(module, inputs)
@@ -261,7 +261,7 @@ def test_gradient_of_the_vision_tower_is_that_of_what_inference_does(name) -> No
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
 def test_gradient_does_not_depend_on_micro_batches(loss_type) -> None:
     """Over two pending batches of answers of different lengths, with every term of the loss."""
-    module, inputs = stage(first_layer=0, loss_type=loss_type, beta=0.1, entropy_coef=0.05, keep_entropy_coef=0.05)
+    module, inputs = stage(first_layer=0, loss_type=loss_type, beta=0.1, entropy_coef=0.05, mask_entropy_coef=0.05)
     batches = [drift(collect(module, inputs, seed)) for seed in (0, 1)]
     assert batches[0].mask.shape[1] > 1 and not batches[0].mask.all()
     found, logs = [], []
@@ -371,7 +371,7 @@ def test_any_method_is_reinforced(name, first_layer) -> None:
     for i, row in enumerate(actions.index.tolist()):
         prompt = backbone.prepare([SAMPLES[row].question], [SAMPLES[row].images])
         encoded, first = decoder.see(backbone, pruner, prompt), torch.zeros(1, dtype=torch.long)
-        keep = actions.keep[i : i + 1, -encoded.mask.shape[1] :] if module.replays_keep else None
+        keep = actions.keep[i : i + 1, -encoded.mask.shape[1] :] if module.replays_masks else None
         taken, own = rolled_out(backbone, encoded, pruner, first, keep), actions.tokens[i, actions.mask[i]]
         hidden = masked(backbone, encoded, first, taken, backbone.embed(own[None, :-1])).hidden
         logits = backbone.logits(hidden[0, -len(own) :]) / module.config.grpo.temperature
@@ -394,12 +394,12 @@ def test_any_method_is_reinforced(name, first_layer) -> None:
 
 def test_mask_loss_is_reinforce_on_the_decisions() -> None:
     """On policy its gradient on the keep logits is -A (decision - p) / temperature / sqrt(V) / R."""
-    module, inputs = stage(train=["glimpse", "vip"], keep_norm="sqrt", keep_weight=3.0, keep_temperature=0.5)
+    module, inputs = stage(train=["glimpse", "vip"], mask_norm="sqrt", mask_weight=3.0, mask_temperature=0.5)
     batch = collect(module, inputs)
     actions, state = batch.actions, batch.state
     logits = module.pruner.logits(module.view(batch.encoded, state)).detach().requires_grad_()
     module.pruner.logits = lambda view: logits
-    module.keep_loss(batch, len(actions.index), {name: [] for name in METERS}).backward()
+    module.masks_loss(batch, len(actions.index), {name: [] for name in METERS}).backward()
     counts = state.visual.sum(1).tolist()
     for row, (grad, own) in enumerate(zip(logits.grad.split(counts), logits.detach().split(counts))):
         mine = actions.index == row
@@ -414,7 +414,7 @@ METERS = ("mask_entropy", "mask_clip_ratio", "mask_loss")
 def test_a_second_iteration_does_not_reach_the_prompt_through_the_gate() -> None:
     """Iterations differ in the weights only: what has a gradient in one has it in the other, and no graph is kept."""
     module, inputs = stage(train=["lora"], first_layer=0)
-    module.trains_keep = True  # the gate's loss alone, through adapters that the glimpse passes
+    module.trains_masks = True  # the gate's loss alone, through adapters that the glimpse passes
     batch = collect(module, inputs)
     batch.mask &= False
     first = gradients(module, batch)
@@ -613,7 +613,7 @@ def ratios_of_tokens(module: Untrained, batch: Batch) -> list[float]:
     ("options", "metric", "rises"),
     [
         ({"entropy_coef": 1.0}, "train/entropy", True),
-        ({"keep_entropy_coef": 1.0}, "train/mask_entropy", True),
+        ({"mask_entropy_coef": 1.0}, "train/mask_entropy", True),
         ({"beta": 1.0}, "train/kl", False),
     ],
 )
@@ -649,11 +649,11 @@ def test_wrong_settings_are_told(options, message) -> None:
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("options", [{"pruner": "oracle"}, {"keep": "boxes"}], ids=str)
+@pytest.mark.parametrize("options", [{"pruner": "oracle"}, {"masks": "boxes"}], ids=str)
 def test_box_masks_are_those_of_the_published_recipe(options) -> None:
     """Every rollout keeps the evidence, nothing is drawn, and only the adapters train."""
     module, inputs = stage(train=["lora"], beta=0.04, **options)
-    assert not (module.samples_keep or module.trains_keep)
+    assert not (module.samples_masks or module.trains_masks)
     batch = collect(module, inputs)
     actions, visual = batch.actions, batch.state.visual
     for row, target in enumerate(inputs.targets):
@@ -666,8 +666,8 @@ def test_box_masks_are_those_of_the_published_recipe(options) -> None:
 
 
 def test_masks_as_at_inference() -> None:
-    module, inputs = stage(keep="greedy")
-    assert module.gated and not module.trains_keep
+    module, inputs = stage(masks="greedy")
+    assert module.gated and not module.trains_masks
     batch = collect(module, inputs)
     greedy = generate(module.backbone, module.pruner, inputs.prompt, max_new_tokens=1).keep
     for row, expected in enumerate(greedy):
@@ -678,7 +678,7 @@ def test_masks_as_at_inference() -> None:
 def test_reinforcement_makes_rewarded_answers_and_masks_likelier() -> None:
     """A step along the gradient raises the log-probability of what had an advantage: the sign of it all."""
     values = [float(i % G == 0) for i in range(3 * G)]
-    module, inputs = stage(rewards=lambda said: values, reward=RewardOptions(pruning=0.0), keep_weight=5.0)
+    module, inputs = stage(rewards=lambda said: values, reward=RewardOptions(pruning=0.0), mask_weight=5.0)
     batch = collect(module, inputs)
 
     def gain() -> tuple[float, float]:
@@ -686,7 +686,7 @@ def test_reinforcement_makes_rewarded_answers_and_masks_likelier() -> None:
         with torch.no_grad():
             said, _ = module.score(batch, actions.index, actions.keep, actions.tokens, actions.mask)
             meter: dict[str, list[Tensor]] = {name: [] for name in METERS}
-            kept = -module.keep_loss(batch, len(actions.index), meter)
+            kept = -module.masks_loss(batch, len(actions.index), meter)
         return float((batch.advantages[:, None] * said).sum()), float(kept)
 
     before = gain()
@@ -837,7 +837,6 @@ def args(tiny_folder, tmp_path_factory) -> list[str]:
         "trainer.max_steps=2",
         "trainer.val_every=1",
         "trainer.log_every=1",
-        "trainer.accelerator=cpu",
         "trainer.devices=1",
         "grpo.num_generations=4",
         "grpo.max_completion_length=5",
@@ -866,7 +865,7 @@ def second(published, tmp_path_factory) -> str:
     """The published recipe's second stage: the glimpse, on the adapters of the first."""
     run = str(tmp_path_factory.mktemp("runs") / "glimpse")
     steps = ["trainer.max_steps=2", "trainer.val_every=1", "data.batch_size=2", "data.val_samples=2", "data.workers=0"]
-    device = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.log_every=1"]
+    device = ["trainer.devices=1", "trainer.log_every=1"]
     train.main([*GATE, *steps, *device, f"init_from={published}", f"out={run}"])
     return run
 
@@ -1088,7 +1087,7 @@ def test_two_processes_end_with_the_same_weights(args, tmp_path) -> None:
     """Lightning's ddp on two CPU processes, each with prompts and rollouts of its own."""
     script, out = tmp_path / "script.py", tmp_path / "run"
     script.write_text(SCRIPT)
-    two = ["trainer.devices=2", "trainer.strategy=ddp", "trainer.val_every=2", f"out={out}"]
+    two = ["trainer.accelerator=cpu", "trainer.devices=2", "trainer.strategy=ddp", "trainer.val_every=2", f"out={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, str(script), *args, *GATE, *REINFORCE, *two],

@@ -14,9 +14,9 @@ ROOT = Path(__file__).parent.parent / "src" / "glimpseprune"
 ORDER = (  # a module imports those of its own line or of lines below it; a folder stands for all in it
     "integrations __init__ __main__",  # and the commands: whatever else has a main
     "training running tiny",
-    "evaluation report generate checkpoint rollout data.module",
+    "evaluation budget report generate checkpoint rollout data.module",
     "pruners backbones lora data",
-    "decoder vip rewards metrics cost memory pictures",
+    "decoder vip rewards metrics cost memory pictures results intervals processes",
     "attention losses judge sharded windows",
     "options",
     "lookup config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -131,7 +132,7 @@ def test_a_step_of_stage_2(dtype, trains):
     keep = (kept - size.text) / size.visual
     size = replace(size, answer=max(int(batch.mask[rows].sum(1).max()), 1), keep=keep)
     for name, run in {
-        "masks' loss": lambda: module.keep_loss(batch, 1, meter),
+        "masks' loss": lambda: module.masks_loss(batch, 1, meter),
         "tokens' loss": lambda: module.token_loss(batch, rows, torch.ones(actions.tokens.shape), meter),
     }.items():
         with (saved := Saved(module)):
@@ -152,13 +153,28 @@ def test_the_skeleton_is_the_module(stage):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_published_sizes(name):
-    cfg = load("conf/stage1.yaml", f"conf/backbones/{name}.yaml", f"backbone.path=none/{name.replace('_', '.')}")
-    key = name.replace("qwen2_5_vl", "qwen2.5-vl").replace("llava1_5", "llava-1.5").replace("_", "-")
-    found = backbones.published()[key]()
+    cfg = load("conf/stage1.yaml", f"conf/backbones/{name}.yaml")
+    found = published(cfg)
     counts = plan.describe(plan.skeleton(cfg, found)).counts
     billions, trained = SIZES[name]
     assert counts[True, 4] == trained
     assert counts[False, 2] / 1e9 == pytest.approx(billions, abs=0.005)
+
+
+def published(cfg: plan.PlanConfig) -> Any:
+    return plan.architecture("none/" + cfg.backbone.path.rpartition("/")[2])
+
+
+@pytest.mark.parametrize("file", sorted(Path("conf/backbones").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_shipped_backbone_can_be_planned(file):
+    """Its options fit the model that it names."""
+    cfg = load("conf/stage1.yaml", str(file))
+    found = plan.architecture(BASE) if Path(cfg.backbone.path).is_dir() else published(cfg)
+    stage = plan.skeleton(cfg, found)
+    assert stage.pruner.options.vision_layers[0] == stage.backbone.feature_layer
+    model = plan.describe(stage)
+    rows = plan.compare(cfg, model, plan.load_of(cfg, found, 2))
+    assert len(rows) == len(plan.STRATEGIES) and all(row.total > 0 for row in rows)
 
 
 def test_visual_tokens_are_those_of_the_processor():

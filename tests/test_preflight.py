@@ -113,6 +113,14 @@ def test_evaluation(arguments, capsys, tmp_path):
     preflight.main(["train", *arguments[:-1], f"out={tmp_path}/other", "make_data=true"])
     preflight.main(["evaluate", f"ckpt={run}"])
     assert f"evaluates {run} on the split test" in capsys.readouterr().out
+    assert "did you mean 'random'" in refused(capsys, "evaluate", [f"ckpt={run}", "methods=[radnom]"])
+    (run / "predictions.jsonl").touch()
+    assert "overwrite=true" in refused(capsys, "evaluate", [f"ckpt={run}"])
+    preflight.main(["evaluate", f"ckpt={run}", "resume=true"])
+    bare = [f"backbone.path={tmp_path}/base", f"data.path={tmp_path}/data", "methods=[random]", f"out={tmp_path}/new"]
+    preflight.main(["evaluate", *bare])
+    assert f"evaluates random on {tmp_path}/base" in capsys.readouterr().out
+    assert "options.random.kep" in refused(capsys, "evaluate", [*bare, "options.random.kep=1"])
 
 
 def test_a_command_is_needed(capsys):

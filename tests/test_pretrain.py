@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from devices import put
 from glimpseprune.data.sources import tags
 from glimpseprune.tiny.config import Lesson, PretrainConfig, TinyConfig
 from glimpseprune.tiny.model import PATCH, image_processor, patchify
@@ -18,12 +19,12 @@ LESSON = Lesson(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, torch.Tensor]:
-    return draw(np.random.default_rng(0), LESSON, "train")
+    return put(draw(np.random.default_rng(0), LESSON, "train"))
 
 
 @pytest.fixture(scope="module")
 def module() -> PretrainModule:
-    return PretrainModule(PretrainConfig(model=TINY, lessons=[LESSON])).eval()
+    return put(PretrainModule(PretrainConfig(model=TINY, lessons=[LESSON])).eval())
 
 
 @pytest.mark.parametrize("text", ["number on the red tag?", "numbers on lime and blue?", "colour of tag 07?", "27 41"])
@@ -42,7 +43,7 @@ def test_every_question_and_answer_is_in_the_vocabulary():
 
 
 def test_patchify_is_the_image_processor(batch):
-    expected = image_processor()(list(batch["images"].numpy()), return_tensors="pt")["pixel_values"]
+    expected = image_processor()(list(batch["images"].cpu().numpy()), return_tensors="pt")["pixel_values"]
     assert torch.equal(patchify(batch["images"]), expected)
 
 

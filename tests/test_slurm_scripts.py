@@ -104,6 +104,7 @@ def test_one_task_per_gpu_that_answers(bash, tmp_path):
     part = bash("stage1", "conf/smoke.yaml", **job(GPUS_ON_NODE=8, GPUS_PER_NODE="a100:2"))
     assert "--ntasks-per-node=2 " in part and "--gpus-per-node=2" in part
     assert "--ntasks-per-node=3 " in bash("stage1", "conf/smoke.yaml", TASKS_PER_NODE="3", **job(GPUS_ON_NODE=8))
+    assert "--ntasks-per-node=4 " in bash("evaluate", "ckpt=x", **job(GPUS_PER_NODE=4))
 
 
 def test_an_array_sweeps_over_seeds(bash):
@@ -121,9 +122,11 @@ def test_data_are_made_before_the_ranks_start(bash, tmp_path):
 
 def test_other_commands(bash):
     assert "src.preflight evaluate ckpt=x" in bash("evaluate", "ckpt=x")
-    assert "srun --ntasks=1 --cpus-per-task=4 python -m src.evaluate ckpt=x" in bash(
-        "evaluate", "ckpt=x", **job(CPUS_PER_TASK=4)
-    )
+    said = bash("evaluate", "ckpt=x", **job(CPUS_ON_NODE=4))
+    assert "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --cpus-per-task=4 python -m src.evaluate ckpt=x" in said
+    assert "resume" not in said
+    again = bash("evaluate", "ckpt=x", **job(RESTART_COUNT=1)).splitlines()
+    assert all(line.strip().endswith("ckpt=x resume=true") for line in again) and len(again) == 2
     said = bash("prepare", "source=tags", "out=x", **job(CPUS_PER_TASK=16))
     assert "--cpus-per-task=16 python -m src.prepare workers=16 source=tags out=x" in said
     said = bash("judge", "org/model", "--max-model-len", "4096", **job(GPUS_PER_NODE=4))

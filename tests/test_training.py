@@ -132,7 +132,7 @@ def test_mask_scores_are_those_of_hand_made_masks():
     ]
     keep = torch.tensor([1, 1, 0, 0, 0, 1, 1, 0], dtype=torch.bool)
     targets = torch.tensor([1, 0, 0, 0, 0, 0, 1, 1], dtype=torch.bool)
-    scores = mask_scores(keep, targets, Inputs({}, samples), [4, 4])
+    scores = {name: float(score) for name, score in mask_scores(keep, targets, Inputs({}, samples), [4, 4]).items()}
     assert scores["box_iou"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert scores["box_recall"] == pytest.approx((1 + 1 / 2) / 2)
     assert scores["mask_overlap"] == pytest.approx(1 / 3)
@@ -243,9 +243,9 @@ def weights(folder: str, run: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / run / "trainable.safetensors")
 
 
-def test_evaluate_prints_every_method_and_writes_its_files(world, capsys):
-    evaluate.main([f"ckpt={world['run']}", "data.workers=0", "max_new_tokens=6"])
-    rows = read(world["run"], "scores.json")
+def test_evaluate_prints_every_method_and_writes_its_files(world, tmp_path, capsys):
+    evaluate.main([f"ckpt={world['run']}", f"out={tmp_path}", "data.workers=0", "max_new_tokens=6"])
+    rows = read(tmp_path, "scores.json")
     assert {row["method"] for row in rows} == {"none", "glimpse", "random", "oracle", "zero"}
     assert {row["kind"] for row in rows} == {"all", "number", "pair", "relation"}
     by = {(row["method"], row["kind"]): row for row in rows}
@@ -253,7 +253,7 @@ def test_evaluate_prints_every_method_and_writes_its_files(world, capsys):
     assert by["zero", "all"]["kept"] == 0 and by["zero", "all"]["n"] == 8
     assert by["random", "all"]["kept"] == by["glimpse", "all"]["kept"]
     assert by["zero", "all"]["mean_tokens"] == pytest.approx(64 * 2 / 3, abs=0.01)
-    lines = read(world["run"], "predictions.jsonl")
+    lines = read(tmp_path, "predictions.jsonl")
     assert len(lines) == 5 * 8
     mean = sum(line["score"] for line in lines if line["method"] == "glimpse") / 8
     assert math.isclose(mean, by["glimpse", "all"]["accuracy"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from devices import put
 from glimpseprune.pruners.glimpse import Glimpse
 from glimpseprune.vip import VIP, Segments, grid_positions, rope_2d, rotate, window_ids
 
@@ -16,7 +17,7 @@ N = sum(rows * cols for rows, cols in GRIDS)
 @pytest.fixture
 def vip() -> VIP:
     torch.manual_seed(0)
-    return VIP(6, 10, 2, width=16, cond_width=8, num_heads=2, deep_supervision=True)
+    return put(VIP(6, 10, 2, width=16, cond_width=8, num_heads=2, deep_supervision=True))
 
 
 def inputs(total: int = N) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -26,7 +27,7 @@ def inputs(total: int = N) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def dense(vip: VIP, probes, states, grids, window=None, tokens=slice(None)) -> torch.Tensor:
     """Everything at once, with an N x N mask."""
-    ids = window_ids(grids, window)[tokens]
+    ids = put(window_ids(grids, window))[tokens]
     same = ids[:, None] == ids
     angles = []
     for row, col in grid_positions(grids)[tokens].tolist():
@@ -89,8 +90,8 @@ def test_gradients_reach_every_parameter(vip) -> None:
 
 
 def test_outputs_and_their_bias() -> None:
-    assert VIP(6, 10, 3, width=16, cond_width=8, num_heads=2)(*three(), GRIDS).shape == (1, N)
-    vip = VIP(6, 10, 3, width=16, cond_width=8, num_heads=2, init_bias=-2.0, deep_supervision=True)
+    assert put(VIP(6, 10, 3, width=16, cond_width=8, num_heads=2))(*three(), GRIDS).shape == (1, N)
+    vip = put(VIP(6, 10, 3, width=16, cond_width=8, num_heads=2, init_bias=-2.0, deep_supervision=True))
     assert [output.bias.item() for output in vip.attn_out_projs.values()] == [-2.0] * 3
     assert vip(*three(), GRIDS).shape == (3, N)
 

@@ -182,6 +182,9 @@ def test_what_is_no_cell_always_goes(tiny) -> None:
     encoded.embeds[encoded.visual] = embeds
     again = pruner.decide(view_of(tiny, encoded, pruner))
     assert torch.equal(again.merge, decision.merge)
+    encoded.attention[tiny.feature_layer][:] = 0  # cells may get none either
+    keep = everything.decide(view_of(tiny, encoded, everything)).keep[encoded.visual]
+    assert torch.equal(keep, cell)
 
 
 def test_rows_that_repeat(tiny) -> None:

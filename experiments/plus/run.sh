@@ -30,10 +30,10 @@ for seed in 0 1 2; do
   $python -m src.train conf/demo_plus.yaml init_from=runs/demo-${starts[$seed]} out=runs/plus-demo-$seed overwrite=true \
     seed=$seed data.path=runs/worn-data data.batch_size=16 'train=[lora,glimpse,vip,vision]' 'lora={rank: 32, alpha: 64}' \
     optim.lora_lr=1e-3 optim.vision_lr=1.5e-4 grpo.num_masks=4 grpo.micro_batch=256 grpo.temperature=1.3 \
-    grpo.keep_temperature=0.5 rewards.pruning=0.5 trainer.max_steps=1000 trainer.val_every=250 data.val_samples=510 "$@"
+    grpo.mask_temperature=0.5 rewards.pruning=0.5 trainer.max_steps=1000 trainer.val_every=250 data.val_samples=510 "$@"
   $python -m src.evaluate ckpt=runs/plus-demo-$seed data.path=runs/demo-data pruner.options.threshold=0.05
   $python -m src.evaluate ckpt=runs/plus-demo-$seed data.path=runs/fresh-data data.split=val \
     pruner.options.threshold=0.05 out=runs/plus-demo-$seed/fresh
   $python -m src.evaluate ckpt=runs/demo-${starts[$seed]} data.path=runs/fresh-data data.split=val 'controls=[]' \
-    pruner.options.threshold=0.05 out=runs/demo-${starts[$seed]}/fresh
+    pruner.options.threshold=0.05 out=runs/demo-${starts[$seed]}/fresh overwrite=true
 done

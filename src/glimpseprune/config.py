@@ -75,12 +75,15 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
     Files come before overrides whatever their order; one that is not there may be of those that the package brings
     (:mod:`.resources`). ``-h`` or ``--help`` prints every key and exits with 0.
 
+    Other arguments are the value of the key that an attribute ``BARE`` of the schema names.
+
     Raises:
         UserError: unknown key, wrong type, missing mandatory key, absent or malformed file or argument.
     """
     if {"-h", "--help"} & set(argv):
         print(as_typed(_help(schema, prog, doc)))
         raise SystemExit(0)
+    argv = _name_bare(schema, argv)
     files = [arg for arg in argv if "=" not in arg]
     for arg in files:
         if not arg.endswith((".yaml", ".yml")):
@@ -260,6 +263,20 @@ def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
     near += [known for known in everywhere if known.rpartition(".")[2] == name]
     near += difflib.get_close_matches(key, everywhere, 1, cutoff=0.8)
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
+
+
+def _name_bare(schema: type, argv: Sequence[str]) -> list[str]:
+    """``argv``, in which arguments without a key that are no YAML files are the value of the key that ``schema.BARE``
+    names, if it names one: all of them where that is a list. A key has no slash."""
+    bare = [a for a in argv if ("=" not in a or "/" in a.partition("=")[0]) and not a.endswith((".yaml", ".yml"))]
+    key = getattr(schema, "BARE", None)
+    if key is None or not bare:
+        return list(argv)
+    many = get_origin(get_type_hints(schema)[key]) is list
+    if len(bare) > 1 and not many:
+        raise UserError(f"give one {key}, not {len(bare)}: {' '.join(bare)}")
+    value = json.dumps(bare) if many else bare[0]
+    return [arg for arg in argv if arg not in bare] + [f"{key}={value}"]
 
 
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

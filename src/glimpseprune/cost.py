@@ -289,7 +289,8 @@ def attention_flops(tower: Tower, grids: Sequence[Grid], layer: int) -> int:
 
 
 def vip_flops(vip: Vip, shapes: Shapes, segments: Sequence[int]) -> int:
-    """Of the predictor on one row, whose tokens attend within ``segments`` of so many tokens each."""
+    """Of the predictor on one row, whose tokens attend within ``segments`` of so many tokens each. Values are counted
+    as wide as they are, not as the keys, to which they are padded for fused kernels."""
     n, f = sum(segments), vip.width
     wide = f + vip.cond_width
     pairs = sum(size**2 for size in segments)

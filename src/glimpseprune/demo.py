@@ -52,7 +52,7 @@ def stage1(cfg: DemoConfig) -> str:
     say("2/3 stage 1: train glimpse and VIP with KL, no boxes", f"python -m src.train conf/demo.yaml out={cfg.out}")
     train.main(["conf/demo.yaml", f"out={cfg.out}", f"data.path={cfg.data}", "overwrite=true", *cfg.overrides])
     say("3/3 evaluate beside the controls", f"python -m src.evaluate ckpt={cfg.out}")
-    evaluate.main([f"ckpt={cfg.out}"])
+    evaluate.main([f"ckpt={cfg.out}", "overwrite=true"])
     return cfg.out
 
 
@@ -69,7 +69,7 @@ def stage2(cfg: DemoConfig) -> str:
         + cfg.overrides
     )
     say("3/3 evaluate: base, stage 1, stage 2", f"python -m src.evaluate ckpt={out}")
-    evaluate.main([f"ckpt={out}"])
+    evaluate.main([f"ckpt={out}", "overwrite=true"])
     return out
 
 

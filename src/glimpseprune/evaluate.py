@@ -1,59 +1,78 @@
-"""Evaluate: ``python -m src.evaluate ckpt=runs/demo``.
+"""Evaluate: ``python -m src.evaluate ckpt=runs/demo``, or several methods on one model, ``methods=[glimpse,fastv]``.
 
-Scores a pruner beside its controls, all on the same samples. Prints one table and writes ``scores.json`` (a row per
-method and kind of question) and ``predictions.jsonl`` (a line per method, sample and draw). ``ckpt`` is a run folder,
-or a published pruner (folder or hub id); then ``backbone.path`` and ``data.path`` may be needed.
+Scores pruners beside their controls, all on the same samples. Prints one table and writes ``scores.json`` (a row per
+method and kind of question), ``predictions.jsonl`` (a line per method, sample and draw), ``evaluation.yaml`` (what was
+asked for) and pictures of what was kept; ``src.report`` and ``src.compare`` go on from there. ``ckpt`` is a run folder,
+or a published pruner (folder or hub id); then ``backbone.path`` and ``data.path`` may be needed. Methods without
+weights need no ``ckpt``: ``backbone.path=<model> data.path=<shards> methods=[random]``.
 
-Methods of a stage-1 run: ``none`` (unpruned), the pruner by its name, ``random`` (as many tokens as the pruner kept,
-sample by sample), ``oracle`` (the ground-truth boxes) and ``zero`` (no visual token survives).
+Rows of a stage-1 run: ``none`` (unpruned); the pruner by its name, or ``methods``, each with its
+``options.<method>.<key>``; and controls, which decide where the pruner does (of several the checkpoint's own, else the
+first one that prunes in the decoder): ``random`` (as many tokens as it kept, sample by sample and stop by stop),
+``oracle`` (the ground-truth boxes) and ``zero`` (no visual token survives).
+
+A budget sets every method but the controls to one cost, as measured on the first samples. What a method cannot reach is
+refused; what has no knob (``none``, ``oracle``) is reported as it is. ``budget.kept=.11`` is the share of the visual
+tokens that is left for decoding, ``budget.mean_tokens=64`` the number that a layer sees, mean over layers (up to 1: a
+share of all), ``budget.kv=.3`` the share in the cache; ``budget.decoder_flops=.5`` (decisions included) and
+``budget.prefill_flops=.7`` (vision tower and lm_head, too) are ratios to the unpruned model.
 
 A run that trained the language model, or reinforced the pruner of another run, has a ``+`` behind its name. Then
 ``none`` and what ``relative`` divides by is the *base*, which is the language model as it was before: without the run's
 adapters, or read once more from its folder if the run tuned its own weights. ``glimpse`` is the pruner that the run
-started from (``init_from``), on the base. ``random`` (at the count of ``glimpse+``), ``oracle`` and ``zero`` are run on
+started from (``init_from``), on the base. Other methods (``fastv+``), ``random``, ``oracle`` and ``zero`` are run on
 the trained language model, and so is ``none+``, the unpruned one, if ``controls`` names it. Adapters are not merged
 here, which costs a little time to the first token; ``src.export`` merges them.
 
-``samples=8 temperature=1`` and ``sample_keep=true`` are about the pruner alone: it answers k times, its accuracy is the
-mean over the k, and ``pass_at_k`` is that of the best of them (at least one is right).
+``samples=8 temperature=1`` and ``sample_keep=true`` are about the methods alone, not their controls: they answer k
+times, their accuracy is the mean over the k, and ``pass_at_k`` is that of the best of them (at least one is right).
+
+Several processes (``torchrun --nproc-per-node 8 -m src.evaluate ...``, or srun) share the samples, a device each.
+``resume=true`` goes on with an evaluation that was interrupted: what is done is read again, but not run. An earlier
+evaluation in ``out`` is not replaced without ``overwrite=true``.
 """
 
 from __future__ import annotations
 
-import json
-import time
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
-from itertools import groupby
-from operator import or_
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from statistics import mean, median
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from glimpseprune import config
+import yaml
+
+from glimpseprune import config, lookup, report
+from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
 from glimpseprune.config import MISSING, UserError, option
+from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
+from glimpseprune.evaluation import over_needing_kinds as over_needing_kinds
 from glimpseprune.options import PrunerOptions, TrainConfig
+from glimpseprune.processes import Processes, together
+from glimpseprune.results import Earlier, Folder, plain
 
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM
     from glimpseprune.checkpoint import GlimpsePrune
-    from glimpseprune.types import Encoded, Inputs, Prefill, Rollout, Sample
+
+    Base = tuple[LVLM, Callable[[], AbstractContextManager]]
 
 CONTROLS = ("none", "glimpse", "random", "oracle", "zero")
 
 
 @dataclass
 class PrunerChoice:
-    name: str | None = option(None, "another pruning method than the checkpoint's")
+    name: str | None = option(None, "another pruning method than the checkpoint's; several: methods")
     options: dict[str, Any] = option({}, "its options; for the checkpoint's own method they are merged over the saved")
 
 
 @dataclass
 class BackboneChoice:
-    path: str | None = option(None, "another folder or hub id than the checkpoint names")
+    path: str | None = option(None, "another folder or hub id than the checkpoint names; enough without a checkpoint")
     dtype: str | None = option(None, "auto, float32, bfloat16 or float16")
     attention: str | None = option(None, "sdpa, eager or flash_attention_2")
 
@@ -62,24 +81,43 @@ class BackboneChoice:
 class DataChoice:
     path: str | None = option(None, "folder of shards (default: the one the run was trained on)")
     split: str = option("test", "split to score")
-    batch_size: int = option(16, "samples per batch")
+    batch_size: int = option(16, "samples per batch and process")
     workers: int = option(1, "loader processes")
 
 
 @dataclass
+class BudgetChoice:
+    kept: float | None = option(None, "visual tokens left for decoding, as a share of all")
+    mean_tokens: float | None = option(
+        None, "visual tokens that a layer sees, mean over layers; up to 1: as a share of all"
+    )
+    kv: float | None = option(None, "visual tokens in the cache, mean over layers, as a share of all")
+    decoder_flops: float | None = option(None, "FLOPs of decoder and decisions, as a ratio to the unpruned model's")
+    prefill_flops: float | None = option(None, "FLOPs of the whole prefill, as a ratio to the unpruned model's")
+    samples: int = option(16, "first samples of the data on which costs are measured")
+    tolerance: float = option(0.02, "relative deviation that passes as met; in tokens, one token does, too")
+
+
+@dataclass
 class EvaluateConfig:
-    ckpt: str = option(MISSING, "run folder, published folder or hub id")
-    out: str | None = option(None, "where scores.json and predictions.jsonl go (default: the run folder)")
+    ckpt: str | None = option(None, "run folder, published folder or hub id")
+    out: str | None = option(None, "where the results go (default: the run folder)")
     limit: int | None = option(None, "score only so many samples")
-    metric: str = option("exact_match", "a function of metrics.py")
+    metric: Any = option("exact_match", "a function of metrics.py, or a list of them: the first one is the accuracy")
     max_new_tokens: int = option(64, "tokens per answer at most")
+    methods: list[str] = option([], "pruning methods, files of pruners/ (default: the checkpoint's own)")
+    options: dict[str, Any] = option({}, "options of each method: options.fastv.layer=3")
     controls: list[str] = option(list(CONTROLS), f"methods beside the pruner, of {(*CONTROLS, 'none+')}")
     samples: int = option(1, "answers of the pruner per sample, k")
     temperature: float = option(0.0, "of the pruner's answers; 0 is greedy")
     sample_keep: bool = option(False, "draw the pruner's keep masks from its gate instead of by threshold")
+    bootstrap: int = option(1000, "resamplings behind the 95% intervals; 0: no intervals")
     seed: int = option(0, "of what is drawn")
     device: str = option("auto", "auto, cpu, cuda")
-    pictures: int = option(8, "samples drawn into kept.png")
+    pictures: int = option(8, "samples drawn into kept.png and kept/<method>.png")
+    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin")
+    overwrite: bool = option(False, "replace the evaluation in `out` (with resume: where it is another one)")
+    budget: BudgetChoice = option(BudgetChoice)
     pruner: PrunerChoice = option(PrunerChoice)
     backbone: BackboneChoice = option(BackboneChoice)
     data: DataChoice = option(DataChoice)
@@ -89,32 +127,15 @@ class EvaluateConfig:
         """Whether anything about the pruner's answers is random."""
         return self.temperature > 0 or self.sample_keep
 
+    @property
+    def metrics(self) -> list[str]:
+        return [self.metric] if isinstance(self.metric, str) else self.metric
 
-@dataclass
-class Method:
-    """A row of the table: a pruner on a language model, which is ``backbone`` within ``context``."""
-
-    name: str
-    pruner: Any
-    backbone: LVLM
-    context: Callable[[], AbstractContextManager] = nullcontext
-
-
-@dataclass
-class Tally:
-    """Sums over the samples of one method and kind."""
-
-    n: int = 0
-    score: float = 0.0
-    best: float = 0.0  # of the k answers to a sample
-    kept: float = 0.0
-    kept_tokens: float = 0.0
-    mean_tokens: float = 0.0
-    flops: float = 0.0
-
-    def add(self, other: Tally) -> None:
-        for name, value in vars(other).items():
-            setattr(self, name, getattr(self, name) + value)
+    @property
+    def place(self) -> Path:
+        """Where the results go."""
+        run = self.ckpt is not None and (Path(self.ckpt) / "config.yaml").is_file()
+        return Path(self.out or (self.ckpt if run else "runs/evaluate"))
 
 
 @config.entry(EvaluateConfig)
@@ -123,46 +144,65 @@ def main(cfg: EvaluateConfig) -> None:
 
 
 def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
-    """Evaluate, print the table, write the files; the rows of scores.json."""
+    """Evaluate, print the table, write the files; the rows of scores.json (in the first process)."""
     check(cfg)
+    with together() as processes:
+        return evaluate(cfg, processes)
 
-    import torch
+
+def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
+    from rich.progress import track
 
     from glimpseprune.data.collate import Collator
-    from glimpseprune.data.stream import ShardDataset, ShardLoader
-    from glimpseprune.lookup import function
-    from glimpseprune.pictures import grid
+    from glimpseprune.data.stream import PADDING, ShardDataset, ShardLoader
 
-    metric = function("glimpseprune.metrics", cfg.metric, "prediction")
     saved = checkpoint_config(cfg)
-    path = cfg.data.path or saved.data.path
-    if path == MISSING:
-        raise UserError(f"'{cfg.ckpt}' does not name its data: give data.path=<folder of shards>")
-    dataset = ShardDataset(path, cfg.data.split, limit=cfg.limit)
-    model = load_model(cfg, saved)
-    methods, own = line_up(cfg, saved, model)
-    loader = ShardLoader(dataset, Collator(model.backbone), cfg.data.batch_size, workers=cfg.data.workers)
-    out = Path(cfg.out or (cfg.ckpt if (Path(cfg.ckpt) / "config.yaml").is_file() else "runs/evaluate"))
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(cfg.seed)
-    with open(out / "predictions.jsonl", "w", encoding="utf-8") as stream:
-        evaluation = Evaluation(cfg, methods, own, metric, stream)
-        evaluation.over(loader)
-    rows = evaluation.rows()
-    (out / "scores.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    if evaluation.panels:
-        grid(evaluation.panels).save(out / "kept.png")
-    print_table(rows, evaluation.skipped)
-    if summary := over_needing_kinds(rows):
-        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        print(f"over the kinds that need the tokens ({', '.join(summary['kinds'])}):")
-        for name, scores in summary["methods"].items():
-            print(
-                f"  {name:8} {scores['accuracy']:6.1%} = {scores['relative']:6.1%} of unpruned, "
-                f"{scores['kept']:.1%} kept"
-            )
-    print(f"scores.json, predictions.jsonl and kept.png are in {out}")
+    plan = planned(cfg, saved)
+    dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
+    folder = Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {})
+    earlier = processes.agree(lambda: folder.earlier(resume=cfg.resume, overwrite=cfg.overwrite, draws=cfg.samples))
+    require_fit(cfg, saved, plan)
+    model = load_model(cfg, saved, plan, processes)
+    collate = Collator(model.backbone)
+    methods, folder.description["settings"] = chosen(cfg, saved, plan, model, dataset, collate, earlier, processes)
+    loader = ShardLoader(
+        dataset,
+        collate,
+        cfg.data.batch_size,
+        workers=cfg.data.workers,
+        rank=processes.rank,
+        world=processes.world,
+    )
+    metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
+    evaluation = Evaluation(cfg, methods, metrics, earlier.records)
+    drawn = {method.name: cfg.samples for method in methods if method.listed and cfg.draws}
+    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed)
+    scores.add(earlier.records, earlier.timings)
+    skipped = 0
+    with folder:
+        for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
+            damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
+            for records, timings, more in processes.gather((*evaluation.batch(inputs), damaged)):
+                folder.add(records, timings)
+                scores.add(records, timings)
+                skipped += more
+    return finish(folder, scores, evaluation.panels, skipped) if processes.first else []
+
+
+def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], skipped: int) -> list[dict[str, Any]]:
+    """Write the rows and print them."""
+    rows = scores.rows()
+    summary = scores.summary(rows)
+    folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
+    report.print_table(rows, skipped)
+    if summary is not None:
+        print(report.say_summary(summary))
+    print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
+    print(f"tables, plot and a page of them: python -m src.report {folder.out}")
     return rows
+
+
+# ------------------------------------------------------------------------------------------------------ what was asked
 
 
 def check(cfg: EvaluateConfig) -> None:
@@ -174,75 +214,205 @@ def check(cfg: EvaluateConfig) -> None:
         raise UserError(f"samples={cfg.samples} temperature={cfg.temperature}: give at least 1 and at least 0")
     if cfg.samples > 1 and not cfg.draws:
         raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
+    if not (isinstance(cfg.metrics, list) and cfg.metrics and all(isinstance(name, str) for name in cfg.metrics)):
+        raise UserError(f"metric={cfg.metric}: give the name of a metric, or a list of names")
+    for name in cfg.metrics:
+        lookup.function("glimpseprune.metrics", name, "prediction")
+    check_methods(cfg)
+    check_budget(cfg.budget)
+
+
+def check_methods(cfg: EvaluateConfig) -> None:
+    """Raises UserError where it is not clear which methods run on what."""
+    if cfg.ckpt is None and (cfg.backbone.path is None or not (cfg.methods or cfg.pruner.name)):
+        raise UserError(
+            "give ckpt=<run folder or published pruner>, or backbone.path=<folder or hub id> and methods=[...] "
+            "that need no weights"
+        )
+    if cfg.ckpt is None and cfg.data.path is None:
+        raise UserError("give data.path=<folder of shards>: without a checkpoint nothing else names it")
+    if cfg.methods and (cfg.pruner.name or cfg.pruner.options):
+        raise UserError("methods and pruner say the same thing: give methods=[...] and options.<method>.<key>=...")
+    if cfg.options and cfg.pruner.options:
+        raise UserError("options and pruner.options say the same thing: give options.<method>.<key>=...")
+    if twice := sorted({name for name in cfg.methods if cfg.methods.count(name) > 1}):
+        raise UserError(f"methods: {twice[0]} is there twice: a row of the table is one method with one set of options")
+    if unknown := [name for name in cfg.options if cfg.methods and name not in cfg.methods]:
+        raise UserError(f"options.{unknown[0]}: methods={cfg.methods} has no such method")
+
+
+def check_budget(budget: BudgetChoice) -> None:
+    """Raises UserError where a budget makes no sense."""
+    given = {name: getattr(budget, name) for name in BUDGETS if getattr(budget, name) is not None}
+    if len(given) > 1:
+        raise UserError(f"budget: {' and '.join(given)} are given: a method has one knob, so give one of them")
+    for name, value in given.items():
+        if value <= 0 or (value > 1 and name != "mean_tokens"):
+            share = "a share of the visual tokens" if name in ("kept", "kv") else "a ratio to the unpruned model"
+            right = "a number of tokens, or up to 1 a share of all" if name == "mean_tokens" else f"{share}, up to 1"
+            raise UserError(f"budget.{name}={value:g}: give {right}, above 0")
+    if budget.samples < 1 or budget.tolerance < 0:
+        raise UserError("budget.samples must be at least 1, budget.tolerance at least 0")
 
 
 def checkpoint_config(cfg: Any) -> TrainConfig:
-    """The configuration of ``cfg.ckpt`` with what ``cfg.backbone`` (a :class:`BackboneChoice`) replaces."""
+    """The configuration of ``cfg.ckpt`` (a bare one without) with what ``cfg.backbone`` (a :class:`BackboneChoice`) and
+    ``cfg.data`` replace.
+
+    Raises:
+        UserError: as ``checkpoint.read_config``; or nothing says which backbone, or (for an evaluation) which data.
+    """
     from glimpseprune.checkpoint import read_config
 
-    saved = read_config(cfg.ckpt)
+    saved = TrainConfig(out="", pruner=PrunerOptions("none")) if cfg.ckpt is None else read_config(cfg.ckpt)
     for name, value in vars(cfg.backbone).items():
         if value is not None:
             setattr(saved.backbone, name, value)
+    if saved.backbone.path == MISSING:
+        raise UserError(f"'{cfg.ckpt}' does not name its backbone: give backbone.path=<folder or hub id>")
+    if hasattr(cfg, "data"):
+        saved.data.path = cfg.data.path or saved.data.path
+        if saved.data.path == MISSING:
+            raise UserError(f"'{cfg.ckpt}' does not name its data: give data.path=<folder of shards>")
     return saved
 
 
-def load_model(cfg: EvaluateConfig, saved: TrainConfig) -> GlimpsePrune:
-    """The checkpoint's backbone with its own pruner, or with the one that the command line asks for."""
+def planned(cfg: EvaluateConfig, saved: TrainConfig) -> dict[str, dict[str, Any]]:
+    """The methods that are asked for, each with its options; raises UserError for what a method does not have."""
+    own = saved.pruner.name if cfg.ckpt is not None else None
+    names = cfg.methods or [cfg.pruner.name or own]
+    if unknown := [name for name in cfg.options if name not in names]:
+        raise UserError(f"options.{unknown[0]}: what is evaluated is {', '.join(names)}")
+    plan = {}
+    for name in names:
+        key = "pruner.options" if cfg.pruner.options else f"options.{name}"
+        given = cfg.pruner.options or cfg.options.get(name, {})
+        schema = lookup.find("glimpseprune.pruners", name).Options
+        config.merge_options(schema, given, key)
+        plan[name] = {**saved.pruner.options, **given} if name == own else dict(given)
+        config.merge_options(schema, plan[name], key)
+    return plan
+
+
+def require_fit(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises UserError where a method does not fit the backbone, or has weights that nobody has given: before anything
+    is loaded."""
+    own = saved.pruner.name if cfg.ckpt is not None else None
+    others = {name: dict(options) for name, options in plan.items() if name != own}
+    if not others:
+        return
+    from glimpseprune import backbones, checkpoint
+
+    architecture = backbones.architecture(saved.backbone.path)
+    for name, options in others.items():
+        with naming(name):
+            outline = checkpoint.outline(architecture, saved.backbone, PrunerOptions(name, options))
+        if any(True for _ in outline.pruner.parameters()):
+            held = f"'{cfg.ckpt}' holds those of {own}" if own else "backbone.path has none"
+            raise UserError(
+                f"the method {name} has weights that are learned, and {held}: give ckpt=<run folder> of one"
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ model, methods
+
+
+def load_model(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any], processes: Processes) -> GlimpsePrune:
+    """The backbone, with the checkpoint's own pruner where there is one."""
     import torch
 
     from glimpseprune import checkpoint
 
     device = ("cuda" if torch.cuda.is_available() else "cpu") if cfg.device == "auto" else cfg.device
-    pruner = None
-    if cfg.pruner.name not in (None, saved.pruner.name):
-        shared = () if cfg.pruner.name == "none" else ("prune_layer",)
-        depth = {name: saved.pruner.options[name] for name in shared if name in saved.pruner.options}
-        pruner = PrunerOptions(cfg.pruner.name, depth | cfg.pruner.options)
-    elif cfg.pruner.options:
-        pruner = PrunerOptions(saved.pruner.name, saved.pruner.options | cfg.pruner.options)
-    model = checkpoint.load(cfg.ckpt, backbone=saved.backbone, pruner=pruner, device=device)
-    if cfg.sample_keep and not hasattr(model.pruner, "logits"):
-        raise UserError(f"sample_keep=true: the pruner '{model.name}' has no gate to draw from, as glimpse has")
-    return model
+    if device == "cuda" and processes.world > 1:
+        device = f"cuda:{processes.local % max(torch.cuda.device_count(), 1)}"
+    pruner = PrunerOptions(saved.pruner.name, dict(plan.get(saved.pruner.name, saved.pruner.options)))
+    return checkpoint.load(cfg.ckpt, backbone=saved.backbone, pruner=pruner, device=device)
 
 
-def line_up(cfg: EvaluateConfig, saved: TrainConfig, model: GlimpsePrune) -> tuple[list[Method], Method]:
-    """The methods in the order in which they run, and the one that is evaluated.
+def chosen(
+    cfg: EvaluateConfig,
+    saved: TrainConfig,
+    plan: Mapping[str, Any],
+    model: GlimpsePrune,
+    dataset: Sequence[Any],
+    collate: Callable,
+    earlier: Earlier,
+    processes: Processes,
+) -> tuple[list[Method], dict[str, Any]]:
+    """All methods in the order in which they run, and what those with a budget were set to."""
+    # Whether the run trained the language model, or reinforced the pruner of another run.
+    plus = bool(model.backbone.restored) or (saved.stage == "grpo" and saved.init_from is not None)
+    base, methods = base_of(saved, model), evaluated(cfg, saved, model, plan, "+" * plus)
+    if plus and "glimpse" in cfg.controls:
+        methods += first_stage(saved, base, processes.first)
+    settings = processes.agree(lambda: earlier.settings or calibrated(cfg, methods, dataset, collate))
+    for method in methods:
+        if method.name in settings:
+            method.options = settings[method.name]["options"]
+            method.pruner = rebuilt(method, method.options)
+    boxes = processes.agree(lambda: any(s.boxes is not None for s in islice(dataset, cfg.data.batch_size)))
+    return line_up(cfg, model, methods, base, plus, boxes), settings
 
-    Those on the base come first, so that a batch is encoded once per backbone; ``random`` comes after the pruner whose
-    counts it takes.
+
+def evaluated(
+    cfg: EvaluateConfig, saved: TrainConfig, model: GlimpsePrune, plan: Mapping[str, Mapping[str, Any]], suffix: str
+) -> list[Method]:
+    """The methods that are asked for; raises UserError where one has no gate for ``sample_keep``."""
+    methods = []
+    for name, options in plan.items():
+        own = cfg.ckpt is not None and name == saved.pruner.name
+        pruner = model.pruner if own else build(name, options, model.backbone)
+        if hasattr(pruner, "mimic") and model.pruner.stops and pruner.stops == build(name, {}, model.backbone).stops:
+            pruner.mimic(model.pruner.stops)  # in the checkpoint's place, unless its options say where
+        if cfg.sample_keep and not hasattr(pruner, "logits"):
+            raise UserError(f"sample_keep=true: the pruner '{name}' has no gate to draw from, as glimpse has")
+        methods.append(Method(name + suffix, pruner, model.backbone, name, options, listed=True, budgeted=True))
+    return methods
+
+
+def line_up(
+    cfg: EvaluateConfig, model: GlimpsePrune, methods: Sequence[Method], base: Base, plus: bool, boxes: bool
+) -> list[Method]:
+    """All methods in the order in which they run: the ``methods`` that are asked for (and the first stage), controls.
+
+    Those on the base come first, so that a batch is encoded once per backbone; ``random`` comes after the method whose
+    counts it takes. Without ``boxes`` there is no oracle.
 
     Raises:
-        UserError: as ``checkpoint.load`` on the base; or ``none+`` where no language model was trained.
+        UserError: ``none+`` where no language model was trained.
     """
-    from glimpseprune import pruners
-
-    plus = bool(model.backbone.restored) or (saved.stage == "grpo" and saved.init_from is not None)
     if "none+" in cfg.controls and not plus:
         raise UserError(f"controls: there is no none+, for '{cfg.ckpt}' is not a stage-2 run (none is the same)")
-    base, context = base_of(saved, model)
-    own = Method(model.name + "+" * plus, model.pruner, model.backbone)
-    methods = []
+    listed = [method for method in methods if method.listed]
+    pruning = sorted((m for m in listed if m.pruner.stops), key=lambda method: method.module != model.name)
+    taken = {method.name for method in listed}
 
-    def control(name: str, pruner: str, options: dict[str, Any], where: LVLM, within: Any = nullcontext) -> None:
-        if name in cfg.controls and name != own.name:
-            methods.append(Method(name, pruners.build(pruner, options, where), where, within))
+    def control(name: str, module: str, where: Base, **options: Any) -> list[Method]:
+        if name not in cfg.controls or name in taken:
+            return []
+        return [Method(name, build(module, options, where[0]), where[0], module, options, where[1])]
 
-    control("none", "none", {}, base, context)
-    if plus and "glimpse" in cfg.controls and (first := first_stage(saved, base)):
-        methods.append(Method(*first, base, context))
-    control("none+", "none", {}, model.backbone)
-    methods.append(own)
-    if model.pruner.stops:
-        layer = {"prune_layer": model.pruner.stops[0].depth - 1}
-        control("random", "random", layer, model.backbone)
-        control("oracle", "oracle", layer, model.backbone)
-        control("zero", "random", layer | {"keep": 0.0, "min_keep": 0}, model.backbone)
-    return methods, own
+    def behind(name: str, module: str, follows: bool = False, **options: Any) -> list[Method]:
+        """A control that decides where the checkpoint's own method does, else the first one that prunes."""
+        found = control(name, module, (model.backbone, nullcontext), **options) if pruning else []
+        for method in found:
+            method.pruner.mimic(pruning[0].pruner.stops)
+            method.follows = pruning[0].name if follows else None
+        return found
+
+    return [
+        *control("none", "none", base),
+        *(method for method in methods if not method.listed),
+        *control("none+", "none", (model.backbone, nullcontext)),
+        *listed,
+        *behind("random", "random", follows=True),
+        *(behind("oracle", "oracle") if boxes else []),
+        *behind("zero", "random", keep=0.0, min_keep=0),
+    ]
 
 
-def base_of(saved: TrainConfig, model: GlimpsePrune) -> tuple[LVLM, Callable[[], AbstractContextManager]]:
+def base_of(saved: TrainConfig, model: GlimpsePrune) -> Base:
     """The language model as it was before the run, and the context in which it is that."""
     trained = model.backbone.restored
     if saved.lora is not None:
@@ -258,231 +428,107 @@ def base_of(saved: TrainConfig, model: GlimpsePrune) -> tuple[LVLM, Callable[[],
     return checkpoint.load(backbone=saved.backbone, device=str(model.device)).backbone, nullcontext
 
 
-def first_stage(saved: TrainConfig, base: LVLM) -> tuple[str, Any] | None:
-    """Name and pruner of the run that this one started from; None, and a line that says why, where it has gone."""
-    from glimpseprune.checkpoint import load_pruner
+def first_stage(saved: TrainConfig, base: Base, aloud: bool) -> list[Method]:
+    """The pruner of the run that this one started from; none, and a line that says why, where it has gone."""
+    from glimpseprune.checkpoint import load_pruner, read_config
 
     try:
         if saved.init_from is None:
             raise UserError("this run started from no other (init_from=null)")
         if not Path(saved.init_from).is_dir():  # a folder that has gone is not to be looked for on the hub
             raise UserError(f"there is no folder '{saved.init_from}' (init_from)")
-        return load_pruner(saved.init_from, base)
+        name, pruner = load_pruner(saved.init_from, base[0])
     except UserError as error:
-        print(f"the stage-1 pruner is left out: {error}")
-        return None
+        if aloud:
+            print(f"the stage-1 pruner is left out: {error}")
+        return []
+    options = read_config(saved.init_from).pruner.options
+    return [Method(name, pruner, base[0], name, options, base[1], budgeted=True)]
 
 
-class Evaluation:
-    """Methods over a stream of batches; all that share a backbone see the same encoded batch."""
-
-    def __init__(self, cfg: EvaluateConfig, methods: list[Method], own: Method, metric: Any, stream: TextIO):
-        self.cfg, self.methods, self.own, self.metric, self.stream = cfg, methods, own, metric, stream
-        self.shapes = own.backbone.shapes
-        self.tallies: dict[tuple[str, str], Tally] = defaultdict(Tally)
-        self.seconds: dict[str, list[float]] = defaultdict(list)  # time to first token per batch
-        self.panels: list[Any] = []
-        self.skipped = 0
-
-    def over(self, loader: Any) -> None:
-        import torch
-        from rich.progress import track
-
-        for number, inputs in enumerate(track(loader, description="evaluating", total=len(loader))):
-            if number == 0 and all(sample.boxes is None for sample in inputs.samples):
-                self.methods = [method for method in self.methods if method is self.own or method.name != "oracle"]
-            with torch.inference_mode():
-                self.batch(inputs)
-
-    def batch(self, inputs: Inputs) -> None:
-        """Answer one batch by every method."""
-        counts = None
-        for backbone, group in groupby(self.methods, key=lambda method: method.backbone):
-            methods = list(group)
-            needs = reduce(or_, (method.pruner.needs for method in methods))
-            began = time.perf_counter()
-            encoded = backbone.encode(inputs.prompt, needs, inputs.targets)
-            seconds = time.perf_counter() - began
-            for method in methods:
-                if method.name == "random" and method is not self.own:
-                    method.pruner.counts = [counts]
-                with method.context():
-                    rollout = self.answer(method, encoded, seconds)
-                times = len(rollout.keep) // len(inputs.samples)
-                kept = [int(keep.sum()) for keep in rollout.keep]
-                if method is self.own:
-                    counts = [round(mean(kept[row : row + times])) for row in range(0, len(kept), times)]
-                self.account(method, inputs, encoded, rollout, kept)
-
-    def answer(self, method: Method, encoded: Encoded, seconds: float) -> Rollout:
-        """Prefill and decode a batch; the rows of one prompt are next to each other, k of them for the pruner."""
-        from glimpseprune.decoder import prefill
-        from glimpseprune.generate import continue_from
-
-        cfg, backbone, own = self.cfg, method.backbone, method is self.own
-        options: dict[str, Any] = {"do_sample": False}
-        if own and cfg.temperature:
-            options = {"do_sample": True, "temperature": cfg.temperature, "top_k": 0, "top_p": 1.0}
-        if own and cfg.sample_keep:
-            encoded, state = self.draw(encoded)
-        else:
-            options["num_return_sequences"] = cfg.samples if own else 1
-            began = time.perf_counter()
-            state = prefill(backbone, encoded, method.pruner)
-            backbone.logits(state.hidden[:, -1]).argmax(-1).tolist()  # waits for the device
-            self.seconds[method.name].append(seconds + time.perf_counter() - began)
-        return continue_from(backbone, encoded, state, max_new_tokens=cfg.max_new_tokens, **options)
-
-    def draw(self, encoded: Encoded) -> tuple[Encoded, Prefill]:
-        """Every prompt k times, each with a keep mask of its own, which is drawn from the gate: [B k, S]."""
-        import torch
-
-        from glimpseprune.decoder import View, advance, approach, cut, start
-        from glimpseprune.rollout import sample_keep
-
-        backbone, pruner = self.own.backbone, self.own.pruner
-        state = approach(backbone, start(encoded), pruner)
-        index = torch.arange(len(encoded.mask), device=backbone.device).repeat_interleave(self.cfg.samples)  # [B k]
-        keep, _ = sample_keep(state, pruner.logits(View(state, encoded, backbone)), index)
-        state = cut(state, keep, pruner.stops[0], index=index)
-        return encoded, advance(backbone, encoded, state, pruner)
-
-    def scores(self, texts: Sequence[str], samples: Sequence[Sample]) -> list[float]:
-        """How right each answer to its sample is, 0 to 1. A judge, who wants many at once, belongs here."""
-        return [float(self.metric(text, sample.answers)) for text, sample in zip(texts, samples)]
-
-    def account(self, method: Method, inputs: Inputs, encoded: Encoded, rollout: Rollout, kept: list[int]) -> None:
-        """Score, count and write down every sample of a batch; each row of the rollout ``kept`` so many tokens."""
-        from glimpseprune.pictures import panel
-
-        own, times = method is self.own, len(kept) // len(inputs.samples)
-        texts = method.backbone.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
-        scores = self.scores(texts, [sample for sample in inputs.samples for _ in range(times)])
-        for row, sample in enumerate(inputs.samples):
-            if sample.stands_in:
-                self.skipped += own
-                continue
-            draws = range(row * times, (row + 1) * times)
-            tally = self.cost(encoded, row, rollout, draws)
-            tally.score, tally.best = mean(scores[draw] for draw in draws), max(scores[draw] for draw in draws)
-            for kind in {"all", sample.kind}:
-                self.tallies[method.name, kind].add(tally)
-            for draw in draws:
-                record = {
-                    "method": method.name,
-                    "key": sample.key,
-                    "kind": sample.kind,
-                    "question": sample.question,
-                    "prediction": texts[draw],
-                    "answers": list(sample.answers),
-                    "score": scores[draw],
-                    "kept": kept[draw],
-                    "visual": encoded.counts[row],
-                }
-                self.stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-            if own and len(self.panels) < self.cfg.pictures:
-                text, ratio = texts[draws[0]], kept[draws[0]] / encoded.counts[row]
-                lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {ratio:.1%}"]
-                self.panels.append(panel(sample, rollout.keep_maps()[draws[0]], lines))
-
-    def cost(self, encoded: Encoded, row: int, rollout: Rollout, draws: Sequence[int]) -> Tally:
-        """What one sample cost, without its score: the mean over its draws, rows of the rollout."""
-        from glimpseprune import cost
-
-        layouts, visual = encoded.layouts[row], encoded.counts[row]
-        text = int(encoded.mask[row].sum()) - visual
-        trace = rollout.prefill.trace
-        accounts = [cost.account(self.shapes, text, layouts, cost.steps_of(trace, draw)) for draw in draws]
-        return Tally(
-            n=1,
-            kept=mean(account.kept for account in accounts) / visual,
-            kept_tokens=mean(account.kept for account in accounts),
-            mean_tokens=mean(account.mean_tokens for account in accounts),
-            flops=mean(account.ratio for account in accounts),
-        )
-
-    def rows(self) -> list[dict[str, Any]]:
-        """scores.json: one row per method and kind of question, ``all`` first."""
-        kinds = sorted({kind for _, kind in self.tallies}, key=lambda kind: (kind != "all", kind))
-        rows = []
-        for kind in kinds:
-            base = self.tallies.get(("none", kind))
-            for method in dict.fromkeys(method for method, _ in self.tallies):
-                tally = self.tallies.get((method, kind))
-                if tally is None:
-                    continue
-                row = {
-                    "method": method,
-                    "kind": kind,
-                    "accuracy": round(tally.score / tally.n, 4),
-                    "relative": round(tally.score / base.score, 4) if base and base.score else None,
-                    "kept": round(tally.kept / tally.n, 4),
-                    "kept_tokens": round(tally.kept_tokens / tally.n, 2),
-                    "mean_tokens": round(tally.mean_tokens / tally.n, 2),
-                    "prefill_flops": round(tally.flops / tally.n, 4),
-                    "n": tally.n,
-                }
-                if method == self.own.name and self.cfg.draws:
-                    row |= {"pass_at_k": round(tally.best / tally.n, 4), "k": self.cfg.samples}
-                if kind == "all" and self.seconds[method]:
-                    row["time_to_first_token"] = round(median(self.seconds[method]), 4)
-                rows.append(row)
-        return rows
+# ------------------------------------------------------------------------------------------------------------- budgets
 
 
-def over_needing_kinds(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Each method over the kinds whose accuracy without any visual token after K is below a third of the full one.
-
-    The other kinds say nothing about pruning: the text had read their answer before. None where there is no such kind,
-    or no ``none`` and ``zero`` to tell by.
-    """
-    by = {(row["method"], row["kind"]): row for row in rows if row["kind"] != "all"}
-    kinds = [
-        kind
-        for method, kind in by
-        if method == "none" and ("zero", kind) in by and 3 * by["zero", kind]["accuracy"] < by["none", kind]["accuracy"]
-    ]
-    if not kinds:
-        return None
-    means: dict[str, dict[str, float]] = {}
-    for method in dict.fromkeys(method for method, _ in by):
-        chosen = [by[method, kind] for kind in kinds]
-        total = sum(row["n"] for row in chosen)
-        means[method] = {key: sum(row[key] * row["n"] for row in chosen) / total for key in ("accuracy", "kept")}
-    for scores in means.values():
-        scores["relative"] = scores["accuracy"] / means["none"]["accuracy"]
-        scores.update({key: round(value, 4) for key, value in scores.items()})
-    return {"kinds": kinds, "methods": means}
+def calibrated(
+    cfg: EvaluateConfig, methods: Sequence[Method], dataset: Sequence[Any], collate: Callable
+) -> dict[str, Any]:
+    """What each method is set to for ``cfg.budget``, by name; nothing where there is no budget."""
+    given = {name: getattr(cfg.budget, name) for name in BUDGETS if getattr(cfg.budget, name) is not None}
+    if not given:
+        return {}
+    (budget,) = (Budget(name, value, cfg.budget.tolerance) for name, value in given.items())
+    samples = [dataset[index] for index in range(min(cfg.budget.samples, len(dataset)))]
+    size = cfg.data.batch_size
+    calibration = Calibration([collate(samples[at : at + size]) for at in range(0, len(samples), size)])
+    settings = {}
+    for method in methods:
+        if method.budgeted and (setting := afford(method, budget, calibration)) is not None:
+            settings[method.name] = plain(setting.plain())
+            print(f"budget {budget.what}={budget.wanted:g}: {method.name} {setting.said()}")
+    return settings
 
 
-def print_table(rows: list[dict[str, Any]], skipped: int = 0) -> None:
-    from rich.console import Console
-    from rich.table import Table
+# ----------------------------------------------------------------------------------------------------- what is written
 
-    table = Table(
-        title="accuracy and cost of pruned prefill" + (f" ({skipped} damaged samples skipped)" if skipped else "")
-    )
-    for heading in ("kind", "method"):
-        table.add_column(heading)
-    passed = [f"pass@{k}" for k in {row["k"] for row in rows if "k" in row}]
-    for heading in ("accuracy", *passed, "relative", "kept", "mean tokens", "prefill FLOPs", "first token", "samples"):
-        table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
-        if last not in (None, row["kind"]):
-            table.add_section()
-        relative, seconds = row["relative"], row.get("time_to_first_token")
-        table.add_row(
-            row["kind"] if row["kind"] != last else "",
-            row["method"],
-            f"{row['accuracy']:.1%}",
-            *(f"{row['pass_at_k']:.1%}" if "k" in row else "" for _ in passed),
-            "-" if relative is None else f"{relative:.1%}",
-            f"{row['kept']:.1%} ({row['kept_tokens']:.1f})",
-            f"{row['mean_tokens']:.1f}",
-            f"{row['prefill_flops']:.3f}",
-            "-" if seconds is None else f"{seconds * 1e3:.0f} ms",
-            str(row["n"]),
-        )
-        last = row["kind"]
-    Console(width=max(128, Console().width)).print(table)
+
+def describe(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any]) -> dict[str, Any]:
+    """evaluation.yaml: ``asked``, all that decides what comes out, and ``trained``, how the checkpoint was made."""
+    budget = {name: value for name, value in vars(cfg.budget).items() if value is not None}
+    asked = {
+        "ckpt": cfg.ckpt,
+        "weights": None if cfg.ckpt is None else digest(Path(cfg.ckpt), "trainable.safetensors", "new_modules_gp.pt"),
+        "backbone": vars(saved.backbone),
+        "data": {
+            "path": saved.data.path,
+            "split": cfg.data.split,
+            "limit": cfg.limit,
+            "manifest": digest(Path(saved.data.path), "manifest.json"),
+        },
+        "metric": cfg.metrics,
+        "max_new_tokens": cfg.max_new_tokens,
+        "methods": list(plan),
+        "options": dict(plan),
+        "controls": cfg.controls,
+        "samples": cfg.samples,
+        "temperature": cfg.temperature,
+        "sample_keep": cfg.sample_keep,
+        "bootstrap": cfg.bootstrap,
+        "seed": cfg.seed,
+        "budget": budget if set(budget) & set(BUDGETS) else None,
+    }
+    return plain({"asked": asked, "settings": {}, "trained": None if cfg.ckpt is None else lineage(saved)})
+
+
+def lineage(saved: TrainConfig, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """How a run was configured, and in place of ``init_from`` how that one was, as far as it is there."""
+    described = {name: value for name, value in yaml.safe_load(config.to_yaml(saved)).items() if name not in OF_A_START}
+    first = saved.init_from
+    if first is not None and first not in seen and (Path(first) / "config.yaml").is_file():
+        earlier = config.read(TrainConfig, Path(first) / "config.yaml")
+        described["init_from"] = lineage(earlier, (*seen, first))
+    return described
+
+
+OF_A_START = ("out", "resume", "overwrite")
+"""Keys of a run that say nothing about what it is."""
+
+
+def digest(folder: Path, *names: str) -> str | None:
+    """sha256 of the first of these files that is there."""
+    for path in (folder / name for name in names):
+        if path.is_file():
+            found = hashlib.sha256()
+            with open(path, "rb") as stream:
+                while block := stream.read(1 << 22):
+                    found.update(block)
+            return found.hexdigest()
+    return None
+
+
+def png(panels: Sequence[Any]) -> bytes:
+    """Panels side by side."""
+    from glimpseprune.pictures import grid
+
+    found = io.BytesIO()
+    grid(panels).save(found, format="png")
+    return found.getvalue()

@@ -339,7 +339,7 @@ def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
             scratch_bytes(decoder, b, load.batch * load.prompt),
         ),
     ]
-    if model.vip and options.keep == "sampled" and {"glimpse", "vip"} & set(cfg.train):
+    if model.vip and options.masks == "sampled" and {"glimpse", "vip"} & set(cfg.train):
         saved = vip_saved(model.vip, shapes, load.batch * load.visual)
         saved += glimpse_saved(decoder, load, model.probed, model.vip.probes)
         found.append(Peak("masks' loss", saved, waiting, 0, 0))

@@ -84,14 +84,16 @@ class GRPOOptions:
     std_floor: float = option(0.1, "added to that std; a tiny one makes pruning run away")
     mask_truncated_completions: bool = option(False, "leave answers without an end out of the loss")
     entropy_coef: float = option(0.0, "bonus for the entropy of the tokens")
-    keep: Literal["sampled", "greedy", "boxes"] = option(
-        "sampled", "masks: drawn from the gate, as at inference, or the ground-truth boxes (the published recipe)"
+    masks: Literal["sampled", "greedy", "boxes"] = option(
+        "sampled", "drawn from the gate, as at inference, or the ground-truth boxes (the published recipe)", was="keep"
     )
-    keep_temperature: float = option(1.0, "of the sampled keep masks")
-    keep_weight: float = option(1.0, "weight of the masks' policy loss")
-    keep_norm: Literal["sum", "sqrt", "mean"] = option("sqrt", "its decisions on V tokens are divided by 1, sqrt(V), V")
-    keep_epsilon: float = option(0.2, "clips the ratio of each decision")
-    keep_entropy_coef: float = option(0.0, "bonus for the entropy of the decisions")
+    mask_temperature: float = option(1.0, "of the sampled masks", was="keep_temperature")
+    mask_weight: float = option(1.0, "weight of the masks' policy loss", was="keep_weight")
+    mask_norm: Literal["sum", "sqrt", "mean"] = option(
+        "sqrt", "its decisions on V tokens are divided by 1, sqrt(V), V", was="keep_norm"
+    )
+    mask_epsilon: float = option(0.2, "clips the ratio of each decision", was="keep_epsilon")
+    mask_entropy_coef: float = option(0.0, "bonus for the entropy of the decisions", was="keep_entropy_coef")
     zero_variance: Literal["skip", "resample"] = option("skip", "what happens to groups whose rewards are all equal")
     resample_tries: int = option(2, "how often such a group is rolled out again")
     micro_batch: int = option(32, "rollouts per backward pass")

@@ -20,6 +20,7 @@ from glimpseprune.evaluate import EvaluateConfig
 from glimpseprune.evaluate import check as check_options
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import described, make_missing
+from glimpseprune.results import require_room
 from glimpseprune.train import inherited, last_checkpoint
 
 
@@ -60,10 +61,12 @@ def evaluate(cfg: EvaluateCheck) -> None:
     check_options(cfg)
     if cfg.planned:
         return
-    check_checkpoint(cfg.ckpt, "ckpt")
+    require_room(cfg.place, cfg.resume or cfg.overwrite)
     path, backbone = cfg.data.path, cfg.backbone.path
-    saved = Path(resources.find(cfg.ckpt)) / "config.yaml"
-    if saved.is_file():
+    if cfg.ckpt is not None:
+        check_checkpoint(cfg.ckpt, "ckpt")
+    saved = None if cfg.ckpt is None else Path(resources.find(cfg.ckpt)) / "config.yaml"
+    if saved is not None and saved.is_file():
         saved = config.read(TrainConfig, saved)
         path = path or saved.data.path
         backbone = backbone or (cfg.ckpt if saved.backbone.path == "." else saved.backbone.path)
@@ -71,7 +74,12 @@ def evaluate(cfg: EvaluateCheck) -> None:
         Shards(path, cfg.data.split)
     if backbone is not None:
         check_weights(backbone, "backbone.path")
-    print(f"preflight: evaluates {cfg.ckpt} on the split {cfg.data.split} of {path}")
+    if cfg.methods or cfg.options:
+        from glimpseprune.evaluate import checkpoint_config, planned
+
+        planned(cfg, checkpoint_config(cfg))
+    what = cfg.ckpt or f"{', '.join(cfg.methods or [cfg.pruner.name])} on {backbone}"
+    print(f"preflight: evaluates {what} on the split {cfg.data.split} of {path}")
 
 
 def check_weights(path: str, key: str) -> Path:

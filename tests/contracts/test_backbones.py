@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, picture, prompt, prompts
 from glimpseprune import backbones, cost
-from glimpseprune.backbones import _lvlm
+from glimpseprune.backbones import _lvlm, _tiny
 from glimpseprune.config import UserError
 from glimpseprune.export import save_processor
 from glimpseprune.lookup import find, names
@@ -52,8 +52,17 @@ def test_encode(tiny) -> None:
     assert tiny.encode(inputs, targets=targets).targets is targets
 
 
+@pytest.fixture
+def convolutions():
+    """How cuDNN's are computed, with torch's own default, which a run of the tests on a GPU may have changed."""
+    setting = torch.backends.cudnn.conv
+    own, setting.fp32_precision = setting.fp32_precision, "tf32"
+    yield setting
+    setting.fp32_precision = own
+
+
 @torch.no_grad()
-def test_rows_do_not_depend_on_the_batch(tiny) -> None:
+def test_rows_do_not_depend_on_the_batch(tiny, convolutions) -> None:
     layers = (tiny.vision_layers[0],)
     together = tiny.encode(prompts(tiny), Needs(states=layers))
     states = together.states[layers[0]].split(together.counts)
@@ -62,6 +71,29 @@ def test_rows_do_not_depend_on_the_batch(tiny) -> None:
         torch.testing.assert_close(together.embeds[row][mask], alone.embeds[0])
         torch.testing.assert_close(states[row], alone.states[layers[0]])
         assert torch.equal(together.positions[..., row, :][..., mask], alone.positions[..., 0, :])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("own", "inside"), [("tf32", "ieee"), ("ieee", "ieee"), ("none", "none")])
+def test_convolutions_of_float32_are_not_rounded(tiny, own, inside, convolutions) -> None:
+    """Whatever is set for others stays set, after an error too."""
+    convolutions.fp32_precision, seen = own, []
+    patches = next(module for module in tiny.model.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d)))
+
+    def look(*_) -> None:
+        seen.append(convolutions.fp32_precision)
+        if len(seen) > 1:
+            raise RuntimeError("broken")
+
+    handle = patches.register_forward_pre_hook(look)
+    try:
+        tiny.encode(prompt(tiny))
+        assert seen == [inside] and convolutions.fp32_precision == own
+        with pytest.raises(RuntimeError, match="broken"):
+            tiny.encode(prompt(tiny))
+        assert convolutions.fp32_precision == own
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()
@@ -92,11 +124,11 @@ def test_what_the_tower_made_lies_where_the_layout_says(tiny, corner) -> None:
 def test_keys_and_attention(tiny) -> None:
     inputs, layers = prompts(tiny), (tiny.vision_layers[0], tiny.vision_layers[-1])
     encoded = tiny.encode(inputs, Needs(keys=layers, attention=layers))
-    tokens, heads = sum(encoded.counts), tiny.model.config.vision_config.hidden_size
+    tokens = sum(encoded.counts)
     cells = torch.tensor([cell for row in encoded.layouts for x in row for part in x.parts for cell in part.cells])
     for layer in layers:
         keys, attention = encoded.keys[layer], encoded.attention[layer]
-        assert keys.ndim == 3 and keys.shape[0] == tokens and keys[0].numel() == heads
+        assert keys.ndim == 3 and keys.shape[0] == tokens and keys[0].numel() == tiny.vision_width
         assert attention.shape == (tokens,) and attention.isfinite().all()
         assert (attention[cells] > 0).all() and not attention[~cells].any() and not keys[~cells].any()
     assert not encoded.states
@@ -221,12 +253,22 @@ def test_a_projector_makes_the_decoders_inputs(tiny) -> None:
         torch.testing.assert_close(made, encoded.embeds[encoded.visual][cell])
 
 
+def test_the_tiny_model_has_the_sizes_that_tests_ask_for(tiny) -> None:
+    config = tiny.text_model.config
+    assert {name: getattr(config, name) for name in _tiny.DECODER if "tie" not in name} == {
+        name: value for name, value in _tiny.DECODER.items() if "tie" not in name
+    }
+    assert {1, 2} <= set(tiny.vision_layers) and len(tiny.vision_layers) < 9
+    assert tiny.feature_layer in tiny.vision_layers
+    assert set(tiny.image_keys) < set(tiny.prompt_keys) == set(prompt(tiny))
+
+
 def test_embed_and_logits(tiny) -> None:
     ids = torch.tensor([[9, 10]])
     assert tiny.embed(ids).shape == (1, 2, tiny.hidden_size)
     assert tiny.logits(tiny.embed(ids)).shape == (1, 2, VOCABULARY)
     assert len(tiny.text_model.layers) == tiny.num_layers
-    assert tiny.device == torch.device("cpu")
+    assert tiny.device == next(tiny.model.parameters()).device
 
 
 def test_prepare_pads_on_the_left_and_puts_the_system_prompt_first(tiny) -> None:

@@ -34,6 +34,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from devices import put
 from glimpseprune import lora, losses
 from glimpseprune.backbones import LVLM, llava1_5, qwen2_5_vl
 from glimpseprune.decoder import View, append, branch, cut, prefill, run_layers, start
@@ -428,4 +429,4 @@ def fill(kind: type, config, attn: str, folder: Path, names: dict[str, str]) -> 
             state[names[prefix] + name.removeprefix(prefix)] = value
     state.setdefault("lm_head.weight", state["model.language_model.embed_tokens.weight"])  # tied
     model.load_state_dict(state)
-    return model
+    return put(model)

@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glimpseprune import attention, cost
+from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.types import Encoded, Layout, Needs
 
@@ -78,7 +79,7 @@ class LVLM(ABC):
         self.hidden_size: int = config.hidden_size
         self.num_layers: int = config.num_hidden_layers
         self.norm_eps: float = config.rms_norm_eps
-        self.vision_width: int = model.config.vision_config.hidden_size
+        self.vision_width: int = self.shapes.tower.width
         self.restored: set[str] = set()
 
     @classmethod
@@ -121,7 +122,8 @@ class LVLM(ABC):
     @classmethod
     @abstractmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> LVLM:
-        """A random model of the smallest sensible size with a working processor, without any download."""
+        """A random model of the smallest sensible size with a working processor, without any download: what the tests
+        run on. Its decoder has the sizes in ``_tiny.DECODER``, its tower the layers 1 and 2 and less than nine."""
 
     @staticmethod
     @abstractmethod
@@ -213,7 +215,8 @@ class LVLM(ABC):
             name: {layer: self.tower_layer(layer) for layer in getattr(needs, name)}
             for name in ("states", "keys", "attention")
         }
-        seen = self.see(prompt, Needs(**{name: tuple(layers.values()) for name, layers in asked.items()}))
+        with without_tf32():
+            seen = self.see(prompt, Needs(**{name: tuple(layers.values()) for name, layers in asked.items()}))
         found = {
             name: {layer: getattr(seen, name)[number] for layer, number in layers.items()}
             for name, layers in asked.items()

@@ -4,7 +4,7 @@ States are taken by forward hooks for as long as a context lasts; transformers c
 and at 7B all of them are 1.6 GB for a 5,000-token image. Queries and keys are seen as in the decoder (attention.py): an
 attention function of another name, which hands them to ``watch=``, an argument that every tower passes through. It is
 in place only for calls that need it. Attention is computed once more from them, in chunks of queries: no matrix of
-tokens x tokens is ever held.
+tokens x tokens is ever held. A tower is run :func:`without_tf32`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,28 @@ from glimpseprune import windows
 
 CHUNK = 1 << 24
 """Numbers of attention that are held at a time."""
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """While it lasts, convolutions in float32 are computed in float32, on any GPU.
+
+    torch leaves matrix products in float32 unless it is told otherwise, but lets cuDNN round the inputs of convolutions
+    to TF32 (10 bits), or not, by the kernel that it chooses for a size of batch. A tower's patches are embedded by a
+    convolution; what a float32 model says of an image would then depend on the images beside it, in the third digit.
+    Half precision is no concern of this, nor are matrix products: who lets them be TF32 has asked for it. That this
+    was why rows of LLaVA differed on a GPU is read off the code; it has not been seen on one yet.
+    """
+    convolutions = torch.backends.cudnn.conv
+    own = convolutions.fp32_precision
+    if own != "tf32":
+        yield
+        return
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = own
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """From Samples to Inputs: a left-padded prompt, the answer to learn, and the visual tokens under the evidence boxes.
 
 The box rule is that of the published recipe (docs/evaluation.md §2; HVision-NKU/GlimpsePrune@091a3d5): boxes normalised
-by the size of the original image, every cell they touch is a target. Left out: what an image processor crops away. It
-assumes that the grid covers the whole image, which a centre crop (LLaVA-1.5's, of images that are not square) does not.
+by the size of the original image, every cell they touch is a target, in each part of the image. Left out: LLaVA-1.5's
+centre crop of images that are not square. A prompt does not tell their sizes, so its layout says that the grid shows
+the whole image, which it does not.
 """
 
 from __future__ import annotations
@@ -54,9 +55,10 @@ class Collator:
             questions, images = [sample.question for sample in samples], [sample.images for sample in samples]
             prompt = dict(self.backbone.prepare(questions, images, self.system))
             layouts = self.backbone.layouts(prompt)
-        except (ValueError, IndexError) as error:  # what processors raise; UserError is a ValueError
+        except (ValueError, IndexError, StopIteration) as error:  # what processors raise; UserError is a ValueError
             if len(samples) == 1:
-                raise UserError(f"sample {samples[0].key!r}: {error}") from error
+                said = str(error) or "more image tokens than images"  # all that a StopIteration means there
+                raise UserError(f"sample {samples[0].key!r}: {said}") from error
             for sample in samples:  # alone, the culprit names itself
                 self([sample])
             raise

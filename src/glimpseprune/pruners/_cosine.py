@@ -14,7 +14,7 @@ HELD = 1 << 20
 
 def directions(x: Tensor) -> Tensor:
     """[n, d] -> [n, d] of length 1, float32; a zero stays zero."""
-    return F.normalize(x.float(), dim=-1, eps=1e-6)
+    return F.normalize(x.float(), dim=-1)
 
 
 def cosines(x: Tensor, y: Tensor) -> Iterator[Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.decoder import View
 from glimpseprune.pruners._columns import at_columns, depth_after
-from glimpseprune.types import Decision, Layout, Needs, Stop
+from glimpseprune.types import Cut, Decision, Layout, Needs, Stop
 
 
 @dataclass
@@ -28,6 +29,10 @@ class Pruner(nn.Module):
         super().__init__()
         self.options = options
         self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
+
+    def mimic(self, stops: tuple[Stop, ...], trace: Sequence[Cut] | None = None) -> None:
+        """Decide at these stops, where another method does; how many tokens that kept is not followed."""
+        self.stops = stops
 
     def decide(self, view: View) -> Decision:
         """Raises UserError where the batch has no box targets."""

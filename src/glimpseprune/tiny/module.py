@@ -147,7 +147,7 @@ class PretrainModule(L.LightningModule):
                     int(rng.integers(0, config.ring + 1)) if rng.random() < config.key_dropout else None for _ in rings
                 ]
             embeds, positions = self._sequence(batch, features)
-            hidden, seen = self._decode(embeds, positions, *(m.to(self.device) for m in packed_masks(batch, rings)))
+            hidden, seen = self._decode(embeds, positions, *packed_masks(batch, rings))
             logits = self.model.lm_head(hidden[:, 2 + features.shape[1] :]).float().flatten(0, 1)
             labels = batch["labels"].flatten()
             each = F.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
@@ -176,7 +176,7 @@ class PretrainModule(L.LightningModule):
         arms = {"none": (None, False), "oracle": (0, False), "zero": (0, True)}
         for arm, (ring, drop_all) in arms.items():
             masks = packed_masks(batch, [ring] * len(features), drop_all)
-            hidden, _ = self._decode(embeds, positions, *(m.to(self.device) for m in masks))
+            hidden, _ = self._decode(embeds, positions, *masks)
             guess = self.model.lm_head(hidden[:, 2 + features.shape[1] :]).argmax(-1)
             wrong = ((guess != batch["labels"]) & (batch["labels"] >= 0)).long()
             hit = torch.zeros(len(guess), len(lengths), dtype=torch.long, device=self.device)

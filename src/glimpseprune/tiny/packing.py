@@ -115,17 +115,19 @@ def packed_masks(batch: dict[str, Tensor], rings: list[int | None], drop_all: bo
     """
     visual = batch["evidence"].shape[-1]
     prefix = visual + 2
-    lengths = batch["lengths"].sum(1)
-    owner = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # question of each packed row
-    is_answer = torch.cat([torch.arange(int(q + a)) >= q for q, a in batch["lengths"]])
+    device, lengths = batch["lengths"].device, batch["lengths"].sum(1)
+    owner = torch.arange(len(lengths), device=device).repeat_interleave(lengths)  # question of each packed row
     size = prefix + len(owner)
-    group = torch.cat([torch.full((prefix,), -1), owner])
-    causal = torch.ones(size, size, dtype=torch.bool).tril() & ((group[None] < 0) | (group[None] == group[:, None]))
+    place = torch.arange(len(owner), device=device) - (lengths.cumsum(0) - lengths)[owner]  # within its question
+    is_answer = place >= batch["lengths"][owner, 0]
+    group = torch.cat([torch.full((prefix,), -1, device=device), owner])
+    causal = torch.ones(size, size, dtype=torch.bool, device=device).tril()
+    causal &= (group[None] < 0) | (group[None] == group[:, None])
     if all(ring is None for ring in rings):
         return causal[None, None], causal[None, None]
     low = causal.repeat(len(rings), 1, 1)
     high = low.clone()
-    eye = torch.eye(visual, dtype=torch.bool)
+    eye = torch.eye(visual, dtype=torch.bool, device=device)
     answer_rows = prefix + is_answer.nonzero()[:, 0]
     for i, ring in enumerate(rings):
         if ring is None:

@@ -7,7 +7,7 @@ their own, because there are V decisions to every few tokens. The log-probabilit
 distribution that was sampled, so their ratio is 1 until the first update. Rollouts go through the backward pass in
 micro-batches; loss weights are fixed before, so neither gradient nor memory depends on how they are cut.
 
-What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP, the vision tower. ``grpo.keep:
+What trains is ``config.train``: adapters or the decoder's own layers, glimpse, VIP, the vision tower. ``grpo.masks:
 boxes`` prunes by the ground truth, as the published recipe does; a pruner without a gate (none, random) is reinforced
 with its own masks. Gradients of all processes are averaged here, once an update, since ranks may have different numbers
 of rollouts worth a backward pass.
@@ -91,12 +91,12 @@ class GRPOModule(StageModule):
         self.automatic_optimization = False
         self.rewards = rewards.build(config.rewards.functions, config.rewards.judge)
         self.gated = hasattr(pruner, "logits")
-        self.samples_keep = self.gated and config.grpo.keep == "sampled"
-        self.replays_keep = True
+        self.samples_masks = self.gated and config.grpo.masks == "sampled"
+        self.replays_masks = True
         """Whether a rollout's mask at the first stop is all that must be known to prune its prompt again."""
         boxes = {"prune_layer": self.depth - 1}
-        self.greedy = pruners.build("oracle", boxes, backbone) if config.grpo.keep == "boxes" else pruner
-        self.trains_keep = self.samples_keep and any(p.requires_grad for p in pruner.parameters())
+        self.greedy = pruners.build("oracle", boxes, backbone) if config.grpo.masks == "boxes" else pruner
+        self.trains_masks = self.samples_masks and any(p.requires_grad for p in pruner.parameters())
         self.trains_lvlm = any(p.requires_grad for p in self.lvlm.parameters())
         below = backbone.text_model.layers[: self.depth]
         self.trains_vision = "vision" in config.train
@@ -105,7 +105,7 @@ class GRPOModule(StageModule):
         self.said: list[tuple[str, ...]] = []
         if config.grpo.beta and (config.lora is None or {"decoder", "vision"} & set(config.train)):
             raise UserError("grpo.beta > 0 compares with the policy without adapters: train=[lora, ...], or beta=0")
-        for name in ("temperature", "keep_temperature", "micro_batch", "max_completion_length", "num_iterations"):
+        for name in ("temperature", "mask_temperature", "micro_batch", "max_completion_length", "num_iterations"):
             if not (value := getattr(config.grpo, name)) > 0:
                 raise UserError(f"grpo.{name}={value}: it must be above 0")
         rollouts, masks = config.grpo.num_generations, config.grpo.num_masks
@@ -161,16 +161,16 @@ class GRPOModule(StageModule):
     ) -> Actions:
         """A mask and an answer for each prompt of ``index`` [R], and their reward; ``logits`` [N] of the gate."""
         options = self.config.grpo
-        if self.samples_keep:
+        if self.samples_masks:
             each = self.answers_per_mask
-            drawn = sample_keep(state, logits, index[::each], options.keep_temperature)
+            drawn = sample_keep(state, logits, index[::each], options.mask_temperature)
             keep, keep_log_probs = (x.repeat_interleave(each, dim=0)[: len(index)] for x in drawn)  # [R, S] each
         else:
             decision = self.greedy.decide(self.view(encoded, state))
-            self.replays_keep = decision.merge is None
+            self.replays_masks = decision.merge is None
             keep = (decision.keep | ~state.visual)[index]  # [R, S]
             keep_log_probs = torch.zeros(keep.shape, device=self.device)  # [R, S]
-        given = keep if self.replays_keep else None
+        given = keep if self.replays_masks else None
         prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
         tokens, log_probs, mask, ended = answer(
             self.backbone,
@@ -273,8 +273,8 @@ class GRPOModule(StageModule):
         for batch, weight in zip(pending, weights.split([len(mask) for mask in masks])):
             if iteration and self.trains_below:
                 batch.encoded, batch.state = self.prompt(batch.inputs)
-            if self.trains_keep and options.keep_weight:
-                terms.append(partial(self.keep_loss, batch, rollouts, meter))
+            if self.trains_masks and options.mask_weight:
+                terms.append(partial(self.masks_loss, batch, rollouts, meter))
             worth = batch.mask.any(1)  # [R]
             if not options.beta and not options.entropy_coef:
                 worth = worth & (batch.advantages != 0)  # the others have no gradient
@@ -350,31 +350,31 @@ class GRPOModule(StageModule):
                 start = decoder.rows(decoder.start(encoded), places)
             state = decoder.approach(self.backbone, start, self.pruner)
         # Looked at without the longest of the others, prompts may have less padding on their left.
-        given = keep[:, -state.mask.shape[1] :] if self.replays_keep else None
+        given = keep[:, -state.mask.shape[1] :] if self.replays_masks else None
         prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
         return score(self.backbone, prompts, tokens, mask, self.config.grpo.temperature)
 
-    def keep_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:
+    def masks_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the keep decisions of all rollouts."""
         options, actions = self.config.grpo, batch.actions
         visual = batch.state.visual[actions.index]  # [R, S]
         logits = at_columns(batch.state, self.pruner.logits(self.view(batch.encoded, batch.state)))
-        logits = logits[actions.index] / options.keep_temperature  # [R, S]
+        logits = logits[actions.index] / options.mask_temperature  # [R, S]
         per_decision, clipped = losses.policy_loss(
             losses.keep_log_probs(logits, actions.keep) * visual,
             actions.keep_log_probs,
             batch.advantages[:, None],
-            options.keep_epsilon,
+            options.mask_epsilon,
         )
         entropy = losses.bernoulli_entropy(logits)  # [R, S]
         share = visual / visual.sum(1, keepdim=True) / rollouts  # weights that average over decisions
         meter["mask_entropy"].append((share * entropy).sum().detach())
         meter["mask_clip_ratio"].append((share * (clipped != 0)).sum())
-        power = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}[options.keep_norm]
+        power = {"sum": 0.0, "sqrt": 0.5, "mean": 1.0}[options.mask_norm]
         weight = visual / visual.sum(1, keepdim=True) ** power / rollouts  # [R, S]
-        loss = options.keep_weight * (weight * per_decision).sum()
-        if options.keep_entropy_coef:
-            loss = loss - options.keep_entropy_coef * (share * entropy).sum()
+        loss = options.mask_weight * (weight * per_decision).sum()
+        if options.mask_entropy_coef:
+            loss = loss - options.mask_entropy_coef * (share * entropy).sum()
         meter["mask_loss"].append(loss.detach())
         return loss
 

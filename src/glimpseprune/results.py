@@ -1,0 +1,212 @@
+"""The folder of an evaluation: written batch by batch, gone on with after a kill, never replaced unasked, read again.
+
+It holds ``evaluation.yaml`` (what was asked for), ``predictions.jsonl`` and ``timings.jsonl``, which grow by lines, and
+in the end ``scores.json``, ``summary.json``, ``kept.png`` and ``kept/<method>.png``. A folder without scores.json is an
+evaluation that has not finished. One process writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from glimpseprune.config import UserError
+
+SCORES, PREDICTIONS, TIMINGS, SUMMARY = "scores.json", "predictions.jsonl", "timings.jsonl", "summary.json"
+DESCRIPTION, KEPT = "evaluation.yaml", "kept"
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+@dataclass
+class Evaluated:
+    """What an evaluation's folder says."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+    description: dict[str, Any]
+    """evaluation.yaml; empty where there is none."""
+
+
+def read(folder: str | Path) -> Evaluated:
+    """The evaluation in a folder.
+
+    Raises:
+        UserError: there is none, or it has not finished.
+    """
+    folder = Path(folder)
+    if not (folder / SCORES).is_file():
+        unfinished = (folder / PREDICTIONS).is_file()
+        said = "the evaluation has not finished: go on with resume=true" if unfinished else "no evaluation is there"
+        raise UserError(f"{folder}: there is no {SCORES}: {said}")
+    summary, description = (folder / name for name in (SUMMARY, DESCRIPTION))
+    try:
+        return Evaluated(
+            folder,
+            json.loads((folder / SCORES).read_text(encoding="utf-8")),
+            json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else None,
+            yaml.safe_load(description.read_text(encoding="utf-8")) if description.is_file() else {},
+        )
+    except (ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{folder}: cannot be read ({str(error).splitlines()[0]}): evaluate again") from None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a .jsonl file, without a last line that was torn when its writer was killed.
+
+    Raises:
+        UserError: another line is damaged.
+    """
+    *whole, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    found = []
+    for number, line in enumerate(whole, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            raise UserError(f"{path}: line {number} is damaged: give overwrite=true to evaluate again") from None
+    return found
+
+
+def write(path: Path, content: str | bytes) -> None:
+    """The file as a whole, or, where this is killed on the way, the one that was there before."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+    os.replace(partial, path)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+@dataclass
+class Earlier:
+    """What an interrupted evaluation has left."""
+
+    records: list[dict] = field(default_factory=list)
+    timings: list[dict] = field(default_factory=list)
+    settings: dict[str, Any] | None = None
+
+
+class Folder:
+    """Where an evaluation is written. What was there before stays until the first batch is done; every file is written
+    as a whole, but those that grow by lines, whose last one may be torn when this is killed."""
+
+    def __init__(self, out: Path, description: dict[str, Any]) -> None:
+        self.out, self.description = out, description
+        self.kept = Earlier()
+        self.streams: dict[str, IO[str]] = {}
+
+    def earlier(self, *, resume: bool, overwrite: bool, draws: int) -> Earlier:
+        """What there is to go on from.
+
+        Raises:
+            UserError: an evaluation is there that may not be replaced, or not be gone on with.
+        """
+        if not require_room(self.out, resume or overwrite) or not (resume and self._same(overwrite)):
+            return self.kept
+        records = read_lines(self.out / PREDICTIONS)
+        if draws > 1 and records:  # the last sample may lack some of its draws
+            last = records[-1]["method"], records[-1]["key"]
+            records = [record for record in records if (record["method"], record["key"]) != last]
+        timings = read_lines(self.out / TIMINGS)
+        self.kept = Earlier(records, timings, self._found().get("settings") or {})
+        return self.kept
+
+    def _same(self, overwrite: bool) -> bool:
+        """Whether the evaluation that is there was asked for as this one is."""
+        found = self._found()
+        said = difference(found["asked"], self.description["asked"]) if "asked" in found else "it does not say which"
+        if said and not overwrite:
+            raise UserError(
+                f"resume=true: the evaluation in {self.out} is another one ({said}): give overwrite=true or another out"
+            )
+        return not said
+
+    def _found(self) -> dict[str, Any]:
+        file = self.out / DESCRIPTION
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
+
+    def add(self, records: Sequence[dict], timings: Sequence[dict]) -> None:
+        """Write the lines of a batch; the first ones take the place of what was there."""
+        if not self.streams:
+            self._begin()
+        for name, lines in ((PREDICTIONS, records), (TIMINGS, timings)):
+            self.streams[name].write("".join(map(line, lines)))
+            self.streams[name].flush()
+
+    def _begin(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if self.kept.settings is None:
+            pictures = ["kept.png", *(f"{KEPT}/{path.name}" for path in (self.out / KEPT).glob("*.png"))]
+            for name in (SCORES, SUMMARY, PREDICTIONS, TIMINGS, *pictures):
+                (self.out / name).unlink(missing_ok=True)
+        text = yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True)
+        write(self.out / DESCRIPTION, text)
+        for name, lines in ((PREDICTIONS, self.kept.records), (TIMINGS, self.kept.timings)):
+            partial = self.out / f"{name}.partial"
+            stream = open(partial, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
+            self.streams[name] = stream
+            stream.write("".join(map(line, lines)))
+            stream.flush()
+            os.replace(partial, self.out / name)  # and goes on growing under its name
+
+    def finish(self, rows: list[dict[str, Any]], summary: Any, pictures: Mapping[str, bytes]) -> None:
+        """Write what the lines come to, and a picture per method; the first one's is also ``kept.png``."""
+        for place, (name, picture) in enumerate(pictures.items()):
+            (self.out / KEPT).mkdir(exist_ok=True)
+            write(self.out / KEPT / f"{name}.png", picture)
+            if place == 0:
+                write(self.out / "kept.png", picture)
+        if summary is not None:
+            write(self.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        write(self.out / SCORES, json.dumps(rows, indent=1) + "\n")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: Any) -> None:
+        for stream in self.streams.values():
+            stream.close()
+
+
+def require_room(out: Path, allowed: bool) -> bool:
+    """Whether an evaluation is in ``out``.
+
+    Raises:
+        UserError: one is, and nothing is ``allowed`` to happen to it.
+    """
+    there = [name for name in (SCORES, PREDICTIONS, DESCRIPTION) if (out / name).exists()]
+    if there and not allowed:
+        raise UserError(
+            f"an evaluation is in {out} already ({there[0]}): give another out=<folder>, overwrite=true, or "
+            "resume=true if it was interrupted"
+        )
+    return bool(there)
+
+
+def difference(there: Any, here: Any, key: str = "") -> str:
+    """Where two descriptions differ first: "metric was a, is b"; empty where they do not."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        keys = dict.fromkeys((*there, *here))
+        return next(filter(None, (difference(there.get(k), here.get(k), f"{key}.{k}".strip(".")) for k in keys)), "")
+    return "" if there == here else f"{key} was {json.dumps(there)}, is {json.dumps(here)}"
+
+
+def plain(value: Any) -> Any:
+    """Of nothing but what YAML and JSON know."""
+    return json.loads(json.dumps(value))
+
+
+ENDS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
+"""What some readers take for the end of a line, and JSON does not escape."""
+
+
+def line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, ensure_ascii=False).translate(ENDS) + "\n"

@@ -1,0 +1,72 @@
+"""Who one is among the processes of torchrun or srun, and what they tell each other."""
+
+import multiprocessing
+
+import pytest
+
+from glimpseprune.config import UserError
+from glimpseprune.processes import Processes, first_host, meeting, placed, together
+
+SRUN = {"SLURM_JOB_ID": "31", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
+SRUN |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "sim[1-2]"}
+
+
+def test_places():
+    assert placed({}) == Processes()
+    assert placed({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}) == Processes(3, 8, 1)
+    assert placed(SRUN) == Processes(3, 4, 1)
+    # A batch script, and a shell that srun started, are alone, whatever their job has.
+    assert placed({"SLURM_NTASKS": "4", "SLURM_PROCID": "0"}) == Processes()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("a", "a"),
+        ("a,b", "a"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("n[7,9]", "n7"),
+        ("r[1-2]-x,b", "r1-x"),
+        ("a-1", "a-1"),
+    ],
+)
+def test_first_of_a_list_of_nodes(nodes, host):
+    assert first_host(nodes) == host
+
+
+def test_where_they_meet():
+    assert meeting({"MASTER_ADDR": "h", "MASTER_PORT": "7"}) == "h:7"
+    assert meeting(SRUN) == "sim1:15219"
+    assert meeting(SRUN | {"SLURM_STEP_ID": "3"}) != meeting(SRUN)
+
+
+def _work(rank: int, port: int, say) -> None:
+    import os
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+    def refuse():
+        raise UserError("no")
+
+    with together() as processes:
+        say.put((rank, processes.gather(rank + 10), processes.agree(lambda: rank + 20)))
+        processes.agree(refuse)
+
+
+def test_two_gather_agree_and_fail_together(capfd):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    say = context.Queue()
+    both = [context.Process(target=_work, args=(rank, port, say), daemon=True) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    found = sorted(say.get(timeout=60) for _ in both)
+    for process in both:
+        process.join(60)
+    assert found == [(0, [10, 11], 20), (1, [], 20)]
+    assert [process.exitcode for process in both] == [1, 2]  # the first tells what is wrong, the other ends silently
+    assert capfd.readouterr().err.count("UserError: no") == 1
