@@ -17,7 +17,7 @@ FLOPS = 1000.0
 
 @dataclass
 class Options:
-    keep: float = option(0.5, "fraction of the visual tokens that is left in the end")
+    keep_ratio: float = option(0.5, "fraction of the visual tokens that is left in the end")
     first: int = option(1, "layers that have run at the first stop; the second is one layer above")
 
 
@@ -31,12 +31,12 @@ class Pruner(nn.Module):
 
     def decide(self, view: View) -> Decision:
         assert view.encoded.attention  # as `needs` asked
-        share = (1 + self.options.keep) / 2 if len(view.state.trace) == 1 else self.options.keep
+        share = (1 + self.options.keep_ratio) / 2 if len(view.state.trace) == 1 else self.options.keep_ratio
         kept = [round(share * view.encoded.counts[row]) for row in view.state.row.tolist()]
         visual = view.state.visual
         keep = visual & (visual.cumsum(1) <= torch.tensor(kept)[:, None])
         return Decision(keep, flops=[FLOPS] * len(keep))
 
 
-def to_budget(keep: float, backbone) -> dict[str, float]:
-    return {"keep": keep}
+def to_budget(keep_ratio: float, backbone) -> dict[str, float]:
+    return {"keep_ratio": keep_ratio}

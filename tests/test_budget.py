@@ -65,12 +65,12 @@ def test_cost_is_read_from_what_happened(keep, staged, calibration):
 def test_knob_is_set_to_the_budget(what, wanted, staged, calibration):
     budget = Budget(what, wanted, 0.02)
     setting = afford(method(staged), budget, calibration)
-    reached = known(calibration, setting.options["keep"])
+    reached = known(calibration, setting.options["keep_ratio"])
     assert vars(setting.cost) == pytest.approx(vars(reached))
     # No other fraction comes nearer than by the grain of whole tokens.
     grid = [budget.of(known(calibration, keep / 200)) for keep in range(201)]
     assert abs(budget.of(reached) - wanted) <= min(abs(found - wanted) for found in grid) + 0.01 * wanted
-    assert budget.met(reached) and setting.options == setting.knob == {"keep": setting.keep}
+    assert budget.met(reached) and setting.options == setting.knob == {"keep_ratio": setting.keep}
 
 
 def test_options_that_are_no_knob_stay(staged, calibration):
@@ -96,7 +96,7 @@ def test_what_cannot_be_met_is_refused_by_name(budget, message, staged, calibrat
 
 def test_a_knob_that_is_too_coarse_is_refused(staged, calibration, monkeypatch):
     module = pruners.find("glimpseprune.pruners", staged)
-    monkeypatch.setattr(module, "to_budget", lambda keep, backbone: {"keep": 1.0 if keep > 0.5 else 0.0})
+    monkeypatch.setattr(module, "to_budget", lambda keep, backbone: {"keep_ratio": 1.0 if keep > 0.5 else 0.0})
     with pytest.raises(UserError, match="nearest is"):
         afford(method(staged), Budget("decoder_flops", 0.85, 0.02), calibration)
 
@@ -127,7 +127,7 @@ def test_weights_are_kept_and_the_best_tokens_chosen(calibration):
 def test_a_control_in_place_of_a_method_stays_where_that_decides(staged):
     one = method("random")
     one.pruner.mimic(method(staged).pruner.stops)
-    assert rebuilt(one, {"keep": 0.5}).stops == one.pruner.stops
+    assert rebuilt(one, {"keep_ratio": 0.5}).stops == one.pruner.stops
 
 
 def test_a_method_that_looks_before_the_tower_looks_anew_each_time(staged, calibration, monkeypatch):

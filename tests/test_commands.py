@@ -89,7 +89,7 @@ class DryRun:
             self.command(arguments[0], list(arguments[1:]))
         elif program == "make":
             makefile = (ROOT / "Makefile").read_text()
-            for word in arguments:
+            for word in arguments[2 * (arguments[0] == "-o") :]:  # what make is to take for done
                 name, sign, _ = word.partition("=")
                 assert re.search(rf"^{name}\s*\?=" if sign else rf"^{name}:", makefile, re.MULTILINE), word
 

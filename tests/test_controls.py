@@ -47,18 +47,20 @@ def test_random_keeps_what_it_is_told(tiny) -> None:
     def counts(pruner) -> list[int]:
         return [int(keep.sum()) for keep in kept(encoded, prefill(tiny, encoded, pruner))]
 
-    assert counts(build("random", {"keep": 0.25}, tiny)) == [count // 4 for count in encoded.counts]
-    assert counts(build("random", {"keep": 0.0}, tiny)) == [1, 1, 1]
-    assert counts(build("random", {"keep": 0.0, "min_keep": 0}, tiny)) == [0, 0, 0]
-    assert counts(build("random", {"keep": 1.0}, tiny)) == encoded.counts
-    told = build("random", {"keep": 0.25}, tiny)
+    assert counts(build("random", {"keep_ratio": 0.25}, tiny)) == [count // 4 for count in encoded.counts]
+    assert counts(build("random", {"keep_ratio": 0.0}, tiny)) == [1, 1, 1]
+    assert counts(build("random", {"keep_ratio": 0.0, "min_keep": 0}, tiny)) == [0, 0, 0]
+    assert counts(build("random", {"keep_ratio": 1.0}, tiny)) == encoded.counts
+    told = build("random", {"keep_ratio": 0.25}, tiny)
     told.counts = [[3, 0, 7]]
     assert counts(told) == [3, 0, 7]
 
 
 def test_random_depends_on_its_seed(tiny) -> None:
     encoded = tiny.encode(prompts(tiny))
-    masks = [kept(encoded, prefill(tiny, encoded, build("random", {"keep": 0.5, "seed": s}, tiny))) for s in (0, 0, 1)]
+    masks = [
+        kept(encoded, prefill(tiny, encoded, build("random", {"keep_ratio": 0.5, "seed": s}, tiny))) for s in (0, 0, 1)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(masks[0], masks[1]))
     assert not all(torch.equal(a, b) for a, b in zip(masks[0], masks[2]))
 
@@ -66,7 +68,7 @@ def test_random_depends_on_its_seed(tiny) -> None:
 def test_random_differs_between_prompts_and_not_between_batches(tiny) -> None:
     """The same images and equally many tokens, but another question."""
     questions, images = ["why?", "who?", "why?"], [PICTURES[1]] * 3
-    pruner = build("random", {"keep": 0.5}, tiny)
+    pruner = build("random", {"keep_ratio": 0.5}, tiny)
     encoded = tiny.encode(tiny.prepare(questions, images))
     first, other, again = kept(encoded, prefill(tiny, encoded, pruner))
     assert not torch.equal(first, other) and torch.equal(first, again)
@@ -76,7 +78,7 @@ def test_random_differs_between_prompts_and_not_between_batches(tiny) -> None:
 
 def test_bad_random_options(tiny) -> None:
     with pytest.raises(UserError, match="fraction from 0 to 1"):
-        build("random", {"keep": 5.0}, tiny)
+        build("random", {"keep_ratio": 5.0}, tiny)
     with pytest.raises(UserError, match="prune_layer=-2"):
         build("random", {"prune_layer": -2}, tiny)
     with pytest.raises(UserError, match="min_keep is 1000 but a prompt has only"):

@@ -47,14 +47,14 @@ def naive(features: Tensor, number: int) -> list[bool]:
 def test_decisions_are_those_of_loops(backbone, keep) -> None:
     """Row by row, each over all its images. Which of several exactly equal tokens (newlines) comes first is open."""
     encoded = backbone.encode(prompts(backbone))
-    state = decide(backbone, encoded, start(encoded), build("divprune", {"keep": keep}, backbone))
+    state = decide(backbone, encoded, start(encoded), build("divprune", {"keep_ratio": keep}, backbone))
     for row, chosen in enumerate(kept(encoded, state)):
         features = encoded.embeds[row][encoded.visual[row]]
         kind = features.unique(dim=0, return_inverse=True)[1]
         expected = torch.tensor(naive(features, max(1, round(keep * len(features)))))
         assert kind[chosen].sort()[0].tolist() == kind[expected].sort()[0].tolist()
         alone = backbone.encode(prompt(backbone, row))
-        single = decide(backbone, alone, start(alone), build("divprune", {"keep": keep}, backbone))
+        single = decide(backbone, alone, start(alone), build("divprune", {"keep_ratio": keep}, backbone))
         assert torch.equal(kept(alone, single)[0], chosen)
     assert torch.equal(state.hidden[state.visual], encoded.embeds[encoded.visual][torch.cat(kept(encoded, state))])
 
@@ -109,7 +109,7 @@ def test_newlines_are_candidates(tiny) -> None:
 
 def test_rows_that_repeat(tiny) -> None:
     encoded = tiny.encode(prompts(tiny))
-    pruner = build("divprune", {"keep": 0.3}, tiny)
+    pruner = build("divprune", {"keep_ratio": 0.3}, tiny)
     whole = pruner.decide(View(start(encoded), encoded, tiny, pruner.stops[0]))
     index = torch.tensor([2, 0, 0, 1])
     some = pruner.decide(View(rows(start(encoded), index), encoded, tiny, pruner.stops[0]))
@@ -121,7 +121,7 @@ def test_rows_that_repeat(tiny) -> None:
 @pytest.mark.parametrize("renumber", [True, False])
 def test_positions(tiny, renumber) -> None:
     encoded = tiny.encode(prompts(tiny))
-    state = prefill(tiny, encoded, build("divprune", {"keep": 0.3, "renumber": renumber}, tiny))
+    state = prefill(tiny, encoded, build("divprune", {"keep_ratio": 0.3, "renumber": renumber}, tiny))
     for row, mask in enumerate(state.mask):
         own, source = state.positions[..., row, :][..., mask], state.source[row][mask]
         expected = torch.arange(len(source)) if renumber else encoded.positions[..., row, source]
@@ -131,10 +131,10 @@ def test_positions(tiny, renumber) -> None:
 
 def test_published_numbers(tiny) -> None:
     assert build("divprune", {}, tiny).numbers([576, 5, 1]) == [56, 1, 1]
-    assert build("divprune", {"keep": 0.111}, tiny).numbers([576]) == [64]
-    assert build("divprune", {"keep": 0.1}, tiny).numbers([1152]) == [115]
+    assert build("divprune", {"keep_ratio": 0.111}, tiny).numbers([576]) == [64]
+    assert build("divprune", {"keep_ratio": 0.1}, tiny).numbers([1152]) == [115]
     assert build("divprune", {"count": 64}, tiny).numbers([576, 30]) == [64, 30]
-    assert build("divprune", {"keep": 0.0, "min_keep": 0}, tiny).numbers([576]) == [0]
+    assert build("divprune", {"keep_ratio": 0.0, "min_keep": 0}, tiny).numbers([576]) == [0]
 
 
 TEXT = [15, 15, 23, 83, 25, 113, 15, 39, 21, 91, 57]
@@ -161,7 +161,7 @@ def test_published_flops(model, text, visual, keep, full, pruned, percent) -> No
         width = decoder.width
         return decoder.layers * (4 * columns * width**2 + 2 * columns**2 * width + 2 * columns * width * decoder.mlp)
 
-    left = build("divprune", {"keep": keep}, next(iter(TINY.values()))()).numbers(visual)
+    left = build("divprune", {"keep_ratio": keep}, next(iter(TINY.values()))()).numbers(visual)
     before, after = ([published(a + b) for a, b in zip(text, tokens)] for tokens in (visual, left))
     assert sum(before) / len(text) / 1e12 == pytest.approx(full, abs=6e-4)
     assert sum(after) / len(text) / 1e12 == pytest.approx(pruned, abs=6e-4)
@@ -170,7 +170,7 @@ def test_published_flops(model, text, visual, keep, full, pruned, percent) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"keep": 0.3}, {"count": 1}, {"keep": 0.0, "min_keep": 0}])
+@pytest.mark.parametrize("options", [{"keep_ratio": 0.3}, {"count": 1}, {"keep_ratio": 0.0, "min_keep": 0}])
 def test_declared_flops_are_counted_ones(tiny, options) -> None:
     pruner = build("divprune", options, tiny)
     for inputs in (prompts(tiny), prompt(tiny)):
@@ -198,15 +198,15 @@ def test_no_matrix_of_tokens_by_tokens_is_made(tiny) -> None:
 @pytest.mark.parametrize("keep", [0.05, 0.111, 0.5, 1.0])
 def test_budget(tiny, keep) -> None:
     number = build("divprune", to_budget(keep, tiny), tiny).numbers([1000])[0]
-    assert number == pytest.approx(1000 * keep) and math.isclose(to_budget(keep, tiny)["keep"], keep)
+    assert number == pytest.approx(1000 * keep) and math.isclose(to_budget(keep, tiny)["keep_ratio"], keep)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"keep": 1.2}, r"pruner\.options\.keep=1\.2: give a fraction from 0 to 1"),
-        ({"keep": -0.1}, "fraction from 0 to 1"),
-        ({"count": -1}, r"pruner\.options\.count=-1: give a number of tokens, or null for keep"),
+        ({"keep_ratio": 1.2}, r"pruner\.options\.keep_ratio=1\.2: give a fraction from 0 to 1"),
+        ({"keep_ratio": -0.1}, "fraction from 0 to 1"),
+        ({"count": -1}, r"pruner\.options\.count=-1: give a number of tokens, or null for keep_ratio"),
     ],
 )
 def test_options_that_make_no_sense(tiny, wrong, message) -> None:

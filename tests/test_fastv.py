@@ -52,7 +52,7 @@ def test_decides_by_the_attention_of_hugging_face(backbone, layer, keep) -> None
     """A ragged batch, two images in one of its rows, against each row's own forward without padding."""
     layer = layer % backbone.num_layers
     encoded, model = backbone.encode(prompts(backbone)), unmodified(backbone)
-    state = prefill(backbone, encoded, build("fastv", {"layer": layer, "keep": keep}, backbone))
+    state = prefill(backbone, encoded, build("fastv", {"layer": layer, "keep_ratio": keep}, backbone))
     for row, ours in enumerate(kept(encoded, state)):
         inputs = prompt(backbone, row)
         attention = model(**inputs, output_attentions=True).attentions[layer - 1][0, :, -1]  # [H, S]
@@ -110,7 +110,7 @@ def test_published_flops(size, layer) -> None:
     of 576 tokens, a prompt 57."""
     width, mlp, layers = WIDTHS[size]
     for printed, dropped in zip(TABLE[size, layer], (0.9, 0.75, 0.5), strict=True):
-        pruner = build("fastv", {"layer": layer, "keep": 1 - dropped}, SimpleNamespace(num_layers=layers))
+        pruner = build("fastv", {"layer": layer, "keep_ratio": 1 - dropped}, SimpleNamespace(num_layers=layers))
         (below, _), (above, left) = spans(pruner, layers)
         exact = 576 * (1 - dropped)
         assert 0 <= exact - left < 1
@@ -150,7 +150,7 @@ def test_declared_flops_are_those_of_the_probed_row(backbone) -> None:
 
 @torch.no_grad()
 def test_trace_is_what_the_layers_saw(backbone) -> None:
-    pruner, layers = build("fastv", {"keep": 0.3}, backbone), backbone.num_layers
+    pruner, layers = build("fastv", {"keep_ratio": 0.3}, backbone), backbone.num_layers
     together = prefill(backbone, backbone.encode(prompts(backbone)), pruner)
     for row in range(3):
         encoded = backbone.encode(prompt(backbone, row))
@@ -168,7 +168,7 @@ def test_trace_is_what_the_layers_saw(backbone) -> None:
     [
         ({"layer": 0}, "layer=0: give 1 to 3"),
         ({"layer": 4}, "layer=4: give 1 to 3"),
-        ({"keep": 1.1}, "fraction from 0 to 1"),
+        ({"keep_ratio": 1.1}, "fraction from 0 to 1"),
         ({"count": -1}, "count=-1: give a number"),
     ],
 )

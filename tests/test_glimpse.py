@@ -175,7 +175,7 @@ def test_published_checkpoints_are_understood(tiny) -> None:
         dropout=0.1,
         probe="log_softmax",
     )
-    assert glimpse.options_from_published(PUBLISHED | {"attn_fuse_global": False}).window
+    assert glimpse.options_from_published(PUBLISHED | {"attn_fuse_global": False}).windowed
     source = build("glimpse", read, tiny)
     state = {
         "attn_fuser": source.vip.state_dict(),

@@ -17,7 +17,11 @@ from glimpseprune.generate import generate, kept
 from glimpseprune.pruners import build, pyramiddrop
 from glimpseprune.types import Encoded, Stop
 
-SCHEDULES = {"default": {}, "two": {"layers": (1, 3), "keep": (0.7, 0.2)}, "one": {"layers": (2,), "keep": (0.3,)}}
+SCHEDULES = {
+    "default": {},
+    "two": {"layers": (1, 3), "keep_ratio": (0.7, 0.2)},
+    "one": {"layers": (2,), "keep_ratio": (0.3,)},
+}
 
 
 def naive_counts(tokens: int, ratios: list[float]) -> list[int]:
@@ -82,7 +86,7 @@ def test_every_drop_is_that_of_the_layers_by_hand(backbone, schedule) -> None:
     """A ragged batch, two images in one of its rows, stage by stage against each row alone without padding."""
     pruner, model = build("pyramiddrop", SCHEDULES[schedule], backbone), unmodified(backbone)
     encoded = backbone.encode(prompts(backbone))
-    drops = dict(zip((stop.depth for stop in pruner.stops), pruner.options.keep, strict=True))
+    drops = dict(zip((stop.depth for stop in pruner.stops), pruner.options.keep_ratio, strict=True))
     state, ours = start(encoded), []
     for _ in pruner.stops:
         state = decide(backbone, encoded, state, pruner)
@@ -112,7 +116,7 @@ def test_the_first_drop_goes_by_the_attention_of_hugging_face(backbone) -> None:
 @torch.no_grad()
 def test_positions_are_new_and_the_cache_below_stays(backbone) -> None:
     encoded, layers = backbone.encode(prompt(backbone, 1)), (1, 3)
-    state = prefill(backbone, encoded, build("pyramiddrop", {"layers": layers, "keep": (0.5, 0.2)}, backbone))
+    state = prefill(backbone, encoded, build("pyramiddrop", {"layers": layers, "keep_ratio": (0.5, 0.2)}, backbone))
     text, tokens = int((~encoded.visual).sum()), encoded.counts[0]
     whole, *left = text + tokens, text + int(0.5 * tokens), text + int(0.2 * tokens)
     ends = [*layers, backbone.num_layers]
@@ -142,7 +146,7 @@ def test_published_retention() -> None:
     assert cost.mean_visual_tokens(spans({})) == 270 == 0.46875 * 576
     assert cost.mean_visual_tokens(spans({}, 40)) == 270
     assert cost.mean_visual_tokens(spans({"layers": [8, 16, 24]}, 40)) == pytest.approx(0.4 * 576)
-    steep = {"layers": [2, 8, 16], "keep": [0.19, 0.19**2, 0.19**3]}  # the author's, for a budget of 64
+    steep = {"layers": [2, 8, 16], "keep_ratio": [0.19, 0.19**2, 0.19**3]}  # the author's, for a budget of 64
     assert cost.mean_visual_tokens(spans(steep)) == pytest.approx(62.9, abs=0.05)
 
 
@@ -173,7 +177,7 @@ def test_declared_flops_are_those_of_the_look_ahead(backbone) -> None:
 
 @torch.no_grad()
 def test_trace_is_what_the_layers_saw(backbone) -> None:
-    pruner, layers = build("pyramiddrop", {"keep": (0.8, 0.5, 0.1)}, backbone), backbone.num_layers
+    pruner, layers = build("pyramiddrop", {"keep_ratio": (0.8, 0.5, 0.1)}, backbone), backbone.num_layers
     together = prefill(backbone, backbone.encode(prompts(backbone)), pruner)
     for row in range(3):
         encoded = backbone.encode(prompt(backbone, row))
@@ -191,7 +195,7 @@ def test_trace_is_what_the_layers_saw(backbone) -> None:
 def test_a_budget_is_what_is_left_for_decoding(backbone) -> None:
     encoded = backbone.encode(prompts(backbone))
     options = pyramiddrop.to_budget(0.125, backbone)
-    assert options["keep"] == pytest.approx(pyramiddrop.Options().keep)
+    assert options["keep_ratio"] == pytest.approx(pyramiddrop.Options().keep_ratio)
     for keep in (0.0, 0.2, 1.0):
         pruner = build("pyramiddrop", pyramiddrop.to_budget(keep, backbone), backbone)
         left = [int(row.sum()) for row in kept(encoded, prefill(backbone, encoded, pruner))]
@@ -201,14 +205,14 @@ def test_a_budget_is_what_is_left_for_decoding(backbone) -> None:
 @pytest.mark.parametrize(
     ("wrong", "layers", "message"),
     [
-        ({}, 3, r"layers=\[0, 1, 2\]: give 3 rising numbers, one for each of keep, from 1 to 2"),
+        ({}, 3, r"layers=\[0, 1, 2\]: give 3 rising numbers, one for each of keep_ratio, from 1 to 2"),
         ({}, 2, r"layers=\[0, 1, 1\]"),
         ({"layers": [8, 16]}, 32, "give 3 rising numbers"),
         ({"layers": [8, 8, 16]}, 32, "give 3 rising numbers"),
         ({"layers": [16, 8, 24]}, 32, "give 3 rising numbers"),
         ({"layers": [8, 16, 32]}, 32, "from 1 to 31"),
-        ({"keep": [0.5, 0.25, 1.5]}, 32, "fraction from 0 to 1"),
-        ({"keep": [0.25, 0.5, 0.1]}, 32, "never rise"),
+        ({"keep_ratio": [0.5, 0.25, 1.5]}, 32, "fraction from 0 to 1"),
+        ({"keep_ratio": [0.25, 0.5, 0.1]}, 32, "never rise"),
     ],
 )
 def test_options_that_do_not_fit(wrong, layers, message) -> None:
@@ -217,7 +221,7 @@ def test_options_that_do_not_fit(wrong, layers, message) -> None:
 
 
 def test_a_shallow_decoder_with_fewer_drops() -> None:
-    pruner = build("pyramiddrop", {"keep": [0.5]}, SimpleNamespace(num_layers=2))
+    pruner = build("pyramiddrop", {"keep_ratio": [0.5]}, SimpleNamespace(num_layers=2))
     assert [stop.depth for stop in pruner.stops] == [1]
 
 

@@ -31,7 +31,7 @@ class Fraction:
 
 
 def to_keep(keep: float, backbone: LVLM) -> dict[str, float]:
-    return {"keep": keep}
+    return {"keep_ratio": keep}
 
 
 class Stages(nn.Module):
@@ -46,7 +46,7 @@ class Stages(nn.Module):
 
     def chosen(self, view: View, scores: Tensor) -> list[Tensor]:
         """Per row bool [V']."""
-        share = self.options.keep ** ((self.stops.index(view.stop) + 1) / len(self.stops))
+        share = self.options.keep_ratio ** ((self.stops.index(view.stop) + 1) / len(self.stops))
         return top(scores, view.counts, [max(1, int(share * n)) for n in view.state.trace[0].kept.tolist()])
 
 
@@ -147,7 +147,7 @@ class Private(Stages):
 
     def mask(self, logits: Tensor, counts: Sequence[int]) -> Tensor:
         """bool [N']."""
-        return torch.cat(top(logits, counts, [max(1, int(self.options.keep * count)) for count in counts]))
+        return torch.cat(top(logits, counts, [max(1, int(self.options.keep_ratio * count)) for count in counts]))
 
     def decide(self, view: View) -> Decision:
         decoder, logits = view.backbone.shapes.decoder, self.logits(view)

@@ -2,9 +2,9 @@
 
 ``Pruner(backbone, options)`` has ``stops``, ``needs`` and ``decide(view)``, see :class:`glimpseprune.decoder.Pruner`;
 every default of ``Options`` works on every backbone on which the method has a meaning, and elsewhere it is refused by a
-UserError. A method whose strength can be set to a budget also has ``to_budget(keep, backbone) -> dict``: the options
-with which a fraction ``keep`` of the visual tokens is left for decoding. A new file is found by its name; nothing is
-registered.
+UserError. A method whose strength can be set to a budget also has ``to_budget(keep_ratio, backbone) -> dict``: the
+options with which a fraction ``keep_ratio`` of the visual tokens is left for decoding. A new file is found by its name;
+nothing is registered.
 """
 
 from __future__ import annotations

@@ -34,7 +34,9 @@ from glimpseprune.types import Decision, Needs, Stop
 
 @dataclass
 class Options:
-    keep: float = option(0.098, "fraction of a prompt's visual tokens to keep, 0 to 1, rounded to a whole number")
+    keep_ratio: float = option(
+        0.098, "fraction of a prompt's visual tokens to keep, 0 to 1, rounded to a whole number", was="keep"
+    )
     count: int | None = option(None, "keep this number of tokens instead; all where a prompt has fewer")
     min_keep: int = option(1, "keep at least so many")
     renumber: bool = option(True, "survivors get positions 0, 1, 2 ...; false: they keep theirs")
@@ -45,9 +47,9 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep, "keep")
+        require_fraction(options.keep_ratio, "keep_ratio")
         if options.count is not None and options.count < 0:
-            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep")
+            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep_ratio")
         self.options = options
         self.stops = (Stop(0, renumber=options.renumber),)
 
@@ -67,7 +69,7 @@ class Pruner(nn.Module):
         options = self.options
         for count in counts:
             require_minimum(options.min_keep, count)
-        wanted = [round(options.keep * n) if options.count is None else min(options.count, n) for n in counts]
+        wanted = [round(options.keep_ratio * n) if options.count is None else min(options.count, n) for n in counts]
         return [max(number, options.min_keep) for number in wanted]
 
 
@@ -95,5 +97,5 @@ def spread_flops(count: int, number: int, width: int) -> int:
     return 2 * width * count * (count + number - 1) if number else 0
 
 
-def to_budget(keep: float, backbone: LVLM) -> dict[str, Any]:
-    return {"keep": keep, "count": None}
+def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, Any]:
+    return {"keep_ratio": keep_ratio, "count": None}

@@ -32,7 +32,9 @@ from glimpseprune.types import Decision, Needs, Stop
 @dataclass
 class Options:
     layer: int = option(2, "K: so many decoder layers see all tokens; the attention of the last of them decides")
-    keep: float = option(0.5, "fraction of a prompt's visual tokens to keep, 0 to 1 (the paper's 1 - R)")
+    keep_ratio: float = option(
+        0.5, "fraction of a prompt's visual tokens to keep, 0 to 1 (the paper's 1 - R)", was="keep"
+    )
     count: int | None = option(None, "keep this number of tokens instead; all where a prompt has fewer")
     min_keep: int = option(1, "keep at least so many")
 
@@ -40,12 +42,12 @@ class Options:
 class Pruner(nn.Module):
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep, "keep")
+        require_fraction(options.keep_ratio, "keep_ratio")
         last = backbone.num_layers - 1
         if not 1 <= options.layer <= last:
             raise UserError(f"pruner.options.layer={options.layer}: give 1 to {last}, to look in one and spare another")
         if options.count is not None and options.count < 0:
-            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep")
+            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep_ratio")
         self.options = options
         self.stops = (Stop(options.layer, prune_cache=False),)
         self.needs = Needs(probes=(options.layer - 1,))
@@ -65,9 +67,11 @@ class Pruner(nn.Module):
         options = self.options
         for count in counts:
             require_minimum(options.min_keep, count)
-        wanted = [int(options.keep * count) if options.count is None else min(options.count, count) for count in counts]
+        wanted = [
+            int(options.keep_ratio * count) if options.count is None else min(options.count, count) for count in counts
+        ]
         return [max(number, options.min_keep) for number in wanted]
 
 
-def to_budget(keep: float, backbone: LVLM) -> dict[str, Any]:
-    return {"keep": keep, "count": None}
+def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, Any]:
+    return {"keep_ratio": keep_ratio, "count": None}

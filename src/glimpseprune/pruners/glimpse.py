@@ -38,10 +38,10 @@ PUBLISHED = {
     "attn_fuse_num_heads": "num_heads",
     "le_dropout_prob": "dropout",
     "use_attention_logits": "probe",
-    "attn_fuse_global": "window",
+    "attn_fuse_global": "windowed",
     "deep_supervision": "deep_supervision",
 }
-"""Keys of a published config.json -> our options (``probe`` is a choice and ``window`` the opposite)."""
+"""Keys of a published config.json -> our options (``probe`` is a choice and ``windowed`` the opposite)."""
 
 
 @dataclass
@@ -59,7 +59,9 @@ class Options:
     num_heads: int = option(4, "heads of the predictor")
     dropout: float = option(0.1, "dropout on the glimpse vectors in training")
     probe: str = option("logits", "what the predictor sees of a row of attention: logits (raw) or log_softmax")
-    window: bool = option(False, "the predictor attends within the vision tower's windows, not whole images")
+    windowed: bool = option(
+        False, "the predictor attends within the vision tower's windows, not whole images", was="window"
+    )
     deep_supervision: bool = option(False, "every block of the predictor has an output and a loss")
     logit_cap: float | None = option(None, "l -> cap tanh(l / cap), so that dropped tokens can come back")
     init_bias: float = option(0.0, "initial bias of the keep logits")
@@ -101,7 +103,7 @@ class Pruner(nn.Module):
         named = "pruner.options.vision_layers"
         self.vision_layers = tuple(backbone.tower_layer(layer, named) for layer in options.vision_layers)
         self.needs = Needs(states=self.vision_layers)
-        self.window = backbone.window if options.window else None
+        self.window = backbone.window if options.windowed else None
         _check(options, backbone)
         self.glimpse = Glimpse(backbone.num_layers, backbone.hidden_size, backbone.norm_eps, options.dropout)
         if options.init_token is not None:
@@ -209,9 +211,9 @@ class Pruner(nn.Module):
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-def to_budget(keep: float, backbone: LVLM) -> dict[str, float]:
+def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, float]:
     """The tokens with the highest logits, whatever their probabilities."""
-    return {"threshold": -1.0, "max_keep": keep}
+    return {"threshold": -1.0, "max_keep": keep_ratio}
 
 
 def token_embedding(backbone: LVLM, token: str) -> Tensor:
@@ -286,7 +288,7 @@ def options_from_published(config: Mapping[str, Any]) -> Options:
     if missing := [key for key in PUBLISHED if key not in config]:
         raise UserError(f"not a published config of GlimpsePrune: it has no {', '.join(missing)}")
     options = {ours: config[theirs] for theirs, ours in PUBLISHED.items()}
-    options["window"] = not options["window"]
+    options["windowed"] = not options["windowed"]
     options["probe"] = "logits" if options["probe"] else "log_softmax"
     options |= {key: tuple(options[key]) for key in ("probe_layers", "vision_layers")}
     return Options(**options)
@@ -302,7 +304,7 @@ def _check(options: Options, backbone: LVLM) -> None:
         raise UserError(f"{where}probe_layers={wrong}: the glimpse runs through layers 0 to {last} (prune_layer)")
     if options.probe not in PROBES:
         raise UserError(f"{where}probe='{options.probe}': choices are {', '.join(PROBES)}")
-    if options.window and backbone.window is None:
-        raise UserError(f"{where}window=true: this backbone's vision tower has no windows")
+    if options.windowed and backbone.window is None:
+        raise UserError(f"{where}windowed=true: this backbone's vision tower has no windows")
     if options.max_keep is not None:
         require_fraction(options.max_keep, "max_keep")

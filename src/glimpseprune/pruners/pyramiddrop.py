@@ -34,8 +34,8 @@ class Options:
     layers: tuple[int, ...] | None = option(
         None, "drop before these decoder layers, 0-based; null: where equal parts of the decoder begin"
     )
-    keep: tuple[float, ...] = option(
-        (0.5, 0.25, 0.125), "fractions of a prompt's visual tokens that are left behind each drop, 0 to 1"
+    keep_ratio: tuple[float, ...] = option(
+        (0.5, 0.25, 0.125), "fractions of a prompt's visual tokens that are left behind each drop, 0 to 1", was="keep"
     )
     min_keep: int = option(1, "keep at least so many")
 
@@ -45,16 +45,18 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        for fraction in options.keep:
-            require_fraction(fraction, "keep")
-        if list(options.keep) != sorted(options.keep, reverse=True):
-            raise UserError(f"pruner.options.keep={list(options.keep)}: fractions of the first number never rise")
-        layers = equal_parts(backbone.num_layers, len(options.keep)) if options.layers is None else options.layers
-        depths = [layer for layer in range(1, backbone.num_layers) if layer in layers]
-        if list(layers) != depths or len(depths) != len(options.keep):
+        for fraction in options.keep_ratio:
+            require_fraction(fraction, "keep_ratio")
+        if list(options.keep_ratio) != sorted(options.keep_ratio, reverse=True):
             raise UserError(
-                f"pruner.options.layers={list(layers)}: give {len(options.keep)} rising numbers, one for each of keep, "
-                f"from 1 to {backbone.num_layers - 1}"
+                f"pruner.options.keep_ratio={list(options.keep_ratio)}: fractions of the first number never rise"
+            )
+        layers = equal_parts(backbone.num_layers, len(options.keep_ratio)) if options.layers is None else options.layers
+        depths = [layer for layer in range(1, backbone.num_layers) if layer in layers]
+        if list(layers) != depths or len(depths) != len(options.keep_ratio):
+            raise UserError(
+                f"pruner.options.layers={list(layers)}: give {len(options.keep_ratio)} rising numbers, one for each of "
+                f"keep_ratio, from 1 to {backbone.num_layers - 1}"
             )
         self.options = options
         self.stops = tuple(Stop(depth, renumber=True, prune_cache=False) for depth in depths)
@@ -65,15 +67,15 @@ class Pruner(nn.Module):
         flops = [peek_flops(view.backbone.shapes.decoder, columns) for columns in view.columns]
         return Decision(at_columns(view, top(scores, view.counts, numbers)), flops=flops)
 
-    def numbers(self, stage: int, counts: Sequence[int]) -> list[int]:
-        """How many tokens are left behind drop ``stage`` of rows that had ``counts`` at first.
+    def numbers(self, drop: int, counts: Sequence[int]) -> list[int]:
+        """How many tokens are left behind ``drop`` of rows that had ``counts`` at first.
 
         Raises:
             UserError: ``min_keep`` above the tokens of a row.
         """
         for count in counts:
             require_minimum(self.options.min_keep, count)
-        return [max(int(self.options.keep[stage] * count), self.options.min_keep) for count in counts]
+        return [max(int(self.options.keep_ratio[drop] * count), self.options.min_keep) for count in counts]
 
 
 def equal_parts(layers: int, drops: int) -> tuple[int, ...]:
@@ -81,6 +83,6 @@ def equal_parts(layers: int, drops: int) -> tuple[int, ...]:
     return tuple(layers * part // (drops + 1) for part in range(1, drops + 1))
 
 
-def to_budget(keep: float, backbone: LVLM) -> dict[str, tuple[float, ...]]:
+def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, tuple[float, ...]]:
     """The same fraction goes at each of three drops."""
-    return {"keep": (keep ** (1 / 3), keep ** (2 / 3), keep)}
+    return {"keep_ratio": (keep_ratio ** (1 / 3), keep_ratio ** (2 / 3), keep_ratio)}

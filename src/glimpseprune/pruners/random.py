@@ -1,4 +1,4 @@
-"""Control: keep a random choice of the visual tokens; with ``keep=0, min_keep=0`` the zero-token control.
+"""Control: keep a random choice of the visual tokens; with ``keep_ratio=0, min_keep=0`` the zero-token control.
 
 As the control of another method it decides where that method does and keeps as many tokens there (:meth:`mimic`).
 """
@@ -22,8 +22,8 @@ from glimpseprune.types import Cut, Decision, Needs, Stop
 @dataclass
 class Options:
     prune_layer: int = option(0, "prune after this decoder layer, 0-based; -1: before the first")
-    keep: float = option(0.1, "fraction of the visual tokens to keep, 0 to 1")
-    min_keep: int = option(1, "keep at least so many; with keep=0 and min_keep=0 no visual token stays")
+    keep_ratio: float = option(0.1, "fraction of the visual tokens to keep, 0 to 1", was="keep")
+    min_keep: int = option(1, "keep at least so many; with keep_ratio=0 and min_keep=0 no visual token stays")
     seed: int = option(0, "the choice follows from this and the prompt's token ids, whatever else is in the batch")
 
 
@@ -32,7 +32,7 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep, "keep")
+        require_fraction(options.keep_ratio, "keep_ratio")
         self.options = options
         self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
         self.counts: list[Sequence[int]] | None = None
@@ -53,10 +53,10 @@ class Pruner(nn.Module):
             else:
                 total = encoded.counts[place]
                 require_minimum(options.min_keep, total)
-                number = max(int(options.keep * total), options.min_keep)
+                number = max(int(options.keep_ratio * total), options.min_keep)
             decided.append(torch.randperm(left, generator=generator) < number)  # [V']
         return Decision(at_columns(view, decided))
 
 
-def to_budget(keep: float, backbone: LVLM) -> dict[str, float]:
-    return {"keep": keep}
+def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, float]:
+    return {"keep_ratio": keep_ratio}

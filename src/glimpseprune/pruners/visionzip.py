@@ -167,7 +167,7 @@ def merge_flops(backbone: LVLM, width: int, rest: int, contextual: int) -> int:
     return contextual * (2 * width * (rest - contextual) + sum(2 * wide * out for wide, out in projector))
 
 
-def to_budget(keep: float, backbone: LVLM) -> dict[str, Any]:
+def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, Any]:
     """In the published proportion."""
-    dominant, contextual = (keep * share / sum(SHARES) for share in SHARES)
+    dominant, contextual = (keep_ratio * share / sum(SHARES) for share in SHARES)
     return {"dominant": dominant, "contextual": contextual, "dominant_count": None, "contextual_count": None}
