@@ -51,7 +51,7 @@ def known(calibration: Calibration, keep: float, first: int = 1) -> Cost:
 
 @pytest.mark.parametrize("keep", [0.0, 0.3, 1.0])
 def test_cost_is_read_from_what_happened(keep, staged, calibration):
-    one = method(staged, keep=keep)
+    one = method(staged, keep_ratio=keep)
     with torch.inference_mode():
         found = calibration.cost(one.backbone, one.pruner)
     assert vars(found) == pytest.approx(vars(known(calibration, keep)), rel=1e-9)
@@ -135,7 +135,7 @@ def test_a_method_that_looks_before_the_tower_looks_anew_each_time(staged, calib
     module, looks = pruners.find("glimpseprune.pruners", staged), []
 
     def look(self, backbone, prompt):
-        looks.append(self.options.keep)
+        looks.append(self.options.keep_ratio)
         return prompt, [5e6] * len(prompt["input_ids"])
 
     monkeypatch.setattr(module.Pruner, "look", look, raising=False)
