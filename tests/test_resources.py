@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from glimpseprune import checkpoint, config, preflight, resources
+from glimpseprune.data.sources import tags
+from glimpseprune.metrics import exact_match
 from glimpseprune.options import TrainConfig
 from glimpseprune.running import strategies
 
 ROOT = Path(__file__).parent.parent
-BASE = "data/tiny-qwen2_5_vl"
+BASE, PRUNER = "data/tiny-qwen2_5_vl", "data/demo-pruner"
 
 
 def test_what_is_there_comes_first(tmp_path, monkeypatch):
@@ -47,12 +49,24 @@ def test_commands_find_it_in_an_empty_directory(tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_the_shipped_pruner_knows_its_task(tmp_path, monkeypatch):
+    """In an empty directory: on unseen handwriting, with hardly any token left."""
+    monkeypatch.chdir(tmp_path)
+    model = checkpoint.load(PRUNER)
+    samples = list(tags.samples(tags.Options(), "test", 0, 24))
+    inputs = model.backbone.prepare([sample.question for sample in samples], [sample.images for sample in samples])
+    rollout = model.generate(**inputs, max_new_tokens=8)
+    texts = model.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
+    assert sum(exact_match(text, sample.answers) for text, sample in zip(texts, samples)) >= 20
+    assert all(0 < keep.float().mean() < 0.2 for keep in rollout.keep)
+
+
 @pytest.mark.slow
 def test_the_wheel_brings_it(tmp_path):
     """Built without network, unpacked, and used where there is nothing else."""
     source, site, empty = tmp_path / "source", tmp_path / "site", tmp_path / "empty"
     empty.mkdir()
-    for folder in ("src", "conf", BASE):
+    for folder in ("src", "conf", BASE, PRUNER):
         ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
         shutil.copytree(ROOT / folder, source / folder, symlinks=True, ignore=ignored)
     for file in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -65,7 +79,7 @@ def test_the_wheel_brings_it(tmp_path):
         (entry,) = (archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt"))
     assert entry.decode().split("]")[1].strip() == "glimpseprune = glimpseprune.__main__:main"
     shipped = site / "glimpseprune" / "shipped"
-    for folder in ("conf", BASE):
+    for folder in ("conf", BASE, PRUNER):
         there = {str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*") if file.is_file()}
         found = {str(file.relative_to(shipped)) for file in (shipped / folder).rglob("*") if file.is_file()}
         assert there and there == found
