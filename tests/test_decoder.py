@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,6 +336,28 @@ def test_a_gated_student_trains_under_autocast(backbone, estimator) -> None:
     for name, parameter in pruner.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
     assert pruner.vip.attn_in_proj.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_private_layers_take_the_place_of_the_decoders_own(backbone) -> None:
+    """On a fork, where the other branch does not see them."""
+    own = {index: copy.deepcopy(backbone.text_model.layers[index]) for index in (0, 2)}
+    for layer in own.values():
+        for parameter in layer.parameters():
+            parameter.mul_(0.9)
+    encoded = backbone.encode(prompts(backbone))
+    state, layers = start(encoded), backbone.num_layers
+    ours = run_layers(backbone, branch(state), layers, layers=own).hidden
+    text = SimpleNamespace(
+        layers=[own.get(index, layer) for index, layer in enumerate(backbone.text_model.layers)],
+        rotary_emb=backbone.text_model.rotary_emb,
+    )
+    stand_in = SimpleNamespace(text_model=text, attention=backbone.attention)
+    causal = torch.ones(2 * state.mask.shape[1:], dtype=torch.bool).tril() & encoded.mask[:, None]
+    expected = naive(stand_in, encoded, encoded.embeds, [causal] * layers, [encoded.positions] * layers)
+    torch.testing.assert_close(ours[encoded.mask], expected[encoded.mask], **EXACT)
+    plain = run_layers(backbone, state, layers).hidden
+    assert not torch.allclose(ours, plain) and torch.equal(plain, run_layers(backbone, start(encoded), layers).hidden)
 
 
 @torch.no_grad()
