@@ -395,6 +395,7 @@ def test_appended_padding_is_not_counted(backbone) -> None:
     mask = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
     padded = append(branch(state), extra, mask)
     assert (padded.next_position - state.next_position).tolist() == [2, 2, 3]
+    assert torch.equal(padded.visual, pad(state.visual, (0, 3)))
     hidden = run_layers(backbone, padded, backbone.num_layers).hidden
     for row in range(3):
         real = extra[row : row + 1, mask[row]].expand(3, -1, -1)
@@ -407,6 +408,17 @@ def test_cut_after_append_is_refused(backbone) -> None:
     state: Prefill = prefill(backbone, backbone.encode(prompt(backbone)), CASES["prune"])
     with pytest.raises(ValueError, match="before tokens are appended"):
         cut(append(state, answers(backbone, 1)), state.mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("more", "narrower"), [(1, 0), (-1, 0), (0, 1)])
+def test_merged_states_of_another_size_are_refused(more, narrower) -> None:
+    backbone = TINY["qwen2_5_vl"]()
+    state = start(backbone.encode(prompt(backbone)))
+    left, width = int(state.visual.sum()), backbone.hidden_size
+    merge = torch.zeros(left + more, width - narrower)
+    with pytest.raises(ValueError, match=rf"merged states are .*the tokens that stay ask for \[{left}, {width}\]"):
+        cut(state, state.visual, merge=merge)
 
 
 @torch.no_grad()
