@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -337,6 +339,28 @@ def test_a_gated_student_trains_under_autocast(backbone, estimator) -> None:
 
 
 @torch.no_grad()
+def test_private_layers_take_the_place_of_the_decoders_own(backbone) -> None:
+    """On a fork, where the other branch does not see them."""
+    own = {index: copy.deepcopy(backbone.text_model.layers[index]) for index in (0, 2)}
+    for layer in own.values():
+        for parameter in layer.parameters():
+            parameter.mul_(0.9)
+    encoded = backbone.encode(prompts(backbone))
+    state, layers = start(encoded), backbone.num_layers
+    ours = run_layers(backbone, branch(state), layers, layers=own).hidden
+    text = SimpleNamespace(
+        layers=[own.get(index, layer) for index, layer in enumerate(backbone.text_model.layers)],
+        rotary_emb=backbone.text_model.rotary_emb,
+    )
+    stand_in = SimpleNamespace(text_model=text, attention=backbone.attention)
+    causal = torch.ones(2 * state.mask.shape[1:], dtype=torch.bool).tril() & encoded.mask[:, None]
+    expected = naive(stand_in, encoded, encoded.embeds, [causal] * layers, [encoded.positions] * layers)
+    torch.testing.assert_close(ours[encoded.mask], expected[encoded.mask], **EXACT)
+    plain = run_layers(backbone, state, layers).hidden
+    assert not torch.allclose(ours, plain) and torch.equal(plain, run_layers(backbone, start(encoded), layers).hidden)
+
+
+@torch.no_grad()
 def test_forks_do_not_see_each_other(backbone) -> None:
     encoded = backbone.encode(prompts(backbone))
     state = run_layers(backbone, start(encoded), backbone.num_layers)
@@ -371,6 +395,7 @@ def test_appended_padding_is_not_counted(backbone) -> None:
     mask = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
     padded = append(branch(state), extra, mask)
     assert (padded.next_position - state.next_position).tolist() == [2, 2, 3]
+    assert torch.equal(padded.visual, pad(state.visual, (0, 3)))
     hidden = run_layers(backbone, padded, backbone.num_layers).hidden
     for row in range(3):
         real = extra[row : row + 1, mask[row]].expand(3, -1, -1)
@@ -383,6 +408,17 @@ def test_cut_after_append_is_refused(backbone) -> None:
     state: Prefill = prefill(backbone, backbone.encode(prompt(backbone)), CASES["prune"])
     with pytest.raises(ValueError, match="before tokens are appended"):
         cut(append(state, answers(backbone, 1)), state.mask)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("more", "narrower"), [(1, 0), (-1, 0), (0, 1)])
+def test_merged_states_of_another_size_are_refused(more, narrower) -> None:
+    backbone = TINY["qwen2_5_vl"]()
+    state = start(backbone.encode(prompt(backbone)))
+    left, width = int(state.visual.sum()), backbone.hidden_size
+    merge = torch.zeros(left + more, width - narrower)
+    with pytest.raises(ValueError, match=rf"merged states are .*the tokens that stay ask for \[{left}, {width}\]"):
+        cut(state, state.visual, merge=merge)
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ def run_layers(
             gate=gate,
         )  # [B, Q, D]
         if index in state.added:
-            hidden = hidden + state.added[index][:, -queries:]
+            hidden = hidden + state.added[index]
     return replace(
         state,
         hidden=hidden,
