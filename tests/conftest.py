@@ -85,7 +85,7 @@ def unmodified(backbone: LVLM) -> torch.nn.Module:
     config = copy.deepcopy(backbone.model.config)
     model = AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
     model.load_state_dict(backbone.model.state_dict())
-    return model.eval()
+    return devices.put(model.eval())
 
 
 @contextmanager

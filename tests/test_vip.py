@@ -30,7 +30,7 @@ def dense(vip: VIP, probes, states, grids, window=None, tokens=slice(None)) -> t
     ids = put(window_ids(grids, window))[tokens]
     same = ids[:, None] == ids
     angles = []
-    for row, col in grid_positions(grids)[tokens].tolist():
+    for row, col in put(grid_positions(grids))[tokens].tolist():
         frequencies = [10000 ** (-2 * i / 6) for i in range(3)]  # 12 channels a head: 3 for rows, 3 for columns
         angles.append([row * f for f in frequencies] + [col * f for f in frequencies])
     angles = torch.tensor(angles)[:, None]  # [N, 1, 6]
