@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -93,7 +93,7 @@ class Backbone(LVLM):
         )
         config._attn_implementation = attn
         processor = LlavaProcessor(
-            CLIPImageProcessor(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70}),
+            CLIPImageProcessorPil(size={"shortest_edge": 70}, crop_size={"height": 70, "width": 70}),
             _tiny.tokenizer(),
             patch_size=14,
             vision_feature_select_strategy="default",
