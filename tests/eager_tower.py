@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.types import Needs
+from glimpseprune.types import Grid, Needs
 
 NAME = "recorded_eager"
 
@@ -65,14 +65,30 @@ def eager_tower(backbone: LVLM, prompt: dict[str, Tensor], layer: int) -> Tower:
             keys.append(key[:, extra:].flatten(0, 1))
     output = outputs[0] if outputs[0].ndim == 3 else outputs[0][None]  # [b, T, C]
     found = [output[:, extra:].flatten(0, 1), torch.cat(keys), torch.cat(attention)]
-    states, keys, attention = (x.unflatten(0, (-1, unit)).mean(1) for x in found)
 
-    places = backbone.encode(prompt, Needs(states=(layer,))).states[layer]  # [N, C]
+    encoded = backbone.encode(prompt, Needs(states=(layer,)))
+    places = encoded.states[layer]  # [N, C]
     cell = places.abs().sum(1) > 0
-    distance, place = torch.cdist(places, states, compute_mode="donot_use_mm_for_euclid_dist").sort(1)
+    # The patches of a token lie side by side (a tower that keeps them by token), or in a square (one of rows).
+    grids = [grid for row in encoded.layouts for layout in row for grid in layout.encoded]
+    for group in (torch.arange(len(found[0])).view(-1, unit), squares(grids, backbone.shapes.tower.merge)):
+        states, keys, attention = (x[group].mean(1) for x in found)
+        distance, place = torch.cdist(places, states, compute_mode="donot_use_mm_for_euclid_dist").sort(1)
+        if (distance[cell, 0] < 1e-4).all():
+            break
     assert (distance[cell, 0] < 1e-4).all() and (distance[cell, 1] > 1e-2).all(), "the order cannot be read off"
 
     def put(x: Tensor) -> Tensor:
         return x[place[:, 0]] * cell.view(-1, *(1,) * (x.ndim - 1))
 
     return Tower(put(states), put(keys), put(attention))
+
+
+def squares(grids: list[Grid], merge: int) -> Tensor:
+    """[tokens, merge * merge] patches of each token, where pictures are rows of patches; ``grids`` are of tokens."""
+    found, start = [], 0
+    for rows, cols in grids:
+        patches = start + torch.arange(rows * cols * merge**2).view(rows, merge, cols, merge)
+        found.append(patches.transpose(1, 2).reshape(-1, merge**2))
+        start += patches.numel()
+    return torch.cat(found)

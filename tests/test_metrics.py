@@ -7,13 +7,21 @@ import pytest
 from glimpseprune import lookup, metrics
 from glimpseprune.config import UserError
 
+FOUND = lookup.functions("glimpseprune.metrics", "prediction")
+
 
 def test_found_by_name():
-    found = lookup.functions("glimpseprune.metrics", "prediction")
-    assert set(found) == {"exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "pope", "choice", "box_iou"}
-    for name, metric in found.items():
-        answers = ["[0, 0, 2, 2]" if name == "box_iou" else "b"] * 10
-        assert metric(answers[0], answers) == 1 and type(metric("x y", answers)) is float
+    assert {"exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "pope", "choice", "box_iou"} <= set(FOUND)
+    assert not {"pope_scores", "iou", "chosen_letter", "vqa_normalise"} & set(FOUND)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_metric_is_right_about_the_answer_itself_and_stays_within_bounds(name):
+    answers = ["[0, 0, 2, 2]" if name == "box_iou" else "b"] * 10
+    assert FOUND[name].__doc__ and FOUND[name](answers[0], answers) == 1
+    for said in ("x y", "", "b b", "7", "no."):
+        score = FOUND[name](said, answers)
+        assert type(score) is float and 0 <= score <= 1
 
 
 @pytest.mark.parametrize(

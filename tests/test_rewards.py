@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 import pickle
 import threading
@@ -11,7 +12,7 @@ import time
 import pytest
 import torch
 
-from glimpseprune import judge, rewards
+from glimpseprune import judge, lookup, rewards
 from glimpseprune.config import UserError
 from glimpseprune.options import JudgeOptions
 from glimpseprune.rewards import MISSING, Rewards
@@ -47,6 +48,23 @@ def test_find():
 )
 def test_a_metric_applies_where_the_reference_would_score(name, answers, values):
     assert rewards.find(name)(["0,0,2,2"] * 3, answers=answers) == values
+
+
+OWN = sorted(lookup.functions("glimpseprune.rewards", "completions"))
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OWN if "client" not in inspect.signature(rewards.find(name)).parameters]
+)
+def test_every_reward_gives_one_value_for_each_completion(name):
+    """Given all fields, whatever the texts are; those of a judge are tested in test_judge.py."""
+    texts, rows = ["", "a", "a dog\nand a cat", "[0, 0, 2, 2]"], 4
+    fields = {"samples": [None] * rows, "questions": ["?"] * rows, "answers": [("a",), (), ("a dog", "b"), ("",)]}
+    built = rewards.build({name: 1.0})
+    scores = built(texts, **fields, kinds=["all"] * rows, truncated=[False] * rows)
+    assert scores.values.shape == (rows, 1) and scores.valid.any() and rewards.find(name).__doc__
+    again = built(texts, **fields, kinds=["all"] * rows, truncated=[False] * rows)
+    torch.testing.assert_close(scores.values, again.values, equal_nan=True, atol=0, rtol=0)
 
 
 def test_format():

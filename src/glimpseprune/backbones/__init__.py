@@ -1,7 +1,8 @@
 """Backbones: one file per LVLM, found by the ``model_type`` of a checkpoint's config.json.
 
 Each file defines ``Backbone`` (a subclass of :class:`LVLM`), ``MODEL_TYPE`` and ``PUBLISHED``: sizes of published
-models by name, as keyword arguments of their config, so that a training can be planned before anything is downloaded.
+models by the name that folders and hub ids have in lower case, as keyword arguments of their config, so that a training
+can be planned before anything is downloaded.
 The language model, the vision tower and the processor are transformers' own and unmodified.
 """
 
