@@ -2,8 +2,8 @@
 
 Each file defines ``Backbone`` (a subclass of :class:`LVLM`), ``MODEL_TYPE`` and ``PUBLISHED``: sizes of published
 models by the name that folders and hub ids have in lower case, as keyword arguments of their config, so that a training
-can be planned before anything is downloaded.
-The language model, the vision tower and the processor are transformers' own and unmodified.
+can be planned before anything is downloaded. The language model, the vision tower and the processor are transformers'
+own and unmodified.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 States are taken by forward hooks for as long as a context lasts; transformers could return all hidden states or none,
 and at 7B all of them are 1.6 GB for a 5,000-token image. Queries and keys are seen as in the decoder (attention.py): an
 attention function of another name, which hands them to ``watch=``, an argument that towers pass through; a backbone
-whose tower drops it must see to it that it arrives. The function is in place only for calls that need it. Attention is computed once more from them, in chunks of queries: no matrix of
-tokens x tokens is ever held. A tower is run :func:`without_tf32`.
+whose tower drops it must see to it that it arrives. The function is in place only for calls that need it. Attention is
+computed once more from them, in chunks of queries: no matrix of tokens x tokens is ever held.
 """
 
 from __future__ import annotations
