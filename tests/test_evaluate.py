@@ -257,11 +257,11 @@ def test_options_that_make_no_sense(args, message, first, capsys):
 
 def test_methods_without_weights_need_no_checkpoint(tiny_folder, data, tmp_path):
     base = [f"backbone.path={tiny_folder}", f"data.path={data}"]
-    rows, said = table(tmp_path, *base, "methods=[random]", "options.random.keep=0.5")
+    rows, said = table(tmp_path, *base, "methods=[random]", "options.random.keep_ratio=0.5")
     assert list(rows) == ["none", "random", "oracle", "zero"]  # the control of that name is the method
     half = [int(0.5 * line["visual"]) for line in lines_of(tmp_path) if line["method"] == "random"]
     assert [kept for *_, kept in said["random"]] == half
-    _, alone = table(tmp_path / "pruner", *base, "pruner.name=random", "pruner.options.keep=0.5", "controls=[]")
+    _, alone = table(tmp_path / "pruner", *base, "pruner.name=random", "pruner.options.keep_ratio=0.5", "controls=[]")
     assert alone["random"] == said["random"]
 
 
@@ -270,10 +270,10 @@ def test_methods_share_a_backbone_and_each_encoded_batch(first, staged, data, tm
 
     needs, encode = [], LVLM.encode
     monkeypatch.setattr(LVLM, "encode", lambda *args: (needs.append(args[2]), encode(*args))[1])
-    rows, said = scored(first, tmp_path, "methods=[staged,glimpse]", "options.staged.keep=0.25")
+    rows, said = scored(first, tmp_path, "methods=[staged,glimpse]", "options.staged.keep_ratio=0.25")
     assert list(rows) == ["none", "staged", "glimpse", "random", "oracle", "zero"]
     assert len(needs) == 2 and {(n.states, n.attention) for n in needs} == {((2, 1), (-1,))}
-    for name, more in (("staged", ["options.staged.keep=0.25"]), ("glimpse", [])):
+    for name, more in (("staged", ["options.staged.keep_ratio=0.25"]), ("glimpse", [])):
         _, alone = scored(first, tmp_path / name, f"methods=[{name}]", "controls=[]", *more)
         assert alone[name] == said[name]
     # The controls are those of the checkpoint's own method, wherever it stands in the list.
@@ -281,7 +281,13 @@ def test_methods_share_a_backbone_and_each_encoded_batch(first, staged, data, tm
 
 
 def test_controls_of_a_method_with_several_stops_follow_all_of_them(tiny_folder, staged, data, tmp_path):
-    table(tmp_path, f"backbone.path={tiny_folder}", f"data.path={data}", "methods=[staged]", "options.staged.keep=0.3")
+    table(
+        tmp_path,
+        f"backbone.path={tiny_folder}",
+        f"data.path={data}",
+        "methods=[staged]",
+        "options.staged.keep_ratio=0.3",
+    )
     lines = lines_of(tmp_path)
     cuts = {name: [line["cuts"] for line in lines if line["method"] == name] for name in ("staged", "random", "zero")}
     counts = [line["visual"] for line in lines if line["method"] == "none"]
@@ -303,7 +309,7 @@ def test_costs_in_the_table_are_what_each_layer_saw(tiny_folder, staged, data, t
         return made
 
     monkeypatch.setattr(decoder, "run_layers", count)
-    args = ["methods=[staged]", "controls=[]", "options.staged.keep=0.3", "data.batch_size=1"]
+    args = ["methods=[staged]", "controls=[]", "options.staged.keep_ratio=0.3", "data.batch_size=1"]
     rows, _ = table(tmp_path, f"backbone.path={tiny_folder}", f"data.path={data}", *args)
     backbone = checkpoint.load(backbone=tiny_folder).backbone
     layers, lines = backbone.num_layers, lines_of(tmp_path)
@@ -372,7 +378,7 @@ def test_the_first_stage_has_the_budget_of_the_second(second, tmp_path):
         (["methods=[random,random]"], "random is there twice"),
         (["methods=[random]", "options.random.kep=1"], "unknown key 'options.random.kep': did you mean"),
         (["methods=[random]", "options.oracle.dilate=1"], "options.oracle: methods=['random'] has no such method"),
-        (["methods=[random]", "options.random.keep=2"], "options.random.keep=2"),
+        (["methods=[random]", "options.random.keep_ratio=2"], "options.random.keep_ratio=2"),
         (["methods=[random]", "pruner.name=random"], "say the same thing"),
         (["methods=[random]", "budget.kept=2"], "share of the visual tokens, up to 1"),
         (["methods=[random]", "budget.kept=.5", "budget.kv=.5"], "kept and kv are given"),
@@ -396,7 +402,7 @@ def test_what_is_missing_is_named(first, tiny_folder, data, tmp_path, capsys):
         replace(config.read(TrainConfig, f"{run}/config.yaml"), pruner=PrunerOptions("random")), f"{run}/config.yaml"
     )
     assert "holds those of random" in refused(capsys, f"ckpt={run}", "methods=[glimpse]", f"out={tmp_path / 'out'}")
-    assert "what is evaluated is glimpse" in refused(capsys, f"ckpt={first}", "options.random.keep=1")
+    assert "what is evaluated is glimpse" in refused(capsys, f"ckpt={first}", "options.random.keep_ratio=1")
 
 
 # --------------------------------------------------------------------------------------------- scores, intervals, time

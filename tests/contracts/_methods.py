@@ -27,7 +27,7 @@ from glimpseprune.types import Decision, Needs, Stop
 
 @dataclass
 class Fraction:
-    keep: float = option(0.3, "fraction of a prompt's visual tokens that is left after the last stop")
+    keep_ratio: float = option(0.3, "fraction of a prompt's visual tokens that is left after the last stop")
 
 
 def to_keep(keep: float, backbone: LVLM) -> dict[str, float]:
