@@ -406,10 +406,9 @@ def _select(state: Prefill, keep: Tensor, index: Tensor, *, prune_cache: bool, r
 
 def _among(frame: Frame, state: Prefill, index: Tensor, keep: Tensor) -> Tensor:
     """``keep`` [R, S] of a state's columns, as bool [R, S''] over those of a frame below it."""
-    width = int(frame.source.max()) + 1  # columns of the unpruned prompt
-    kept = torch.zeros(len(index), width, dtype=torch.long, device=keep.device)
-    kept = kept.scatter_reduce(1, state.source[index], keep.long(), "amax")
-    return kept.gather(1, frame.source[index]).bool() & frame.mask[index]
+    width = int(frame.source.max()) + 1  # columns of the unpruned prompt, of which a row has none twice
+    kept = torch.zeros(len(index), width, dtype=torch.bool, device=keep.device)
+    return kept.scatter(1, state.source[index], keep).gather(1, frame.source[index])
 
 
 def _order(keep: Tensor, size: int) -> Tensor:
@@ -441,7 +440,7 @@ def _flops(flops: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     """[B] int64 on the device of ``like`` [B, ...]; nothing said is 0."""
     if not len(flops):
         return torch.zeros(len(like), dtype=torch.long, device=like.device)
-    return torch.as_tensor(flops, dtype=torch.float64, device=like.device).round().long().expand(len(like))
+    return torch.as_tensor(flops, dtype=torch.float64, device=like.device).long().expand(len(like))
 
 
 def _frame(state: Prefill, layer: int) -> Frame | Prefill:

@@ -470,7 +470,10 @@ def test_sampled_masks_are_masks(name, on) -> None:
     keep[4] = keep[0]  # the same prompt with the same mask, which are prefilled once
     tokens = torch.randint(8, VOCABULARY, (len(index), 3), generator=generator).to(backbone.device)
     mask = torch.arange(3, device=backbone.device) < torch.tensor([3, 1, 3, 2, 2], device=backbone.device)[:, None]
-    found, entropy = score(backbone, prefilled(backbone, encoded, pruner, branch(state), index, keep), tokens, mask)
+    ready = prefilled(backbone, encoded, pruner, branch(state), index, keep)
+    found, entropy = score(backbone, ready, tokens, mask)
+    assert torch.equal(ready.row, index) and len(ready.trace) == 1 + max(1, len(pruner.stops))
+    assert [int(left.sum()) for left in kept(encoded, ready)] == ready.trace[-1].kept.tolist()
     size = encoded.mask.shape[1]
     for each in range(len(index)):
         one = slice(each, each + 1)
