@@ -34,7 +34,7 @@ class Pruner(nn.Module):
         share = (1 + self.options.keep_ratio) / 2 if len(view.state.trace) == 1 else self.options.keep_ratio
         kept = [round(share * view.encoded.counts[row]) for row in view.state.row.tolist()]
         visual = view.state.visual
-        keep = visual & (visual.cumsum(1) <= torch.tensor(kept)[:, None])
+        keep = visual & (visual.cumsum(1) <= torch.tensor(kept, device=visual.device)[:, None])
         return Decision(keep, flops=[FLOPS] * len(keep))
 
 

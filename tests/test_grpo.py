@@ -24,6 +24,7 @@ from torch import Tensor
 from conftest import TINY, picture, prompts
 from contracts._masked import masked, rolled_out
 from contracts._methods import METHODS
+from devices import put
 from glimpseprune import checkpoint, config, decoder, lora, losses, train
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
@@ -105,7 +106,7 @@ def stage(
     backbone = copy.deepcopy(backbone or TINY["qwen2_5_vl"]())
     torch.manual_seed(1)
     given, kind = PRUNERS.get(pruner, {}), METHODS.get(pruner)
-    method = build(pruner, given, backbone) if kind is None else kind.Pruner(backbone, kind.Options()).eval()
+    method = build(pruner, given, backbone) if kind is None else put(kind.Pruner(backbone, kind.Options()).eval())
     options = LoraOptions(rank=4, alpha=8, first_layer=first_layer) if adapted else None
     if options is not None:
         lora.inject(backbone, options, method.stops[0].depth)

@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import LlavaNextForConditionalGeneration, LlavaNextImageProcessorPil, MistralConfig
 
 from conftest import TINY, picture, prompt, prompts
+from devices import put
 from glimpseprune import backbones
 from glimpseprune.backbones import _tiny, llava_next
 from glimpseprune.config import UserError
@@ -217,7 +218,7 @@ def mistral(attn: str, **changes) -> LlavaNextForConditionalGeneration:
     config = copy.deepcopy(TINY["llava_next"](attn).model.config)
     config.text_config = MistralConfig(**_tiny.DECODER, num_key_value_heads=2, **changes)
     config._attn_implementation = attn
-    return _tiny.randomise(LlavaNextForConditionalGeneration(config), 0)
+    return put(_tiny.randomise(LlavaNextForConditionalGeneration(config), 0))
 
 
 @torch.no_grad()

@@ -133,4 +133,4 @@ def test_segments_are_looked_at_apart() -> None:
     for what in ("keys", "attention"):
         ours, theirs = (watch.collected(what, lambda x: x[0])[0] for watch in (packed, looped))
         torch.testing.assert_close(ours, theirs)
-    assert ours.sum() == pytest.approx(3)
+    assert ours.sum().item() == pytest.approx(3)
