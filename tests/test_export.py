@@ -34,6 +34,7 @@ def answers(model: checkpoint.GlimpsePrune) -> tuple[Tensor, list[Tensor]]:
 
 @torch.no_grad()
 def logits(model: torch.nn.Module, prompt: dict[str, Tensor]) -> Tensor:
+    prompt = {name: value.to(model.device) for name, value in prompt.items()}
     return model(**prompt).logits[prompt["attention_mask"].bool()]
 
 
