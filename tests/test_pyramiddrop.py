@@ -114,6 +114,14 @@ def test_the_first_drop_goes_by_the_attention_of_hugging_face(backbone) -> None:
 
 
 @torch.no_grad()
+def test_positions_may_stay(backbone) -> None:
+    encoded = backbone.encode(prompts(backbone))
+    state = prefill(backbone, encoded, build("pyramiddrop", {"renumber": False}, backbone))
+    own = encoded.positions.gather(-1, state.source.expand(encoded.positions.shape[:-1] + state.source.shape[-1:]))
+    assert torch.equal(state.positions[..., state.mask], own[..., state.mask])
+
+
+@torch.no_grad()
 def test_positions_are_new_and_the_cache_below_stays(backbone) -> None:
     encoded, layers = backbone.encode(prompt(backbone, 1)), (1, 3)
     state = prefill(backbone, encoded, build("pyramiddrop", {"layers": layers, "keep_ratio": (0.5, 0.2)}, backbone))

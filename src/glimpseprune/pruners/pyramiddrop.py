@@ -10,8 +10,9 @@ Where paper and code differ, the code is followed: the paper ranks by the last l
 dropped up. Otherwise than in the code: null places the stages at equal parts of any decoder (8, 16, 24 of 32 as
 published, which the code takes for 40 layers, too); each row of a batch is chosen for by itself, over all its images
 (there: the first), and keeps one token at least; of equals the first. Published for positions of one axis only: under
-M-RoPE all axes get the same new numbers, so that the rows and columns of an image are lost behind the first stage. Left
-out: training, where the published score is a mean over the turns of a dialogue.
+M-RoPE all axes get the same new numbers, so that the rows and columns of an image are lost behind the first stage;
+``renumber=false`` leaves survivors theirs. Left out: training, where the published score is a mean over the turns of a
+dialogue.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ class Options:
         (0.5, 0.25, 0.125), "fractions of a prompt's visual tokens that are left behind each drop, 0 to 1", was="keep"
     )
     min_keep: int = option(1, "keep at least so many")
+    renumber: bool = option(True, "survivors get positions 0, 1, 2 ...; false: they keep theirs")
 
 
 class Pruner(nn.Module):
@@ -59,7 +61,7 @@ class Pruner(nn.Module):
                 f"keep_ratio, from 1 to {backbone.num_layers - 1}"
             )
         self.options = options
-        self.stops = tuple(Stop(depth, renumber=True, prune_cache=False) for depth in depths)
+        self.stops = tuple(Stop(depth, renumber=options.renumber, prune_cache=False) for depth in depths)
 
     def decide(self, view: View) -> Decision:
         scores = peek(view.backbone, view.state)[view.state.visual].exp().mean(-1)  # [N']
