@@ -3,22 +3,38 @@ a backbone's own matrices against torch's counter are in contracts/test_backbone
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import TINY, prompt
+from conftest import TINY, flops_of, prompt
 from contracts._masked import Replay, Witness
 from contracts._methods import METHODS
 from devices import put
 from glimpseprune import backbones, cost
 from glimpseprune.cost import Step, Vip
-from glimpseprune.decoder import prefill, see
+from glimpseprune.decoder import peek, prefill, run_layers, see, start
+from glimpseprune.pruners import build
 from glimpseprune.types import Layout
 from glimpseprune.vip import VIP
 
 SHAPES = {name: backbones.describe(make()) for name, make in backbones.published().items()}
+
+
+@pytest.mark.parametrize("on", sorted(TINY))
+@torch.no_grad()
+def test_looks_into_the_decoder_against_torch(on):
+    backbone = TINY[on]("eager")
+    encoded = see(backbone, build("none", {}, backbone), prompt(backbone, 1))
+    decoder, columns = backbone.shapes.decoder, encoded.mask.shape[1]
+    waiting = run_layers(backbone, start(encoded), 1)
+    assert cost.peek_flops(decoder, columns) == flops_of(lambda: peek(backbone, waiting))
+    plain, *looks = (
+        flops_of(partial(run_layers, backbone, start(encoded), 2, probes=probes)) for probes in ((), (1,), (0, 1))
+    )
+    assert [flops - plain for flops in looks] == [cost.row_flops(decoder, columns, rows) for rows in (1, 2)]
 
 
 @pytest.mark.parametrize("on", sorted(TINY))
@@ -31,19 +47,14 @@ def test_a_staged_prefill_against_torch(name, on):
     witness, encoded = Witness(pruner), see(backbone, pruner, inputs)
     state = prefill(backbone, encoded, witness)
 
-    def total(work) -> int:
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-            work()
-        return counter.get_total_flops()
-
     steps = cost.steps_of(state.trace, 0)
     assert len(steps) == 1 + len(pruner.stops) and len({step.kept for step in steps}) == len(steps)
     decisions, spans = sum(step.flops for step in steps), cost.spans(backbone.num_layers, steps)
     text = int(encoded.mask.sum()) - encoded.counts[0]
     flops = cost.prefill_flops(backbone.shapes, text, encoded.layouts[0], spans, decisions)
-    assert flops.decoder == total(lambda: prefill(backbone, encoded, Replay(witness)))
-    assert flops.tower + flops.projector == total(lambda: backbone.encode(inputs))
-    assert flops.lm_head == total(lambda: backbone.logits(state.hidden[:, -1]))
+    assert flops.decoder == flops_of(lambda: prefill(backbone, encoded, Replay(witness)))
+    assert flops.tower + flops.projector == flops_of(lambda: backbone.encode(inputs))
+    assert flops.lm_head == flops_of(lambda: backbone.logits(state.hidden[:, -1]))
     assert flops.total == cost.account(backbone.shapes, text, encoded.layouts[0], steps).flops
 
 

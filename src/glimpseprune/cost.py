@@ -192,7 +192,7 @@ def account(
         ratio=flops.total / full.total,
         decoder_ratio=flops.prunable / full.prunable,
         kv_bytes=kv_bytes(shapes, [(count, text + tokens) for count, tokens in held], itemsize),
-        kv_ratio=mean_visual_tokens(held) / visual if visual else 1.0,
+        kv_ratio=mean_visual_tokens(held) / visual,
     )
 
 

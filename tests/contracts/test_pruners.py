@@ -16,10 +16,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, prompt, prompts
+from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, flops_of, prompt, prompts
 from contracts._masked import Replay, Witness, masked, rolled_out
 from contracts._methods import METHODS
 from glimpseprune import cost, pruners
@@ -379,13 +377,6 @@ def test_costs_are_what_layers_really_saw(name, on, row) -> None:
     assert found.ratio == pytest.approx((outside[0] + decoder + decisions) / (outside[1] + full))
 
 
-def counted(work: Any) -> int:
-    """FLOPs of a call, as torch counts them; fused kernels of the CPU it would leave out."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        work()
-    return counter.get_total_flops()
-
-
 @torch.no_grad()
 @on_all
 @pytest.mark.parametrize("row", [0, 1])
@@ -403,9 +394,9 @@ def test_declared_flops_are_those_that_torch_counts(name, on, row) -> None:
         made["state"] = prefill(backbone, encoded, witness)
 
     given = targets(backbone.encode(looked))
-    everything = counted(whole)
-    tower = counted(lambda: backbone.encode(looked))
-    decoder = counted(lambda: prefill(backbone, made["encoded"], Replay(witness)))
+    everything = flops_of(whole)
+    tower = flops_of(lambda: backbone.encode(looked))
+    decoder = flops_of(lambda: prefill(backbone, made["encoded"], Replay(witness)))
     declared = sum(int(cut.flops[0]) for cut in made["state"].trace)
     assert everything - tower - decoder == pytest.approx(declared, rel=0.03)
 
