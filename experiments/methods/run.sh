@@ -10,4 +10,8 @@ for budget in kept=.06 kv=.42 decoder_flops=.85; do
   .venv/bin/python -m src.evaluate ckpt=runs/methods methods=[glimpse,fastv,pyramiddrop,visionzip,divprune] \
     budget.$budget limit=1023 out=runs/methods-${budget%=*} overwrite=true
   .venv/bin/python -m src.report runs/methods-${budget%=*}
+  # These two number survivors anew, as published, which takes rows and columns from M-RoPE: here without.
+  .venv/bin/python -m src.evaluate backbone.path=data/tiny-qwen2_5_vl data.path=runs/methods-data \
+    methods=[pyramiddrop,divprune] options.pyramiddrop.renumber=false options.divprune.renumber=false \
+    controls=[none,zero] budget.$budget limit=1023 out=runs/methods-${budget%=*}-positions-kept overwrite=true
 done
