@@ -360,7 +360,7 @@ def test_one_budget_for_all_methods(first, staged, data, tmp_path, capsys):
     for name, found in settings.items():
         assert found["reached"]["kept"] == pytest.approx(rows[name]["kept"], abs=1e-4)
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("budget kept=0.4: ")]
-    assert [line.split()[2] for line in said] == ["glimpse", "staged", "random"] and "keep=" in said[1]
+    assert [line.split()[2] for line in said] == ["glimpse", "staged", "random"] and "keep_ratio=" in said[1]
 
 
 def test_the_first_stage_has_the_budget_of_the_second(second, tmp_path):

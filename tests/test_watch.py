@@ -95,11 +95,10 @@ def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     inputs = Collator(module.backbone)([long])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         module.training_step(inputs, 0).backward()
-    # The predictor pads grids to the largest of an image, and values to the width of keys: not in the account, but run.
-    sizes = [len(part.cells) for layout in module.backbone.layouts(inputs.prompt)[0] for part in layout.parts]
-    vip = Vip.of(module.pruner)
-    wide, pairs = vip.width + vip.cond_width, sum(size**2 for size in sizes)
-    padding = 6 * vip.blocks * (len(sizes) * max(sizes) ** 2 * 2 * wide - pairs * (wide + vip.width))
+    # The predictor pads its values to the width of its keys: not in the account, but run.
+    vip, layouts = Vip.of(module.pruner), module.backbone.layouts(inputs.prompt)[0]
+    pairs = sum(len(part.cells) ** 2 for layout in layouts for part in layout.parts)
+    padding = 6 * vip.blocks * pairs * vip.cond_width
     assert module.flops(inputs) + padding == pytest.approx(counter.get_total_flops(), rel=0.02)
     short = Collator(module.backbone)(SAMPLES[1:2])
     padded = Collator(module.backbone)([long, SAMPLES[1]])
