@@ -56,6 +56,15 @@ def test_random_keeps_what_it_is_told(tiny) -> None:
     assert counts(told) == [3, 0, 7]
 
 
+def test_random_at_several_stops_keeps_its_fraction_of_the_prompt(tiny) -> None:
+    """Not at each of them anew of what is left."""
+    encoded = tiny.encode(prompts(tiny))
+    pruner = build("random", {"keep_ratio": 0.25}, tiny)
+    pruner.mimic((Stop(1), Stop(3)))
+    for cut in prefill(tiny, encoded, pruner).trace[1:]:
+        assert cut.kept.tolist() == [count // 4 for count in encoded.counts]
+
+
 def test_random_depends_on_its_seed(tiny) -> None:
     encoded = tiny.encode(prompts(tiny))
     masks = [

@@ -1,4 +1,4 @@
-"""Layouts: which tokens are cells, and where in the picture each of them lies."""
+"""Layouts: which tokens are cells, and where in the picture each of them lies; what several pruners ask for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from conftest import TINY
-from glimpseprune.types import Layout, Part
+from glimpseprune.types import Layout, Needs, Part, Rollout
 
 TILES = Layout(  # a thumbnail, two tiles side by side with other resolutions, and a frame that shows a corner
     (
@@ -47,6 +47,28 @@ def test_a_cell_that_is_kept_is_shown_where_it_lies(layout) -> None:
         expected = [[lies(layout, keep, (c + 0.5) / cols, (r + 0.5) / rows) for c in range(cols)] for r in range(rows)]
         assert shown.tolist() == expected
         assert bool(shown.any()) == (share > 0)
+
+
+def test_a_map_is_as_fine_as_the_finest_part() -> None:
+    for layout, size in ((TILES, (6, 8)), (PADDED, (5, 10)), (Layout.of((4, 2), (3, 5)), (4, 5))):
+        assert layout.map(torch.ones(layout.count, dtype=torch.bool)).shape == size
+
+
+def test_maps_of_a_rollout_are_those_of_its_images() -> None:
+    keep = torch.rand(2, TILES.count + 6, generator=torch.Generator().manual_seed(0)) < 0.5
+    layouts = [[TILES, Layout.of((2, 3))], [Layout.of((3, 2)), TILES]]
+    maps = Rollout(torch.zeros(2, 1), list(keep), layouts, None).keep_maps()
+    parts = [keep[0].split([TILES.count, 6]), keep[1].split([6, TILES.count])]
+    for row, images in enumerate(layouts):
+        for ours, layout, part in zip(maps[row], images, parts[row], strict=True):
+            assert torch.equal(ours, layout.map(part))
+
+
+def test_needs_of_several_are_all_of_them_once() -> None:
+    one = Needs(states=(3, 1), keys=(0,), attention=(2,), probes=(5,))
+    two = Needs(states=(1, 2), keys=(0, 4), probes=(6, 5))
+    assert one | two == Needs(states=(3, 1, 2), keys=(0, 4), attention=(2,), probes=(5, 6))
+    assert one | Needs() == one == Needs() | one
 
 
 @pytest.mark.parametrize("size", [(112, 168), (400, 60), (60, 400)], ids=str)
