@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from glimpseprune import checkpoint
+from glimpseprune import checkpoint, files
 from glimpseprune.config import UserError
 from glimpseprune.options import GuardOptions, TrainConfig
 from glimpseprune.sharded import gathered
@@ -53,9 +52,7 @@ class RunFolder(L.Callback):
         file = self.folder / "metrics.jsonl"
         lines = [json.loads(old) for old in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
         lines = [old for old in lines if old["step"] < line["step"]] + [line]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
-        os.replace(partial, file)
+        files.write(file, "".join(json.dumps(each) + "\n" for each in lines))
 
 
 class GuardRails(L.Callback):

@@ -1,0 +1,208 @@
+"""Files: written whole or not at all, with the permissions of the umask; and what a user is told where a disk refuses.
+
+The only module that opens a file of ours for writing (``tests/test_files.py`` holds that): a file is written under
+another name beside its own, brought to the disk, and only then given its name, at one stroke. Whoever reads meanwhile,
+or after a kill or a full disk, finds the one that was there before.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+PARTIAL = ".partial"
+"""Ends the name of a file that is being written, or that nobody has finished."""
+
+
+def resolved(path: str | Path) -> Path:
+    """Where ``path`` leads: ``~`` is the home folder, and a symbolic link what it points to, so that what is replaced
+    is replaced there and the link stays."""
+    path = Path(os.path.expanduser(path))
+    if not path.is_symlink():
+        return path
+    if (real := Path(os.path.realpath(path))).is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return real
+
+
+@contextmanager
+def whole(path: str | Path, sync: bool = True) -> Iterator[Path]:
+    """The name under which to write the file ``path``, which it takes the place of when the block has ended well.
+
+    Without ``sync`` it need not be on the disk by then, and may be lost with the machine.
+
+    Raises:
+        OSError: with the name of the file, also where a library has made something else of it.
+    """
+    path = resolved(path)
+    partial = path.with_name(path.name + PARTIAL)
+    try:
+        with open(partial, "wb"):
+            mode = partial.stat().st_mode & 0o777  # as the umask has it; some libraries would choose 0600
+        yield partial
+        settle(partial, mode, sync)
+        os.replace(partial, path)
+    except BaseException as error:
+        with suppress(OSError):
+            partial.unlink()
+        raise _named(error, path) from error
+
+
+def settle(file: Path, mode: int, sync: bool = True) -> None:
+    """Give ``file`` its permissions and have it on the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        if os.fstat(descriptor).st_mode & 0o777 != mode:
+            os.fchmod(descriptor, mode)
+        if sync:
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def stream(path: str | Path, sync: bool = True) -> Iterator[IO[bytes]]:
+    """The file ``path`` as a binary stream, in its place when the block has ended well; else as :func:`whole`."""
+    with whole(path, sync) as partial, open(partial, "wb") as opened:
+        yield opened
+
+
+def write(path: str | Path, content: str | bytes, sync: bool = True) -> None:
+    """Write the file ``path`` with ``content``; its folder is made if need be. Raises as :func:`whole`."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with stream(path, sync) as opened:
+        opened.write(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+
+
+def write_json(path: str | Path, value: Any, sync: bool = True, **form: Any) -> None:
+    write(path, json.dumps(value, **form) + "\n", sync)
+
+
+def copy(source: Path, path: Path) -> None:
+    with whole(path) as partial:
+        shutil.copyfile(source, partial)
+
+
+def growing(path: str | Path, start: str = "") -> IO[str]:
+    """A text stream that goes on growing under the name ``path`` once ``start``, with which it begins, is written."""
+    path = resolved(path)
+    partial = path.with_name(path.name + PARTIAL)
+    opened = open(partial, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
+    opened.write(start)
+    opened.flush()
+    os.replace(partial, path)
+    return opened
+
+
+@contextmanager
+def folder(path: str | Path) -> Iterator[Path]:
+    """A folder beside ``path`` to write into, which takes its place when the block has ended well.
+
+    ``path`` must be absent or empty then. Leftovers of a process that was killed are taken over; the permissions are
+    those of the umask, whatever a library chose. Raises as :func:`whole`.
+    """
+    path = resolved(path)
+    partial = path.with_name(f".{path.name}{PARTIAL}")
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+        mode = partial.stat().st_mode & 0o666
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                settle(file, mode)
+        os.replace(partial, path)  # over an empty folder, too
+    except BaseException as error:
+        with suppress(OSError):
+            remove(partial)
+        raise _named(error, path) from error
+
+
+def _named(error: BaseException, path: Path) -> BaseException:
+    """The disk's error that ``error`` is or hides, with the name of the file; another one as it is."""
+    found = trouble(error)
+    if found is None or (found is error and found.filename is not None and found.errno not in HARD):
+        return error
+    return OSError(found.errno, os.strerror(found.errno), str(path))
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ------------------------------------------------------------------------------------------------- what a disk refuses
+
+WRONG = {
+    errno.ENOSPC: "the disk is full: make room, or give a place on another disk, then go on",
+    errno.EDQUOT: "your disk quota is used up: make room, or give a place on another disk, then go on",
+    errno.EFBIG: "the file would be larger than this disk, or your limits, allow: give a place on another disk",
+    errno.EROFS: "the disk is read-only: give a place that can be written",
+    errno.EACCES: "permission denied: give a place that you may use, or have its permissions changed",
+    errno.EPERM: "that is not permitted: give a place that you may use, or have its permissions changed",
+    errno.ENOENT: "there is no such file or folder: give one that is there",
+    errno.ENOTDIR: "a part of this path is a file, where a folder is needed: give another path",
+    errno.EISDIR: "that is a folder, where a file is needed: give another path",
+    errno.EEXIST: "that is there already: give another path",
+    errno.ENOTEMPTY: "the folder is not empty: give another one",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter one",
+    errno.ELOOP: "the symbolic links go round in a circle: give another path",
+    errno.EXDEV: "that leads to another disk: give a path on one disk",
+    errno.EBUSY: "that is in use, perhaps as a mount point: give a folder inside it",
+    errno.ETXTBSY: "that is in use: give another path",
+    errno.EIO: "the disk could not be read or written (input/output error): look after the disk, then go on",
+    errno.ESTALE: "the network disk has lost this file: run the command again",
+    errno.ENODEV: "there is no such device: give another path",
+    errno.ENXIO: "there is no such device: give another path",
+    errno.EMFILE: "too many files are open: raise the limit (ulimit -n), or give fewer workers",
+    errno.ENFILE: "too many files are open on this machine: end other programs, or give fewer workers",
+}
+"""What can be wrong with a disk, and what would be right."""
+HARD = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG}
+"""Of these, what nobody catches and goes on; an error that comes after one of them comes of it."""
+_TOLD = re.compile(r"\(os error (\d+)\)|\[Errno (\d+)\]")
+_TORN = re.compile(r"unexpected pos \d+|PytorchStreamWriter failed|inline_container")
+"""What torch says where it could not write on."""
+
+
+def trouble(error: BaseException | None) -> OSError | None:
+    """The disk's error that ``error`` is, or that a library has wrapped in it; None if it is another one."""
+    first, seen = error, set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in WRONG and (error is first or error.errno in HARD):
+            return error
+        if not isinstance(error, (OSError, ValueError)):  # safetensors, torch; a ValueError is what we say ourselves
+            if found := _TOLD.search(str(error)):
+                if (number := int(found[1] or found[2])) in HARD:
+                    return OSError(number, os.strerror(number))
+            elif _TORN.search(str(error)):
+                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def said(error: BaseException) -> str | None:
+    """One line about a disk that refused: which file, what is wrong, what would be right; None if it is no such error.
+
+    A disk is full, read-only, not ours ...; not what a network or another process did, which are OSErrors, too.
+    """
+    found = trouble(error)
+    if found is None or (found.filename is None and found.errno not in HARD):
+        return None
+    number = found.errno
+    if number == errno.EEXIST and os.path.isfile(found.filename):  # of mkdir
+        number = errno.ENOTDIR
+    names = [os.fsdecode(name) for name in (found.filename, found.filename2) if isinstance(name, (str, bytes))]
+    place = " -> ".join(name.removesuffix(PARTIAL) for name in names)
+    return f"{place or 'cannot write'}: {WRONG[number]}"
