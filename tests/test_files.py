@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import re
+import signal
+import socket
 import stat
 from pathlib import Path
 
@@ -89,7 +91,7 @@ def test_a_folder_appears_when_it_is_whole_and_takes_leftovers_over(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "torn").touch()
     with pytest.raises(ZeroDivisionError), files.folder(tmp_path / "out") as partial:
-        assert not any(partial.iterdir())
+        assert os.listdir(partial) == [".lock"]
         (partial / "a").touch()
         raise ZeroDivisionError
     assert not os.listdir(tmp_path)
@@ -97,6 +99,69 @@ def test_a_folder_appears_when_it_is_whole_and_takes_leftovers_over(tmp_path):
     with files.folder(tmp_path / "out") as partial:
         (partial / "a").touch()
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["a"]
+
+
+def test_a_folder_that_is_replaced_stays_until_the_other_is_whole(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    with files.folder(tmp_path / "out") as partial:
+        (partial / "new").touch()
+        assert os.listdir(tmp_path / "out") == ["old"]
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+    os.rename(tmp_path / "out", tmp_path / ".out.old")  # killed between the two renames
+    with pytest.raises(ZeroDivisionError), files.folder(tmp_path / "out"):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_one_at_a_time(tmp_path, capsys):
+    with files.lock(tmp_path) as file, pytest.raises(SystemExit), config.answering("it"), files.lock(tmp_path):
+        pass
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path} is in use by process {os.getpid()} on ") and said.count("\n") == 1
+    assert not file.exists()
+    with files.lock(tmp_path):
+        pass
+
+
+def test_a_lock_ends_with_its_process(tmp_path):
+    if not (child := os.fork()):
+        files._claim(tmp_path / ".lock")
+        os.write(os.open(tmp_path / ".lock", os.O_RDWR), b"torn")
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert (tmp_path / ".lock").exists()
+    with files.lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("there", "held"),
+    [
+        ({"host": "elsewhere", "pid": 1}, True),
+        ({"host": "elsewhere", "pid": 1, "job": "7"}, False),  # of this job, which SLURM has started again
+        ({"host": "elsewhere", "pid": 1, "job": "8"}, True),
+        ({"host": None, "pid": 1}, True),  # this machine's first process is alive
+        ({"host": None, "pid": 2**22 + 1}, False),
+        ({}, False),
+    ],
+)
+def test_where_a_disk_knows_no_locks_the_file_says_who_is_there(there, held, tmp_path, monkeypatch):
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    there = {name: value or socket.gethostname() for name, value in there.items()}
+    files.write_json(tmp_path / ".lock", there)
+    if not held:
+        with files.lock(tmp_path):
+            assert files._read(tmp_path / ".lock")["pid"] == os.getpid()
+        return
+    with pytest.raises(files.Held) as error, files.lock(tmp_path):
+        pass
+    assert ("remove" in error.value.strerror) == (there["host"] == "elsewhere")
+    assert files._read(tmp_path / ".lock") == there
 
 
 def test_a_symbolic_link_is_written_through(tmp_path):

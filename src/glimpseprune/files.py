@@ -8,11 +8,15 @@ or after a kill or a full disk, finds the one that was there before.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import socket
+import sys
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -103,26 +107,133 @@ def growing(path: str | Path, start: str = "") -> IO[str]:
 
 @contextmanager
 def folder(path: str | Path) -> Iterator[Path]:
-    """A folder beside ``path`` to write into, which takes its place when the block has ended well.
+    """A hidden folder beside ``path`` to write into, which takes its place when the block has ended well.
 
-    ``path`` must be absent or empty then. Leftovers of a process that was killed are taken over; the permissions are
-    those of the umask, whatever a library chose. Raises as :func:`whole`.
+    What was at ``path`` goes only then: whether it may is for the caller to say. Leftovers of a process that was killed
+    are taken over, one that is still at it is :class:`Held`. Permissions are those of the umask, whatever a library
+    chose. Raises as :func:`whole`.
     """
     path = resolved(path)
-    partial = path.with_name(f".{path.name}{PARTIAL}")
+    partial, old = (path.with_name(f".{path.name}{end}") for end in (PARTIAL, ".old"))
+    partial.mkdir(parents=True, exist_ok=True)
+    with lock(partial) as own:
+        try:
+            if old.is_dir() and not path.exists():  # killed between two renames
+                os.replace(old, path)
+            remove(old)
+            for left in partial.iterdir():
+                if left != own:
+                    remove(left)
+            mode = partial.stat().st_mode & 0o666
+            yield partial
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    settle(file, mode)
+            own.unlink(missing_ok=True)
+            try:
+                os.replace(partial, path)  # over an empty folder, too
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                os.replace(path, old)
+                os.replace(partial, path)
+                remove(old)
+        except BaseException as error:
+            with suppress(OSError):
+                remove(partial)
+            raise _named(error, path) from error
+
+
+# -------------------------------------------------------------------------------------------------- one at a time
+
+
+class Held(OSError):
+    """Another process is at work in a folder; ``str`` says which, and what to do."""
+
+
+@contextmanager
+def lock(folder: Path, name: str = ".lock") -> Iterator[Path]:
+    """Be the only process at work in ``folder``, which is there; gives the lock's file, which goes with the block.
+
+    The kernel holds it, so that it ends with the process, however that ends. Where a network disk knows no locks, the
+    file alone says who is there: one that has ended on this machine, or was of the same SLURM job, does not count.
+
+    Raises:
+        Held: there is one; it is named by host, process and command.
+    """
+    file = folder / name
+    opened = _claim(file)
     try:
-        remove(partial)
-        partial.mkdir(parents=True)
-        mode = partial.stat().st_mode & 0o666
-        yield partial
-        for file in partial.rglob("*"):
-            if file.is_file():
-                settle(file, mode)
-        os.replace(partial, path)  # over an empty folder, too
-    except BaseException as error:
+        with suppress(OSError):  # for people; a full disk does not matter
+            os.ftruncate(opened, 0)
+            os.pwrite(opened, json.dumps(_self()).encode(), 0)
+        yield file
+    finally:
         with suppress(OSError):
-            remove(partial)
-        raise _named(error, path) from error
+            if _same(opened, file):
+                file.unlink()
+        os.close(opened)
+
+
+def _claim(file: Path) -> int:
+    """The lock's file, open and locked."""
+    while True:
+        opened = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            there = _read(file)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES) or not _ended(there):
+                os.close(opened)
+                raise Held(error.errno, _who(file, there)) from None
+        if _same(opened, file):
+            return opened
+        os.close(opened)  # who held it has taken the file away meanwhile
+
+
+def _same(opened: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened), os.stat(file))
+    except FileNotFoundError:
+        return False
+
+
+def _self() -> dict[str, Any]:
+    started = time.strftime("%Y-%m-%d %H:%M:%S")
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "command": " ".join(sys.argv)[:500]}
+    return own | {"job": os.environ.get("SLURM_JOB_ID")}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return there if isinstance(there, dict) else {}
+
+
+def _ended(there: Mapping[str, Any]) -> bool:
+    """Whether who wrote this is known to be at work no more."""
+    if not there or (there.get("job") is not None and there["job"] == os.environ.get("SLURM_JOB_ID")):
+        return True
+    if there.get("host") != socket.gethostname():
+        return False
+    try:
+        os.kill(int(there.get("pid", 0)), 0)
+    except (ProcessLookupError, ValueError, TypeError):
+        return True
+    except PermissionError:
+        pass
+    return False
+
+
+def _who(file: Path, there: Mapping[str, Any]) -> str:
+    told = "another process"
+    if there:
+        told = f"process {there.get('pid')} on {there.get('host')}, started {there.get('started')}"
+        told += f" ({there['command']})" if there.get("command") else ""
+    else_ = f"; if it is no more, remove {file}" if there and there.get("host") != socket.gethostname() else ""
+    return f"{file.parent} is in use by {told}: wait for it, end it, or give another folder{else_}"
 
 
 def _named(error: BaseException, path: Path) -> BaseException:
@@ -197,6 +308,8 @@ def said(error: BaseException) -> str | None:
 
     A disk is full, read-only, not ours ...; not what a network or another process did, which are OSErrors, too.
     """
+    if isinstance(error, Held):
+        return error.strerror
     found = trouble(error)
     if found is None or (found.filename is None and found.errno not in HARD):
         return None
