@@ -180,6 +180,7 @@ class TrainerOptions:
     accumulate: int = option(1, "batches per optimiser step")
     val_every: int = option(200, "optimiser steps between validations and checkpoints")
     log_every: int = option(10, "optimiser steps between log lines")
+    logger: list[str] = option(["tensorboard"], "what curves go to, beside metrics.jsonl: tensorboard, csv, wandb")
     last_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best", was="keep_checkpoints")
 
 
