@@ -23,6 +23,7 @@ class Run:
             is_global_zero=True,
             sanity_checking=False,
             loggers=[],
+            callbacks=[],
             callback_metrics={},
             world_size=1,
             precision="32-true",

@@ -326,7 +326,7 @@ def test_means_are_over_samples_of_all_ranks():
     module.tally({"kl": (torch.tensor(6.0), 1), "accuracy": (torch.tensor(1.0), 1)})
     module.tally({"mask_overlap": (torch.tensor(math.nan), 0)})
     module.log_tally()
-    assert logged == pytest.approx({"val/kl": 18 / 6, "val/accuracy": 3 / 5, "val/box_iou": 0.5})
+    assert logged == pytest.approx({"step": 4, "val/kl": 18 / 6, "val/accuracy": 3 / 5, "val/box_iou": 0.5})
     assert module.trainer.strategy.shape == (size, 2) and module.sums == {}
     with pytest.raises(ValueError, match="'box_iuo' is not one of"):
         module.tally({"box_iuo": (torch.tensor(1.0), 1)})

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from glimpseprune import lookup, sharded
 from glimpseprune.config import UserError
+from glimpseprune.running.callbacks import collapsed
 
 METRICS = "metrics.jsonl"
 FIRST = {f"val/{name}": f"answers/{name}" for name in ("accuracy", "accuracy_full", "score", "keep_ratio")}
@@ -152,7 +153,7 @@ class Journal(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         flush(trainer)
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if trainer.sanity_checking or not trainer.is_global_zero or collapsed(trainer):
             return
         if self.bar is not None:
             self.bar.update(self.task, description="training")
