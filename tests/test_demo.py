@@ -24,7 +24,7 @@ def ran(monkeypatch, tmp_path) -> list[tuple[str, list[str]]]:
             if verb == "prepare":
                 counts = given["options.count"].strip("{}").split(", ")
                 splits = {split: {"count": int(number)} for split, _, number in (c.partition(": ") for c in counts)}
-                Path(given["out"]).mkdir(exist_ok=True)
+                Path(given["out"]).mkdir(parents=True, exist_ok=True)
                 (Path(given["out"]) / "manifest.json").write_text(json.dumps({"splits": splits}))
             if verb == "train":
                 (Path(given["out"]) / "checkpoints").mkdir(parents=True, exist_ok=True)
