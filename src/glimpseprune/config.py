@@ -13,12 +13,13 @@ import difflib
 import functools
 import inspect
 import json
+import math
 import re
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -50,13 +51,50 @@ class UserError(ValueError):
     """A mistake of the user: one line that says what was wrong and what would be right."""
 
 
-def option(default: Any = MISSING, help: str = "", *, was: str = "") -> Any:
+@dataclass(frozen=True)
+class Range:
+    """What a number may be, or each number of a list, a tuple or a mapping: finite, and between these."""
+
+    least: float | None = None
+    above: float | None = None
+    most: float | None = None
+    below: float | None = None
+
+    def __contains__(self, value: float) -> bool:
+        return (
+            math.isfinite(value)
+            and (self.least is None or value >= self.least)
+            and (self.above is None or value > self.above)
+            and (self.most is None or value <= self.most)
+            and (self.below is None or value < self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.least is not None and self.most is not None:
+            return f"{self.least} to {self.most}"
+        words = {"at least": self.least, "above": self.above, "up to": self.most, "below": self.below}
+        return ", ".join(f"{word} {end}" for word, end in words.items() if end is not None) or "a finite number"
+
+
+def option(
+    default: Any = MISSING,
+    help: str = "",
+    *,
+    was: str = "",
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    form: tuple[str, str] = ("", ""),
+) -> Any:
     """A dataclass field with its documentation; a list, a dict or a dataclass as ``default`` is built anew each time.
 
     A class as default means an instance of it (``option(Trainer)``). ``MISSING`` makes the key mandatory. ``was``: the
-    name that it had before, under which it is still read, for saved runs have it.
+    name that it had before, under which it is still read, for saved runs have it. ``least`` and so on: the
+    :class:`Range` of a number, or of each one of several, which every numeric option has. ``form``: a pattern that a
+    text matches as a whole, and the same in words.
     """
-    metadata = {"help": help, "was": was}
+    metadata = {"help": help, "was": was, "range": Range(least, above, most, below), "form": form}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)) or is_dataclass(default):
