@@ -34,6 +34,7 @@ from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
     "MISSING",
+    "SEEDS",
     "UserError",
     "answering",
     "as_typed",
@@ -48,6 +49,9 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+SEEDS = 2**32 - 1
+"""The largest seed that all random generators take."""
 
 
 class UserError(ValueError):

@@ -23,8 +23,8 @@ class DemoConfig:
     plus: bool = option(False, "stage 2 on the harder task, from the stage-1 run (which is trained first if need be)")
     out: str = option("runs/demo", "stage-1 run folder; replaced if it is there, but kept by plus=true")
     data: str = option("runs/demo-data", "folder of shards; made anew")
-    train_samples: int = option(3840, "training questions")
-    test_samples: int = option(510, "test questions")
+    train_samples: int = option(3840, "training questions", least=1, most=10**8)
+    test_samples: int = option(510, "test questions", least=1, most=10**8)
     overrides: list[str] = option([], "further key=value for `python -m src.train`")
 
 
