@@ -8,7 +8,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from glimpseprune import config
 from glimpseprune.config import UserError
+from glimpseprune.options import TrainConfig
 from glimpseprune.running import logs
 from glimpseprune.running.logs import Board, Journal, loggers
 
@@ -108,8 +110,8 @@ def test_loggers_by_name(tmp_path):
     made = loggers(["tensorboard", "csv"], tmp_path, None)
     assert [type(logger).__name__ for logger in made] == ["Board", "CSVLogger"]
     assert not loggers([], tmp_path, None)
-    with pytest.raises(UserError, match="no 'tensorbord' in trainer.logger: did you mean 'tensorboard'"):
-        loggers(["tensorbord"], tmp_path, None)
+    with pytest.raises(UserError, match="trainer.logger: no 'tensorbord', choose from tensorboard, csv, wandb"):
+        config.load(TrainConfig, ["out=a", "backbone.path=b", "data.path=c", "trainer.logger=[tensorbord]"])
 
 
 def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch):

@@ -29,8 +29,8 @@ class DemoConfig:
     out: str = option("runs/demo", "stage-1 run folder")
     data: str = option("runs/demo-data", "folder of shards")
     overwrite: bool = option(False, "do again what is done already (plus=true: only stage 2)")
-    train_samples: int = option(3840, "training questions")
-    test_samples: int = option(510, "test questions")
+    train_samples: int = option(3840, "training questions", least=1, most=10**8)
+    test_samples: int = option(510, "test questions", least=1, most=10**8)
     overrides: list[str] = option([], "further key=value for `python -m src.train`")
 
 

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from glimpseprune import lookup, sharded
+from glimpseprune import sharded
 from glimpseprune.config import UserError
 from glimpseprune.running.callbacks import collapsed
 
@@ -89,11 +89,10 @@ def loggers(names: Sequence[str], out: Path, again: int | None) -> list[Logger]:
     """The loggers that ``trainer.logger`` names, all writing below the run folder.
 
     Raises:
-        UserError: one that there is not, or whose package is not installed.
+        UserError: one whose package is not installed.
     """
     made: list[Logger] = []
     for name in names:
-        lookup.choose(name, ("tensorboard", "csv", "wandb"), "trainer.logger")
         if name == "wandb" and find_spec("wandb") is None:
             raise UserError("trainer.logger: wandb is not installed: pip install wandb")
         if name == "tensorboard":

@@ -17,12 +17,11 @@ from glimpseprune.config import UserError
 from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
-from glimpseprune.options import TrainConfig
+from glimpseprune.options import PARTS, TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.running.strategies import Zero
 from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout
 
-PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
 NO_DECAY = "_no_decay"
 
 
