@@ -34,10 +34,10 @@ class PrepareConfig:
     source: str = option(help="name of a file in glimpseprune/data/sources")
     out: str = option(help="folder to write")
     splits: list[str] | None = option(None, "splits to write; null means all the source has")
-    shard_size: int = option(512, "samples per shard")
-    limit: int | None = option(None, "at most this many samples of each split")
+    shard_size: int = option(512, "samples per shard", least=1, most=10**6)
+    limit: int | None = option(None, "at most this many samples of each split", least=1, most=10**9)
     image_format: Literal["auto", "png", "jpg"] = option("auto", "auto keeps JPEG files JPEG, all else becomes PNG")
-    workers: int = option(1, "processes; the result does not depend on it")
+    workers: int = option(1, "processes; the result does not depend on it", least=1, most=256)
     overwrite: bool = option(False, "replace a folder of shards that is already there")
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
 

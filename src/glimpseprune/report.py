@@ -35,7 +35,7 @@ class ReportConfig:
     folder: str = option(MISSING, "an evaluation's, with scores.json")
     out: str | None = option(None, "where the report goes (default: there)")
     plot: bool = option(True, "draw frontier.png, which needs matplotlib")
-    answers: int = option(24, "questions whose answers are shown")
+    answers: int = option(24, "questions whose answers are shown", least=0, most=10**6)
 
     BARE = "folder"
 
