@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -21,7 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from glimpseprune import config, files, lookup
+from glimpseprune import config, files, lookup, processes
 from glimpseprune.config import START, UserError, option
 from glimpseprune.data import shards
 from glimpseprune.types import Sample
@@ -90,20 +92,27 @@ def write_split(job: Job, workers: int, report: Callable[..., None] = lambda com
         return list(job.write(0, 1, lambda: report(completed=n) if (n := next(done)) % 32 == 0 else None))
     context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
     total = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(total,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(total, os.getpid())) as pool:
         running = {pool.submit(_work, job, part, workers) for part in range(workers)}
         entries: list[dict[str, Any]] = []
-        while running:
-            finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
-            report(completed=total.value)
-            for future in finished:
-                entries += future.result()
+        try:
+            while running:
+                finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
+                report(completed=total.value)
+                for future in finished:
+                    entries += future.result()
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # or the pool would wait until they are done
+                process.kill()
+            raise
     return sorted(entries, key=lambda entry: entry["name"])
 
 
-def _share(total: Any) -> None:
+def _share(total: Any, parent: int) -> None:
     global _total
     _total = total
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    processes.serve(parent)
 
 
 def _work(job: Job, part: int, parts: int) -> list[dict[str, Any]]:

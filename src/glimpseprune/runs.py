@@ -23,6 +23,8 @@ from glimpseprune.files import PARTIAL
 
 MARKER, ASIDE, LOCK = ".glimpseprune", ".replaced", ".lock"
 CONFIG, WEIGHTS, INDEX = "config.yaml", "trainable.safetensors", "checkpoints/checkpoints.json"
+CHECKPOINTS = (INDEX, "checkpoints/last.ckpt")
+"""Either is there as soon as a run can be gone on with."""
 JOB = "slurm-job"
 """File of a run folder: number of the SLURM job that wrote it last."""
 PASSING = (MARKER, LOCK, "heartbeats/*", "tensorboard/*", "csv/*", "wandb/*", JOB)
@@ -147,8 +149,8 @@ class Run:
             if self.begun:
                 restore(self.out)
             elif self.there is not None:
-                new = [name for name in inside(self.out) if name not in self.there and matches(name, OWN)]
-                _remove(self.out, [name for name in new if not matches(name, (*REPORTS, LOCK))])
+                new = [name for name in inside(self.out) if name not in self.there and matches(name, PASSING)]
+                _remove(self.out, [name for name in new if name != LOCK])
         finally:
             self.stack.close()
             self._unmake()
@@ -196,7 +198,7 @@ def restore(out: Path) -> None:
     names = set(json.loads(listed.read_text(encoding="utf-8"))) if listed.is_file() else set()
     names = {name for name in names if ".." not in Path(name).parts}
     waiting = {name for name in names if os.path.lexists(run / name)}
-    if (out / INDEX).is_file() and (INDEX in waiting or INDEX not in names):
+    if any((out / name).is_file() and (name in waiting or name not in names) for name in CHECKPOINTS):
         return drop(out)
     files.remove(out / f"{ASIDE}{PARTIAL}")
     if names:
