@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config, resources, training
+from glimpseprune import config, files, resources, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
@@ -146,7 +146,7 @@ def main(cfg: TrainConfig) -> None:
             shutil.rmtree(out)  # only now, when nothing that the user wrote can be wrong any more
         out.mkdir(parents=True, exist_ok=True)
         if "SLURM_JOB_ID" in os.environ:
-            (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
+            files.write(out / JOB, os.environ["SLURM_JOB_ID"])
         config.save(cfg, out / checkpoint.CONFIG)
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     if data.damaged:

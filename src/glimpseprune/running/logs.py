@@ -10,7 +10,6 @@ from __future__ import annotations
 import html
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from glimpseprune import sharded
+from glimpseprune import files, sharded
 from glimpseprune.config import UserError
 from glimpseprune.running.callbacks import collapsed
 
@@ -187,10 +186,7 @@ class Journal(L.Callback):
     def write(self, line: dict[str, float]) -> None:
         """Add a line, in the place of one of the same step; the file is there as a whole at any time."""
         self.lines[line["step"]] = json.dumps(line)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.file.with_suffix(".partial")
-        partial.write_text("".join(f"{text}\n" for text in self.lines.values()), encoding="utf-8")
-        os.replace(partial, self.file)
+        files.write(self.file, "".join(f"{text}\n" for text in self.lines.values()), sync=False)
 
 
 def parsed(line: str) -> dict[str, Any] | None:
