@@ -18,9 +18,9 @@ ORDER = (  # a module imports those of its own line or of lines below it; a fold
     "pruners backbones lora data",
     "decoder vip rewards metrics cost memory pictures results intervals processes",
     "attention losses judge sharded windows",
-    "options",
+    "options images",
     "lookup config",
-    "notation types resources files",
+    "notation types resources files legible",
 )
 LEVEL = {room: level for level, line in enumerate(ORDER) for room in line.split()}
 ROOMS = {  # what is imported, as a pattern -> where
