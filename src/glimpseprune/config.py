@@ -121,9 +121,14 @@ def to_yaml(cfg: Any) -> str:
 
 
 def save(cfg: Any, path: str | Path) -> None:
-    """Write :func:`to_yaml` to ``path``, whose folder is made if need be."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(to_yaml(cfg), encoding="utf-8")
+    """Write :func:`to_yaml` to ``path``, whose folder is made if need be. The config of a run names folders so that the
+    run may be moved (:mod:`.resources`)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = to_yaml(cfg)
+    if path.name == resources.CONFIG:
+        text = OmegaConf.to_yaml(resources.stored(OmegaConf.to_container(OmegaConf.create(text)), path.parent))
+    path.write_text(text, encoding="utf-8")
 
 
 def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
@@ -293,6 +298,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{path}:{where} not valid YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(layer, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {_show(layer)}")
+    if path.name == resources.CONFIG:
+        layer = resources.opened(layer, path.parent)
     bases = layer.pop("extends", [])
     merged = OmegaConf.create({})
     for base in [bases] if isinstance(bases, str) else bases:

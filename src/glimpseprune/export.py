@@ -61,7 +61,7 @@ def run(cfg: ExportConfig) -> None:
     save_processor(model.processor, out)
     # Last, so that a folder that could not be written to the end is not taken for a run. It starts from nothing, and
     # stores its weights in the very dtype that it wants.
-    where = replace(saved.backbone, path=checkpoint.HERE, dtype="auto")
+    where = replace(saved.backbone, path=str(out), dtype="auto")
     alone = replace(saved, out=str(out), init_from=None, resume=False, overwrite=False, lora=None, backbone=where)
     checkpoint.save(out, alone, checkpoint.trained(model.pruner))
     print(config.as_typed(f"exported to {out}   evaluate it: python -m src.evaluate ckpt={out}"))
