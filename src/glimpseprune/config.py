@@ -211,8 +211,12 @@ def to_yaml(cfg: Any) -> str:
 
 
 def save(cfg: Any, path: str | Path) -> None:
-    """Write :func:`to_yaml` to ``path``, whose folder is made if need be."""
-    files.write(path, to_yaml(cfg))
+    """Write :func:`to_yaml` to ``path``, whose folder is made if need be. The config of a run names folders so that the
+    run may be moved (:mod:`.resources`)."""
+    path, text = Path(path), to_yaml(cfg)
+    if path.name == resources.CONFIG:
+        text = OmegaConf.to_yaml(resources.stored(OmegaConf.to_container(OmegaConf.create(text)), path.parent))
+    files.write(path, text)
 
 
 def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
@@ -519,6 +523,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = (), known: dict[Path, Any] |
         raise UserError(f"{path}: {error}") from None
     if not isinstance(layer, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {_show(_settled(layer, Any))}")
+    if path.name == resources.CONFIG:
+        layer = resources.opened(layer, path.parent)
     bases = _settled(layer.pop("extends", []), str)
     bases = [bases] if isinstance(bases, str) else _settled(bases, list[str])
     if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):

@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from glimpseprune import config, lookup, report
+from glimpseprune import config, lookup, report, resources
 from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
 from glimpseprune.config import MISSING, SEEDS, UserError, option
 from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
@@ -441,7 +441,9 @@ def first_stage(saved: TrainConfig, base: Base, aloud: bool) -> list[Method]:
     try:
         if saved.init_from is None:
             raise UserError("this run started from no other (init_from=null)")
-        if not Path(saved.init_from).is_dir():  # a folder that has gone is not to be looked for on the hub
+        if not Path(
+            resources.find(saved.init_from)
+        ).is_dir():  # a folder that has gone is not to be looked for on the hub
             raise UserError(f"there is no folder '{saved.init_from}' (init_from)")
         name, pruner = load_pruner(saved.init_from, base[0])
     except UserError as error:

@@ -290,6 +290,8 @@ class Rollout:
     layouts: list[list[Layout]]
     prefill: Prefill
     extra: dict[str, Any] = field(default_factory=dict)
+    texts: list[str] = field(default_factory=list)
+    """The answers, where a model with a processor gave them."""
 
     def keep_maps(self) -> list[list[Tensor]]:
         """Per row, per image: bool [rows, cols], ready to be laid over the image."""
