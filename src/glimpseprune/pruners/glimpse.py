@@ -1,9 +1,9 @@
 """GlimpsePrune: one learned glimpse token looks at the frozen prompt, a predictor turns its gaze into a keep mask.
 
 docs/method.md §1.2 to §1.5, checked against HVision-NKU/GlimpsePrune@091a3d5. The glimpse is exactly one decode step on
-a fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Ours is the choice of what looks
-(``sight``): the published single position, or one position for every token of the question (§1.6), with the same
-weights. Left out of the published code: several glimpse tokens that are the same for every question, glimpse
+a fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Ours is the choice of what
+looks (``sight``, docs/method.md §1.9): the published single position, or one for every token of the question, with the
+same weights. Left out of the published code: several glimpse tokens that are the same for every question, glimpse
 embeddings for some layers only, and its alternative predictors (no published checkpoint uses them; importing one says
 so).
 """
