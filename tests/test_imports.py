@@ -17,7 +17,7 @@ ORDER = (  # a module imports those of its own line or of lines below it; a fold
     "evaluation budget report generate checkpoint rollout data.module",
     "pruners backbones lora data",
     "decoder vip rewards metrics cost memory pictures results intervals processes",
-    "attention losses judge sharded weights windows",
+    "attention losses judge runs sharded weights windows",
     "options images",
     "lookup config hub",
     "notation types resources files legible",

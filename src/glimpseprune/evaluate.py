@@ -48,7 +48,7 @@ import yaml
 
 from glimpseprune import config, lookup, report, resources
 from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
-from glimpseprune.config import MISSING, SEEDS, UserError, option
+from glimpseprune.config import MISSING, SEEDS, START, UserError, option
 from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
 from glimpseprune.evaluation import over_needing_kinds as over_needing_kinds
 from glimpseprune.options import Attention, Dtype, PrunerOptions, TrainConfig
@@ -121,8 +121,10 @@ class EvaluateConfig:
     seed: int = option(0, "of what is drawn", least=0, most=SEEDS)
     device: str = option("auto", "auto, cpu, cuda", form=(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu or cuda"))
     pictures: int = option(8, "samples drawn into kept.png and kept/<method>.png", least=0, most=1024)
-    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin")
-    overwrite: bool = option(False, "replace the evaluation in `out` (with resume: where it is another one)")
+    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin", role=START)
+    overwrite: bool = option(
+        False, "replace the evaluation in `out` (with resume: where it is another one)", role=START
+    )
     budget: BudgetChoice = option(BudgetChoice)
     pruner: PrunerChoice = option(PrunerChoice)
     backbone: BackboneChoice = option(BackboneChoice)
@@ -509,16 +511,12 @@ def describe(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any]) -
 
 def lineage(saved: TrainConfig, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """How a run was configured, and in place of ``init_from`` how that one was, as far as it is there."""
-    described = {name: value for name, value in yaml.safe_load(config.to_yaml(saved)).items() if name not in OF_A_START}
+    described = yaml.safe_load(config.to_yaml(saved))
     first = saved.init_from
     if first is not None and first not in seen and (Path(first) / "config.yaml").is_file():
         earlier = config.read(TrainConfig, Path(first) / "config.yaml")
         described["init_from"] = lineage(earlier, (*seen, first))
     return described
-
-
-OF_A_START = ("out", "resume", "overwrite")
-"""Keys of a run that say nothing about what it is."""
 
 
 def digest(folder: Path, *names: str) -> str | None:

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from glimpseprune import config, files, lookup
-from glimpseprune.config import UserError, option
+from glimpseprune.config import START, UserError, option
 from glimpseprune.data import shards
 from glimpseprune.types import Sample
 
@@ -38,7 +38,7 @@ class PrepareConfig:
     limit: int | None = option(None, "at most this many samples of each split", least=1, most=10**9)
     image_format: Literal["auto", "png", "jpg"] = option("auto", "auto keeps JPEG files JPEG, all else becomes PNG")
     workers: int = option(1, "processes; the result does not depend on it", least=1, most=256)
-    overwrite: bool = option(False, "replace a folder of shards that is already there")
+    overwrite: bool = option(False, "replace a folder of shards that is already there", role=START)
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
 
 
