@@ -41,6 +41,7 @@ __all__ = [
     "read",
     "save",
     "to_yaml",
+    "without_secrets",
 ]
 
 T = TypeVar("T")
@@ -116,8 +117,33 @@ def merge_options(schema: type[T], options: Mapping[str, Any] | T | None, key: s
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML; ``read(type(cfg), file)`` gives it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """A dataclass instance as YAML; ``read(type(cfg), file)`` gives it back, but what :func:`without_secrets` drops."""
+    node = OmegaConf.structured(cfg)
+    plain = OmegaConf.to_container(node)
+    public = _public(plain)
+    return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
+
+
+def without_secrets(text: str) -> str:
+    """``text``, and if it is a URL, without user and password, and without the parameters that may be keys."""
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*://)([^/?#]*)([^?]*)(?:\?(.*))?", text, re.IGNORECASE | re.DOTALL)
+    if found is None:
+        return text
+    scheme, host, path, query = found.groups(default="")
+    named = [part for part in query.split("&") if part and not _SECRET.search(part.partition("=")[0])]
+    return scheme + host.rpartition("@")[2] + path + "?" * bool(named) + "&".join(named)
+
+
+_SECRET = re.compile("key|token|secret|pass|pwd|sig|auth|cred|code", re.IGNORECASE)
+
+
+def _public(value: Any) -> Any:
+    """Plain data with every text in it :func:`without_secrets`."""
+    if isinstance(value, Mapping):
+        return {key: _public(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_public(each) for each in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def save(cfg: Any, path: str | Path) -> None:

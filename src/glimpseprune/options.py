@@ -101,7 +101,9 @@ class GRPOOptions:
 
 @dataclass
 class JudgeOptions:
-    base_url: str = option(MISSING, "an OpenAI-compatible server, such as http://localhost:8000/v1")
+    base_url: str = option(
+        MISSING, "an OpenAI-compatible server, such as http://localhost:8000/v1; a password or key in it is not saved"
+    )
     model: str = option(MISSING, "model name, as the server knows it")
     api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key, if the server wants one")
     concurrency: int = option(16, "requests under way at the same time")
@@ -111,11 +113,14 @@ class JudgeOptions:
     max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict")
 
     def __post_init__(self) -> None:
+        shown = self.base_url.partition("?")[0].rpartition("@")[2]  # no password, no key
         if not self.base_url.startswith(("http://", "https://", MISSING)):
-            raise UserError(f"the judge's base_url must begin with http:// or https://, got {self.base_url!r}")
+            raise UserError(f"the judge's base_url must begin with http:// or https://, got {shown!r}")
         for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0), ("max_tokens", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"the judge's {name} must be at least {least}, got {getattr(self, name)}")
+        if not self.api_key_env.isidentifier():  # most likely the key itself, which must not be told
+            raise UserError("the judge's api_key_env must be the name of an environment variable, such as JUDGE_KEY")
         if not self.timeout > 0:
             raise UserError(f"the judge's timeout must be positive, got {self.timeout}")
 
