@@ -290,6 +290,7 @@ class Rollout:
     layouts: list[list[Layout]]
     prefill: Prefill
     extra: dict[str, Any] = field(default_factory=dict)
+    ended: Tensor | None = None  # [B] bool, False where an answer was cut at the greatest length or time
 
     def keep_maps(self) -> list[list[Tensor]]:
         """Per row, per image: bool [rows, cols], ready to be laid over the image."""
