@@ -203,6 +203,8 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
     summary = scores.summary(rows)
     folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
     report.print_table(rows, skipped)
+    if cut := report.say_cut(rows):
+        print(cut)
     if summary is not None:
         print(report.say_summary(summary))
     print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
