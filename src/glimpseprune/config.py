@@ -15,6 +15,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import types
@@ -29,7 +30,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from glimpseprune import notation, resources
+from glimpseprune import files, notation, resources
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
@@ -129,12 +130,12 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
         print(as_typed(_help(schema, prog, doc)))
         raise SystemExit(0)
     argv = _name_bare(schema, argv)
-    files = [arg for arg in argv if "=" not in arg]
-    for arg in files:
+    files_given = [arg for arg in argv if "=" not in arg]
+    for arg in files_given:
         if not arg.endswith((".yaml", ".yml")):
             raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
         _check_text("config file", arg)
-    layers = [(f"{file}: ", _read_yaml(Path(resources.find(file)))) for file in files]
+    layers = [(f"{file}: ", _read_yaml(Path(resources.find(_at_home(file, "config file"))))) for file in files_given]
     kinds = {key: kind for key, kind, *_ in _keys(schema)}
     layers += [("", _override(kinds, arg)) for arg in argv if "=" in arg]
     if under is not None:
@@ -211,8 +212,7 @@ def to_yaml(cfg: Any) -> str:
 
 def save(cfg: Any, path: str | Path) -> None:
     """Write :func:`to_yaml` to ``path``, whose folder is made if need be."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(to_yaml(cfg), encoding="utf-8")
+    files.write(path, to_yaml(cfg))
 
 
 def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
@@ -240,8 +240,8 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
 
 @contextmanager
 def answering(command: str) -> Iterator[None]:
-    """Answer a :class:`UserError`, or an extra that is not installed, with one line ``error: ...`` on stderr and exit
-    code 2; ``command`` is the one at work, as :func:`as_typed` takes it."""
+    """Answer a :class:`UserError`, an extra that is not installed, or a disk that refuses, with one line ``error: ...``
+    on stderr and exit code 2; ``command`` is the one at work, as :func:`as_typed` takes it."""
     try:
         yield
     except UserError as error:
@@ -251,6 +251,10 @@ def answering(command: str) -> Iterator[None]:
         if extra is None:
             raise
         said = f"{command} needs the package {package}: pip install 'glimpseprune[{extra}]'"
+    except Exception as error:
+        if (said := files.said(error)) is None:
+            raise
+        said = " ".join(said.splitlines())
     else:
         return
     print("error:", as_typed(said), file=sys.stderr)
@@ -432,7 +436,23 @@ def _leaves(
             yield key, hints[name], {}  # opens a section that is null by default
             yield from _leaves(section, value, origin, f"{key}.", root, top)
         else:
-            yield key, hints[name], value
+            yield key, hints[name], _at_home(value, f"{origin}{key}")
+
+
+def _at_home(value: Any, key: str) -> Any:
+    """``value`` with its paths that begin with ``~`` in the home folder, at any depth: a shell expands it only where a
+    word begins with it, and no text but a path does."""
+    if isinstance(value, list):
+        return [_at_home(item, key) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _at_home(item, f"{key}.{name}") for name, item in value.items()}
+    if not isinstance(value, str) or not re.match(r"~$|~[\w.-]*/", value):
+        return value
+    if (found := os.path.expanduser(value)) == value:
+        raise UserError(
+            f"{key}: {value!r} is in the home of a user who is not here; a folder of that name is ./{value}"
+        )
+    return found
 
 
 def _keys(schema: type, prefix: str = "", defaults: Mapping | None = None) -> Iterator[tuple[str, Any, Any, str]]:
@@ -505,7 +525,7 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = (), known: dict[Path, Any] |
         raise UserError(f"{path}: extends: give a YAML file, or a list of them, got {_show(bases)}")
     merged: dict[str, Any] = {}
     for base in bases:
-        merged = _over(merged, _read_yaml(path.parent / base, (*seen, place), known))
+        merged = _over(merged, _read_yaml(path.parent / _at_home(base, "extends"), (*seen, place), known))
     known[place] = _over(merged, layer)
     return known[place]
 

@@ -16,6 +16,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64"]
 """Lightning's, without those that need a package more."""
+LOGGERS = ("tensorboard", "csv", "wandb")
 PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
 PIXELS = 1 << 26
 """Of the largest image that is read."""
@@ -227,6 +228,7 @@ class TrainerOptions:
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)
     val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8)
     log_every: int = option(10, "optimiser steps between log lines", least=1, most=10**8)
+    logger: list[str] = option(["tensorboard"], f"what curves go to, beside metrics.jsonl, of {LOGGERS}")
     last_checkpoints: int = option(
         2, "how many of the last checkpoints stay, beside the best", was="keep_checkpoints", least=1, most=10**6
     )
@@ -256,6 +258,8 @@ class TrainConfig:
     trainer: TrainerOptions = option(TrainerOptions)
 
     def __post_init__(self) -> None:
+        if wrong := [name for name in self.trainer.logger if name not in LOGGERS]:
+            raise UserError(f"trainer.logger: no '{wrong[0]}', choose from {', '.join(LOGGERS)}")
         if wrong := [part for part in self.train if part not in PARTS]:
             raise UserError(f"train: no part '{wrong[0]}', choose from {', '.join(PARTS)}")
         if not self.train or len(set(self.train)) < len(self.train):

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from glimpseprune import files
 from glimpseprune.config import UserError
 from glimpseprune.types import Sample
 
@@ -175,7 +176,7 @@ def write_shard(
     keys: list[str] = []
     kinds: Counter[str] = Counter()
     encoder = ImageEncoder(image_format)
-    with open(path, "wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+    with files.stream(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
         for sample in chain([first], samples):
             try:
                 check(sample)
@@ -213,7 +214,7 @@ def write_manifest(
     path = folder / MANIFEST
     manifest = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "splits": {}}
     manifest["splits"][split] = entry
-    path.write_text(json.dumps(manifest, indent=1, default=str) + "\n")
+    files.write_json(path, manifest, indent=1, default=str)
     return entry
 
 
