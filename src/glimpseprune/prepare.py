@@ -128,15 +128,7 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
         raise UserError(f"splits is empty: choose from {', '.join(source.splits)}")
     for split in splits:
         lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
-<<<<<<< HEAD
-    out = Path(cfg.out)
-=======
-    for name in ("shard_size", "workers", "limit"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
     out = files.resolved(cfg.out)
->>>>>>> main
     _check_free(out, cfg.overwrite)
     bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     entries: dict[str, dict[str, Any]] = {}
