@@ -24,7 +24,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
 from glimpseprune.decoder import View, append, branch, run_layers
-from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
 from glimpseprune.sharded import whole
 from glimpseprune.types import Decision, Needs, Stop
 from glimpseprune.vip import VIP, window_ids
@@ -376,5 +376,3 @@ def _check(options: Options, backbone: LVLM) -> None:
         )
     if options.windowed and backbone.window is None:
         raise UserError(f"{where}windowed=true: this backbone's vision tower has no windows")
-    if options.max_keep is not None:
-        require_fraction(options.max_keep, "max_keep")

@@ -105,15 +105,8 @@ class GRPOModule(StageModule):
         self.said: list[tuple[str, ...]] = []
         if config.grpo.beta and (config.lora is None or {"decoder", "vision"} & set(config.train)):
             raise UserError("grpo.beta > 0 compares with the policy without adapters: train=[lora, ...], or beta=0")
-        for name in ("temperature", "mask_temperature", "micro_batch", "max_completion_length", "num_iterations"):
-            if not (value := getattr(config.grpo, name)) > 0:
-                raise UserError(f"grpo.{name}={value}: it must be above 0")
-        rollouts, masks = config.grpo.num_generations, config.grpo.num_masks
-        if rollouts < 2:
-            raise UserError(f"grpo.num_generations={rollouts}: a group has at least 2 rollouts")
-        if masks is not None and (masks < 1 or rollouts % masks):
-            raise UserError(f"grpo.num_masks={masks}: it must divide grpo.num_generations={rollouts}")
-        self.answers_per_mask = rollouts // (masks or rollouts)
+        rollouts = config.grpo.num_generations
+        self.answers_per_mask = rollouts // (config.grpo.num_masks or rollouts)
 
     @cached_property
     def ends(self) -> list[int]:
