@@ -634,9 +634,7 @@ def test_bonus_and_penalty_point_the_right_way(options, metric, rises) -> None:
     ("options", "message"),
     [
         ({"beta": 0.1, "adapted": False, "train": ["decoder"]}, "beta > 0.*lora"),
-        ({"num_generations": 1}, "num_generations=1"),
         ({"num_masks": 3}, "num_masks=3.*divide.*num_generations=4"),
-        ({"num_masks": 0}, "num_masks=0"),
         ({"adapted": False}, "no adapters"),
         ({"train": ["lora", "glimpse"], "pruner": "oracle"}, "'oracle' has no glimpse"),
         ({"train": ["everything"]}, "no part 'everything'.*glimpse, vip, lora, decoder"),

@@ -59,6 +59,7 @@ __all__ = [
     "roles",
     "save",
     "to_yaml",
+    "without_secrets",
 ]
 
 T = TypeVar("T")
@@ -237,7 +238,8 @@ def check(cfg: Any, prefix: str = "") -> None:
             elif isinstance(found, str) and found != MISSING:
                 _check_text(f"{key}{place}", found, item.default)
                 if form and not re.fullmatch(form, found):
-                    raise UserError(f"{key}{place}: give {words}, got {_show(found)}")
+                    shown = found.partition("?")[0].rpartition("@")[2]  # no password, no key
+                    raise UserError(f"{key}{place}: give {words}, got {_show(shown)}")
             elif isinstance(found, int | float) and not isinstance(found, bool) and found not in within:
                 raise UserError(f"{key}{place}: give {within}, got {_show(found)}")
 
@@ -267,14 +269,44 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back."""
-    whole = OmegaConf.structured(cfg)
-    return OmegaConf.to_yaml(OmegaConf.masked_copy(whole, [key for key in whole if key not in _of_a_start(type(cfg))]))
+    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back, but for what
+    :func:`without_secrets` drops."""
+    node = OmegaConf.structured(cfg)
+    node = OmegaConf.masked_copy(node, [key for key in node if key not in _of_a_start(type(cfg))])
+    plain = OmegaConf.to_container(node)
+    public = _public(plain)
+    return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
+
+
+def without_secrets(text: str) -> str:
+    """``text``, and if it is a URL, without user and password, and without the parameters that may be keys."""
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*://)([^/?#]*)([^?]*)(?:\?(.*))?", text, re.IGNORECASE | re.DOTALL)
+    if found is None:
+        return text
+    scheme, host, path, query = found.groups(default="")
+    named = [part for part in query.split("&") if part and not _SECRET.search(part.partition("=")[0])]
+    return scheme + host.rpartition("@")[2] + path + "?" * bool(named) + "&".join(named)
+
+
+_SECRET = re.compile("key|token|secret|pass|pwd|sig|auth|cred|code", re.IGNORECASE)
+
+
+def _public(value: Any) -> Any:
+    """Plain data with every text in it :func:`without_secrets`."""
+    if isinstance(value, Mapping):
+        return {key: _public(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_public(each) for each in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def save(cfg: Any, path: str | Path) -> None:
-    """Write :func:`to_yaml` to ``path``, whose folder is made if need be."""
-    files.write(path, to_yaml(cfg))
+    """Write :func:`to_yaml` to ``path``, whose folder is made if need be. The config of a run names folders so that the
+    run may be moved (:mod:`.resources`)."""
+    path, text = Path(path), to_yaml(cfg)
+    if path.name == resources.CONFIG:
+        text = OmegaConf.to_yaml(resources.stored(OmegaConf.to_container(OmegaConf.create(text)), path.parent))
+    files.write(path, text)
 
 
 def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
@@ -646,6 +678,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = (), known: dict[Path, Any] |
         raise UserError(f"{path}: {error}") from None
     if not isinstance(layer, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {_show(_settled(layer, Any))}")
+    if path.name == resources.CONFIG:
+        layer = resources.opened(layer, path.parent)
     bases = _settled(layer.pop("extends", []), str)
     bases = [bases] if isinstance(bases, str) else _settled(bases, list[str])
     if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):

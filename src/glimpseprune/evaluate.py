@@ -46,7 +46,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from glimpseprune import config, lookup, report
+from glimpseprune import config, lookup, report, resources
 from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
 from glimpseprune.config import MISSING, SEEDS, START, UserError, option
 from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
@@ -219,6 +219,8 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
     summary = scores.summary(rows)
     folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
     report.print_table(rows, skipped)
+    if cut := report.say_cut(rows):
+        print(cut)
     if summary is not None:
         print(report.say_summary(summary))
     print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
@@ -230,12 +232,11 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
 
 
 def check(cfg: EvaluateConfig) -> None:
-    """Raises UserError where options contradict each other."""
+    """Raises UserError where options are out of their range or contradict each other."""
+    config.check(cfg)
     choices = (*CONTROLS, "none+")
     if wrong := [name for name in cfg.controls if name not in choices]:
         raise UserError(f"controls={wrong}: choose from {', '.join(choices)}")
-    if cfg.samples < 1 or cfg.temperature < 0:
-        raise UserError(f"samples={cfg.samples} temperature={cfg.temperature}: give at least 1 and at least 0")
     if cfg.samples > 1 and not cfg.draws:
         raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
     if not (isinstance(cfg.metrics, list) and cfg.metrics and all(isinstance(name, str) for name in cfg.metrics)):
@@ -266,17 +267,10 @@ def check_methods(cfg: EvaluateConfig) -> None:
 
 
 def check_budget(budget: BudgetChoice) -> None:
-    """Raises UserError where a budget makes no sense."""
-    given = {name: getattr(budget, name) for name in BUDGETS if getattr(budget, name) is not None}
+    """Raises UserError where there is more than one budget."""
+    given = [name for name in BUDGETS if getattr(budget, name) is not None]
     if len(given) > 1:
         raise UserError(f"budget: {' and '.join(given)} are given: a method has one knob, so give one of them")
-    for name, value in given.items():
-        if value <= 0 or (value > 1 and name != "mean_tokens"):
-            share = "a share of the visual tokens" if name in ("kept", "kv") else "a ratio to the unpruned model"
-            right = "a number of tokens, or up to 1 a share of all" if name == "mean_tokens" else f"{share}, up to 1"
-            raise UserError(f"budget.{name}={value:g}: give {right}, above 0")
-    if budget.samples < 1 or budget.tolerance < 0:
-        raise UserError("budget.samples must be at least 1, budget.tolerance at least 0")
 
 
 def checkpoint_config(cfg: Any) -> TrainConfig:
@@ -459,7 +453,9 @@ def first_stage(saved: TrainConfig, base: Base, aloud: bool) -> list[Method]:
     try:
         if saved.init_from is None:
             raise UserError("this run started from no other (init_from=null)")
-        if not Path(saved.init_from).is_dir():  # a folder that has gone is not to be looked for on the hub
+        if not Path(
+            resources.find(saved.init_from)
+        ).is_dir():  # a folder that has gone is not to be looked for on the hub
             raise UserError(f"there is no folder '{saved.init_from}' (init_from)")
         name, pruner = load_pruner(saved.init_from, base[0])
     except UserError as error:

@@ -141,7 +141,7 @@ class GRPOOptions:
 class JudgeOptions:
     base_url: str = option(
         MISSING,
-        "an OpenAI-compatible server, such as http://localhost:8000/v1",
+        "an OpenAI-compatible server, such as http://localhost:8000/v1; a password or key in it is not saved",
         form=(r"https?://\S+", "an address that begins with http:// or https://"),
         role=FREE,
     )
@@ -160,6 +160,10 @@ class JudgeOptions:
         0.5, "seconds before the first further attempt, doubled each time", least=0, most=600, role=FREE
     )
     max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict", least=1, most=65536)
+
+    def __post_init__(self) -> None:
+        if not self.api_key_env.isidentifier():  # most likely the key itself, which must not be told
+            raise UserError("the judge's api_key_env must be the name of an environment variable, such as JUDGE_KEY")
 
 
 @dataclass

@@ -129,6 +129,7 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
     Raises:
         UserError: unknown source, split or option, a folder that must not be replaced, an invalid sample.
     """
+    config.check(cfg)
     source = lookup.find(SOURCES, cfg.source)
     options = config.merge_options(source.Options, cfg.options, "options")
     splits = list(dict.fromkeys(source.splits if cfg.splits is None else cfg.splits))
@@ -136,10 +137,6 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
         raise UserError(f"splits is empty: choose from {', '.join(source.splits)}")
     for split in splits:
         lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
-    for name in ("shard_size", "workers", "limit"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
     out = files.resolved(cfg.out)
     _check_free(out, cfg.overwrite)
     bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())

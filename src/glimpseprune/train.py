@@ -29,8 +29,6 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"init_from={given['init_from']} is no run folder, which would say what backbone it has")
         return {}
     saved = config.read(TrainConfig, source)
-    if saved.backbone.path == "." and source.with_name("config.json").is_file():
-        saved.backbone.path = str(source.parent)  # an export, whose model lies beside it
     pruner = given.get("pruner", {}).get("name", saved.pruner.name) == saved.pruner.name
     return {
         "backbone": vars(saved.backbone),
@@ -144,7 +142,12 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     L.seed_everything(cfg.seed, workers=True)
     with strategies.splitting(trainer):
         model = checkpoint.load(
-            cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, device=strategies.mine(devices)
+            cfg.init_from,
+            backbone=cfg.backbone,
+            pruner=cfg.pruner,
+            lora=cfg.lora,
+            device=strategies.mine(devices),
+            fresh=True,
         )
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)

@@ -50,9 +50,8 @@ class TinyConfig:
                 f"model.hidden={self.hidden}"
             )
         if self.vision_hidden % (4 * self.vision_heads):
-            raise UserError(
-                f"model.vision_hidden={self.vision_hidden}: give a multiple of 4 x model.vision_heads={self.vision_heads}"
-            )
+            wanted = f"a multiple of 4 x model.vision_heads={self.vision_heads}"
+            raise UserError(f"model.vision_hidden={self.vision_hidden}: give {wanted}")
         if max(self.vision_full, default=0) >= self.vision_layers:
             raise UserError(f"model.vision_full={self.vision_full}: the blocks are 0 to {self.vision_layers - 1}")
 

@@ -187,8 +187,9 @@ class StageModule(L.LightningModule):
             for board in boards:
                 board.log_image("answers/kept", [np.asarray(grid(panels))], step=self.global_step)
 
-    def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None) -> Rollout:
-        """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference)."""
+    def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None, **options: Any) -> Rollout:
+        """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference); ``options``
+        of :func:`.generate.generate`."""
         length = inputs.answer_ids.shape[1] if length is None else length
         return generate(
             self.backbone,
@@ -197,6 +198,7 @@ class StageModule(L.LightningModule):
             targets=inputs.targets,
             synced=self.is_sharded,
             max_new_tokens=length,
+            **options,
         )
 
     @property

@@ -73,7 +73,9 @@ def _shares(file: Path, method: str | None) -> dict[str, float]:
     scores: dict[str, list[float]] = defaultdict(list)
     methods = set()
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):  # a text may hold what else ends a line
+            if not line:
+                continue
             said = json.loads(line)
             methods.add(said["method"])
             if method in (None, said["method"]):
