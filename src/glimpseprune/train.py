@@ -99,6 +99,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         trained=sum(p.numel() for p in outline.trainable()),
     )
     strategy = strategies.build(name, cfg.optim.clip)
+    plugins = [*placement.pop("plugins", []), *([strategies.Direct()] if isinstance(strategy, str) else [])]
     weights = outline.backbone.lm_head.weight.dtype
     half = weights != torch.float32 or cfg.trainer.precision in ("bf16-true", "16-true")
     if {"decoder", "vision"} & set(cfg.train) and half and isinstance(strategy, str):
@@ -114,6 +115,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **placement,
+        plugins=plugins,
         strategy=strategy,
         precision=strategies.precision(cfg.trainer.precision, strategy, weights),
         max_steps=cfg.trainer.max_steps,
