@@ -430,7 +430,7 @@ def _leaves(
         name = renamed.get(name, name)
         key = f"{prefix}{name}"
         if name not in hints:
-            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints))}")
+            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints), renamed)}")
         section = _section(hints[name])
         if section and isinstance(value, Mapping):
             yield key, hints[name], {}  # opens a section that is null by default
@@ -472,7 +472,7 @@ def _section(kind: Any) -> type | None:
     return found[0] if found and get_origin(kind) in (None, Union, types.UnionType) else None
 
 
-def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
+def _suggest(root: type, top: str, key: str, siblings: list[str], renamed: Mapping[str, str]) -> str:
     parent, _, name = key.rpartition(".")
     everywhere: dict[str, str] = {}  # the first key of each name
     for known, *_ in _keys(root):
@@ -481,11 +481,11 @@ def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
     def close(names: Iterable[str], cutoff: float) -> list[str]:  # of names, without their sections, to this one
         return difflib.get_close_matches(name, names, 1, cutoff)
 
-    def here(name: str) -> str:
-        return f"{parent}.{name}" if parent else name
+    def here(cutoff: float) -> list[str]:
+        return [f"{parent}.{renamed.get(x, x)}".removeprefix(".") for x in close([*siblings, *renamed], cutoff)]
 
-    near = [here(x) for x in close(siblings, 0.8)] + [everywhere[x] for x in everywhere if x == name]
-    near += [here(x) for x in close(siblings, 0.6)] + [everywhere[x] for x in close(everywhere, 0.8)]
+    near = here(0.8) + [everywhere[x] for x in everywhere if x == name]
+    near += here(0.6) + [everywhere[x] for x in close(everywhere, 0.8)]
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
 
 

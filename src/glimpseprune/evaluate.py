@@ -40,7 +40,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,7 +181,7 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
     metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
     evaluation = Evaluation(cfg, methods, metrics, earlier.records)
     drawn = {method.name: cfg.samples for method in methods if method.listed and cfg.draws}
-    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed)
+    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed, [method.name for method in methods])
     scores.add(earlier.records, earlier.timings)
     skipped = 0
     with folder:
@@ -240,6 +239,8 @@ def check_methods(cfg: EvaluateConfig) -> None:
         raise UserError("methods and pruner say the same thing: give methods=[...] and options.<method>.<key>=...")
     if cfg.options and cfg.pruner.options:
         raise UserError("options and pruner.options say the same thing: give options.<method>.<key>=...")
+    if twice := sorted({name for name in cfg.controls if cfg.controls.count(name) > 1}):
+        raise UserError(f"controls: {twice[0]} is there twice")
     if twice := sorted({name for name in cfg.methods if cfg.methods.count(name) > 1}):
         raise UserError(f"methods: {twice[0]} is there twice: a row of the table is one method with one set of options")
     if unknown := [name for name in cfg.options if cfg.methods and name not in cfg.methods]:
@@ -349,8 +350,9 @@ def chosen(
         if method.name in settings:
             method.options = settings[method.name]["options"]
             method.pruner = rebuilt(method, method.options)
-    boxes = processes.agree(lambda: any(s.boxes is not None for s in islice(dataset, cfg.data.batch_size)))
-    return line_up(cfg, model, methods, base, plus, boxes), settings
+    if "oracle" in plan and all(sample.boxes is None for sample in dataset):
+        raise UserError(f"methods: the oracle goes by boxes, and no sample of {saved.data.path} has any")
+    return line_up(cfg, model, methods, base, plus), settings
 
 
 def evaluated(
@@ -370,12 +372,12 @@ def evaluated(
 
 
 def line_up(
-    cfg: EvaluateConfig, model: GlimpsePrune, methods: Sequence[Method], base: Base, plus: bool, boxes: bool
+    cfg: EvaluateConfig, model: GlimpsePrune, methods: Sequence[Method], base: Base, plus: bool
 ) -> list[Method]:
     """All methods in the order in which they run: the ``methods`` that are asked for (and the first stage), controls.
 
     Those on the base come first, so that a batch is encoded once per backbone; ``random`` comes after the method whose
-    counts it takes. Without ``boxes`` there is no oracle.
+    counts it takes. The oracle has no row where no sample has boxes.
 
     Raises:
         UserError: ``none+`` where no language model was trained.
@@ -405,7 +407,7 @@ def line_up(
         *control("none+", "none", (model.backbone, nullcontext)),
         *listed,
         *behind("random", "random", follows=True),
-        *(behind("oracle", "oracle") if boxes else []),
+        *behind("oracle", "oracle"),
         *behind("zero", "random", keep=0.0, min_keep=0),
     ]
 

@@ -223,7 +223,14 @@ class TrainerOptions:
     accelerator: Accelerator = option("auto", "what trains; auto: a GPU where there is one")
     devices: str = option("auto", "devices per node (under srun: one per task)", form=DEVICES)
     nodes: int = option(1, "nodes (under srun: those of the job)", least=1, most=4096)
-    strategy: str = option("auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed")
+    strategy: str = option(
+        "auto",
+        "how processes share the work; a JSON file is for DeepSpeed",
+        form=(
+            r"auto|ddp|zero[123]|zero3_offload|.+\.json",
+            "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed",
+        ),
+    )
     precision: Precision = option("32-true", "Lightning's precision")
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)
     val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8)
