@@ -20,7 +20,7 @@ ORDER = (  # a module imports those of its own line or of lines below it; a fold
     "attention losses judge sharded windows",
     "options images",
     "lookup config",
-    "types resources legible",
+    "notation types resources files legible",
 )
 LEVEL = {room: level for level, line in enumerate(ORDER) for room in line.split()}
 ROOMS = {  # what is imported, as a pattern -> where

@@ -11,7 +11,6 @@ copied.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from glimpseprune import backbones, config, pruners, resources, sharded
+from glimpseprune import backbones, config, files, pruners, resources, sharded
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.generate import generate
@@ -196,9 +195,8 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
     folder = Path(folder)
     config.save(cfg, folder / CONFIG)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = folder / (TRAINABLE + ".partial")
-    save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
-    os.replace(partial, folder / TRAINABLE)
+    with files.whole(folder / TRAINABLE) as partial:
+        save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
 
 
 def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:

@@ -39,12 +39,20 @@ RESERVED = GIB
 
 @dataclass
 class PlanConfig(TrainConfig):
-    gpu_memory: float = option(80.0, "memory of a GPU in GiB")
-    gpus: int | None = option(None, "GPUs in all (default: trainer.nodes x trainer.devices; `auto` counts as 1)")
-    image: str = option("1344x1344", "width x height of a prompt's image in pixels")
-    text: int = option(96, "text tokens of a prompt, chat template included")
-    answer: int | None = option(None, "tokens of an answer (default: 32; stage grpo: grpo.max_completion_length)")
-    keep: float = option(0.1, "share of the visual tokens that a rollout keeps (stage grpo)")
+    gpu_memory: float = option(80.0, "memory of a GPU in GiB", above=0, most=1e5)
+    gpus: int | None = option(
+        None, "GPUs in all (default: trainer.nodes x trainer.devices; `auto` counts as 1)", least=1, most=10**6
+    )
+    image: str = option(
+        "1344x1344",
+        "width x height of a prompt's image in pixels",
+        form=(r"(?i)[1-9]\d{0,4}x[1-9]\d{0,4}", "width x height in pixels, such as 1344x1344"),
+    )
+    text: int = option(96, "text tokens of a prompt, chat template included", least=1, most=10**7)
+    answer: int | None = option(
+        None, "tokens of an answer (default: 32; stage grpo: grpo.max_completion_length)", least=1, most=10**7
+    )
+    keep: float = option(0.1, "share of the visual tokens that a rollout keeps (stage grpo)", least=0, most=1)
 
 
 # ---------------------------------------------------------------------------------------------- models without weights

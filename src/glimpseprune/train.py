@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import warnings
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config, resources, training
+from glimpseprune import config, files, resources, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
@@ -53,8 +52,6 @@ def main(cfg: TrainConfig) -> None:
 
     import lightning as L
     import torch
-    from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
-    from lightning.pytorch.loggers import TensorBoardLogger
 
     from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
@@ -62,12 +59,12 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.running import slurm, strategies
     from glimpseprune.running.callbacks import GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
+    from glimpseprune.running.logs import Journal, loggers, quiet
     from glimpseprune.running.nonfinite import StopOnNonFinite
     from glimpseprune.running.stalls import Stall
     from glimpseprune.running.throughput import Throughput
 
-    warnings.filterwarnings("ignore", ".*in eval mode at the start of training.*")  # the frozen LVLM is meant to be
-    warnings.filterwarnings("ignore", ".*when logging on epoch level.*")  # means were taken over ranks before
+    quiet()
     stage = training.stage_of(cfg.stage)
     out = Path(cfg.out)
     if cfg.lora is None and cfg.init_from is not None and checkpoint.read_config(cfg.init_from).lora is not None:
@@ -120,11 +117,12 @@ def main(cfg: TrainConfig) -> None:
         log_every_n_steps=cfg.trainer.log_every,
         num_sanity_val_steps=0,
         enable_checkpointing=False,  # Lightning's; ours is below
-        logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=again),
+        enable_progress_bar=False,  # nor its bar, nor its table of modules: see Journal
+        enable_model_summary=False,
+        logger=loggers(cfg.trainer.logger, out, again),
         callbacks=[
-            RichProgressBar(leave=True),
-            LearningRateMonitor("step"),
             Throughput(cfg.watch, cfg.trainer.log_every),
+            Journal(out, cfg.trainer.max_steps, cfg.trainer.log_every),
             StopOnNonFinite(out, cfg.watch),
             *([] if cfg.stage != "grpo" else [GuardRails(cfg.guard)]),
             RunFolder(cfg),
@@ -148,7 +146,7 @@ def main(cfg: TrainConfig) -> None:
             shutil.rmtree(out)  # only now, when nothing that the user wrote can be wrong any more
         out.mkdir(parents=True, exist_ok=True)
         if "SLURM_JOB_ID" in os.environ:
-            (out / JOB).write_text(os.environ["SLURM_JOB_ID"])
+            files.write(out / JOB, os.environ["SLURM_JOB_ID"])
         config.save(cfg, out / checkpoint.CONFIG)
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     if data.damaged:

@@ -26,7 +26,7 @@ from glimpseprune import attention, cost
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.images import shown
-from glimpseprune.types import Encoded, Layout, Needs
+from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 
 @dataclass
@@ -274,6 +274,10 @@ class LVLM(ABC):
         if left := len(list(images)):
             raise UserError(f"{left} more images than the prompts have places for")
         return result
+
+    def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
+        """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""
+        return [[grid for layout in row for grid in layout.grids] for row in self.layouts(prompt)]
 
     def prepare(
         self, questions: Sequence[str], images: Sequence[Sequence[Any]], system: str | None = None

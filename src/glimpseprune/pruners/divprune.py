@@ -35,10 +35,16 @@ from glimpseprune.types import Decision, Needs, Stop
 @dataclass
 class Options:
     keep_ratio: float = option(
-        0.098, "fraction of a prompt's visual tokens to keep, 0 to 1, rounded to a whole number", was="keep"
+        0.098,
+        "fraction of a prompt's visual tokens to keep, 0 to 1, rounded to a whole number",
+        was="keep",
+        least=0,
+        most=1,
     )
-    count: int | None = option(None, "keep this number of tokens instead; all where a prompt has fewer")
-    min_keep: int = option(1, "keep at least so many")
+    count: int | None = option(
+        None, "keep this number of tokens instead; all where a prompt has fewer", least=0, most=10**6
+    )
+    min_keep: int = option(1, "keep at least so many", least=0, most=10**6)
     renumber: bool = option(True, "survivors get positions 0, 1, 2 ...; false: they keep theirs")
 
 

@@ -31,12 +31,16 @@ from glimpseprune.types import Decision, Needs, Stop
 
 @dataclass
 class Options:
-    layer: int = option(2, "K: so many decoder layers see all tokens; the attention of the last of them decides")
-    keep_ratio: float = option(
-        0.5, "fraction of a prompt's visual tokens to keep, 0 to 1 (the paper's 1 - R)", was="keep"
+    layer: int = option(
+        2, "K: so many decoder layers see all tokens; the attention of the last of them decides", least=1, most=1000
     )
-    count: int | None = option(None, "keep this number of tokens instead; all where a prompt has fewer")
-    min_keep: int = option(1, "keep at least so many")
+    keep_ratio: float = option(
+        0.5, "fraction of a prompt's visual tokens to keep, 0 to 1 (the paper's 1 - R)", was="keep", least=0, most=1
+    )
+    count: int | None = option(
+        None, "keep this number of tokens instead; all where a prompt has fewer", least=0, most=10**6
+    )
+    min_keep: int = option(1, "keep at least so many", least=0, most=10**6)
 
 
 class Pruner(nn.Module):

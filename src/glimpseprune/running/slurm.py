@@ -15,8 +15,8 @@ import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from glimpseprune.running.callbacks import flush
 from glimpseprune.running.checkpoints import Checkpoints
+from glimpseprune.running.logs import flush
 from glimpseprune.running.strategies import leave
 
 EXIT_CODE = 75

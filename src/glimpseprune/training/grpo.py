@@ -18,7 +18,6 @@ the glimpse itself passes through); a replay buffer of old rollouts.
 
 from __future__ import annotations
 
-import html
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -462,16 +461,10 @@ class GRPOModule(StageModule):
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
-        board = getattr(self.logger, "experiment", None)
-        if board is not None and self.said:
-            rows = [("question", "completion", "answer", "kept", "reward"), ("---",) * 5, *self.said[:32]]
-            table = "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
-            board.add_text("train/completions", table, self.global_step)
-
-
-def _cell(text: str) -> str:
-    """Text that stays in its cell of a Markdown table, whatever a model said."""
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+        for board in self.loggers:
+            if self.said and hasattr(board, "log_text"):
+                columns = ["question", "completion", "answer", "kept", "reward"]
+                board.log_text("train/completions", columns, self.said[:32], step=self.global_step)
 
 
 Stage = GRPOModule

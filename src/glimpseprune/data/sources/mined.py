@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glimpseprune.config import UserError, option
+from glimpseprune.config import SEEDS, UserError, option
 from glimpseprune.data.shards import Damage, Shards
 from glimpseprune.types import Sample
 
@@ -32,14 +32,16 @@ class Options:
     root: str = option(help="folder of shards that was asked")
     predictions: str = option(help="predictions.jsonl of python -m src.evaluate on its split train")
     method: str | None = option(None, "method of the predictions to go by; null: the only one that is there")
-    above: float = option(-1.0, "share of right answers must be above this; 0 leaves out what was never right")
-    below: float = option(1.0, "and below this")
-    others: float = option(0.0, "of the questions outside of these bounds, this share is taken, too")
-    seed: int = option(0, "of the choice of those")
+    above: float = option(
+        -1.0, "share of right answers must be above this; 0 leaves out what was never right", least=-1, most=1
+    )
+    below: float = option(1.0, "and below this", least=0, most=2)
+    others: float = option(0.0, "of the questions outside of these bounds, this share is taken, too", least=0, most=1)
+    seed: int = option(0, "of the choice of those", least=0, most=SEEDS)
 
 
-def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-    """Samples ``start`` to ``stop`` of a split, in the order of the folder; damaged ones are left out.
+def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample | Damage]:
+    """Samples ``start`` to ``stop`` of a split, in the order of the folder; the damage in place of damaged ones.
 
     Raises:
         UserError: there is no such folder, split or file, or the file says nothing of a question.
@@ -49,11 +51,12 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     return islice(_read(shards, chosen), start, stop)
 
 
-def _read(shards: Shards, chosen: set[str] | None) -> Iterator[Sample]:
+def _read(shards: Shards, chosen: set[str] | None) -> Iterator[Sample | Damage]:
     for index in range(len(shards)):
         try:
             sample = shards.read(index)
-        except Damage:
+        except Damage as damage:
+            yield damage
             continue
         if chosen is None or sample.key in chosen:
             yield sample

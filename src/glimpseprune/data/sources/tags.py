@@ -30,7 +30,7 @@ from functools import cache
 import numpy as np
 from PIL import Image
 
-from glimpseprune.config import UserError, option
+from glimpseprune.config import SEEDS, UserError, option
 from glimpseprune.types import Sample
 
 splits = ("train", "val", "test")
@@ -69,14 +69,18 @@ _PHOTO_SPLITS = {  # rows, columns of each 427 x 640 photograph; at least six pi
 
 @dataclass
 class Options:
-    size: int = option(336, "image side in pixels, a multiple of 28, at most 1344")
-    min_tags: int = option(8, "fewest tags on an image")
-    max_tags: int = option(12, "most tags on an image (there are 12 colours)")
-    questions: int = option(3, "questions per image, dealt over the kinds in turn")
+    size: int = option(336, "image side in pixels, a multiple of 28, at most 1344", least=112, most=MAX_SIZE)
+    min_tags: int = option(8, "fewest tags on an image", least=2, most=12)
+    max_tags: int = option(12, "most tags on an image (there are 12 colours)", least=2, most=12)
+    questions: int = option(3, "questions per image, dealt over the kinds in turn", least=1, most=1000)
     kinds: list[str] = option(["number", "pair", "relation"], f"kinds to ask, of {KINDS}")
-    count: dict[str, int] = option({"train": 8192, "val": 512, "test": 2048}, "questions per split")
-    wear: float = option(0.0, "worse handwriting, 0 to 1: tilted, faded and speckled digits, on any split")
-    seed: int = option(0, "seed of the scenes; every split has its own stream")
+    count: dict[str, int] = option(
+        {"train": 8192, "val": 512, "test": 2048}, "questions per split", least=1, most=10**9
+    )
+    wear: float = option(
+        0.0, "worse handwriting, 0 to 1: tilted, faded and speckled digits, on any split", least=0, most=1
+    )
+    seed: int = option(0, "seed of the scenes; every split has its own stream", least=0, most=SEEDS)
 
 
 @dataclass
