@@ -13,8 +13,9 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from glimpseprune import backbones, config, generate, hub, lookup, pruners, resources, sharded
+from glimpseprune import backbones, config, generate, hub, lookup, pruners, sharded
 from glimpseprune import weights as files
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
@@ -204,10 +205,12 @@ def load(
     if adapters is not None:
         from glimpseprune.lora import inject, is_adapter
 
+        found = [int(re.search(r"\blayers\.(\d+)\.", name)[1]) for name in tuned if is_adapter(name)]
+        if found and adapters.first_layer is None:  # where they are, whatever pruner is asked for
+            adapters = replace(adapters, first_layer=min(found))
         inject(model, adapters, module.stops[0].depth if module.stops else 0)
         wanted = {name for name, _ in model.model.named_parameters() if is_adapter(name)}
-        given = any(map(is_adapter, tuned))
-        if (missing := sorted(wanted - set(tuned))) and (given or not fresh):
+        if (missing := sorted(wanted - set(tuned))) and (found or not fresh):
             raise UserError(f"{_called(ckpt)}: tensor '{LVLM_PREFIX}{missing[0]}' of an adapter is missing (lora)")
     if tuned:
         restore_lvlm(model, tuned, str(ckpt))
@@ -359,8 +362,7 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
     config.save(cfg, folder / CONFIG)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = folder / (TRAINABLE + ".partial")
-    said = {"pruner": cfg.pruner.name, "backbone": cfg.backbone.path} | resources.places(asdict(cfg))
-    save_file(weights, partial, metadata=said)
+    save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
     os.replace(partial, folder / TRAINABLE)
 
 
