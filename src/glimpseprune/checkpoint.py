@@ -58,7 +58,7 @@ class GlimpsePrune:
     @property
     def options(self) -> dict[str, Any]:
         """Those of the pruner."""
-        return dict(vars(self.pruner.options))
+        return dict(vars(getattr(self.pruner, "options", None) or lookup.find("glimpseprune.pruners", self.name).Options()))
 
     def __repr__(self) -> str:
         kind = type(self.backbone).__module__.rpartition(".")[2]
