@@ -239,7 +239,7 @@ def test_masks_of_a_gate_without_doubt_are_those_of_the_threshold(second, tmp_pa
     ("args", "message"),
     [
         (["samples=2"], "temperature=1"),
-        (["samples=0"], "at least 1"),
+        (["samples=0"], "samples: give 1 to 4096, got 0"),
         (["temperature=-1"], "at least 0"),
         (["controls=[nothing]"], "none+"),
         (["sample_keep=true", "pruner.name=random"], "no gate"),

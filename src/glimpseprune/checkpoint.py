@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -24,13 +23,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from glimpseprune import backbones, config, generate, hub, lookup, pruners, sharded
-from glimpseprune import weights as files
+from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, sharded
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
 from glimpseprune.resources import CONFIG, TRAINABLE
 from glimpseprune.types import Rollout
+from glimpseprune.weights import require_good, said_of
 
 PUBLISHED = hub.PUBLISHED
 LVLM_PREFIX = "lvlm."
@@ -58,7 +57,7 @@ class GlimpsePrune:
     @property
     def options(self) -> dict[str, Any]:
         """Those of the pruner."""
-        return dict(vars(getattr(self.pruner, "options", None) or lookup.find("glimpseprune.pruners", self.name).Options()))
+        return dict(vars(self.pruner.options)) if hasattr(self.pruner, "options") else {}  # "none" has none
 
     def __repr__(self) -> str:
         kind = type(self.backbone).__module__.rpartition(".")[2]
@@ -312,7 +311,7 @@ def restore(pruner: nn.Module, weights: Mapping[str, Tensor], source: str) -> No
         UserError: a tensor is missing, unknown, of another shape, no floating-point one, or holds NaN or Inf.
     """
     require_same(pruner.state_dict(), weights, source)
-    files.require_good(weights.items(), source)
+    require_good(weights.items(), source)
     pruner.load_state_dict(dict(weights))
 
 
@@ -341,7 +340,7 @@ def restore_lvlm(backbone: LVLM, weights: Mapping[str, Tensor], source: str) -> 
                 f"{source}: tensor '{LVLM_PREFIX}{name}' of shape {list(tensor.shape)} is {there}: "
                 "the checkpoint belongs to another backbone or to other lora options"
             )
-    files.require_good(((LVLM_PREFIX + name, tensor) for name, tensor in weights.items()), source)
+    require_good(((LVLM_PREFIX + name, tensor) for name, tensor in weights.items()), source)
     for name, tensor in weights.items():
         sharded.fill(own[name], tensor)
     backbone.restored |= set(weights)
@@ -361,9 +360,8 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
     folder = Path(folder)
     config.save(cfg, folder / CONFIG)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    partial = folder / (TRAINABLE + ".partial")
-    save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
-    os.replace(partial, folder / TRAINABLE)
+    with files.whole(folder / TRAINABLE) as partial:
+        save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
 
 
 def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:
@@ -382,7 +380,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception as error:
-        raise UserError(files.said_of(path, error)) from None
+        raise UserError(said_of(path, error)) from None
 
 
 def _published(folder: Path) -> tuple[TrainConfig, dict[str, Tensor]]:

@@ -9,8 +9,9 @@ the decoder, matrix shapes, published sizes, and a tiny random model for the tes
 from __future__ import annotations
 
 import logging
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -27,6 +28,7 @@ from glimpseprune import attention, cost, weights
 from glimpseprune.backbones import _asked
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
+from glimpseprune.images import shown
 from glimpseprune.types import Encoded, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -296,7 +298,10 @@ class LVLM(ABC):
         return result
 
     def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
-        """Chat template and processor: one prompt per question, its images first, left-padded.
+        """Chat template, tokenizer and image processor: one prompt per question, its images first, left-padded.
+
+        Ids are made here and not by the processor, which looks for image tokens in the finished text, where those that
+        a question quotes are the same: what a question or a system prompt says is text, never a special token.
 
         Args:
             questions: a text, or one per prompt.
@@ -311,21 +316,69 @@ class LVLM(ABC):
         if self.processor is None:
             raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
         questions, images = _asked.rows(questions, images)
-        texts = []
-        for question, pictures in zip(questions, images, strict=True):
-            content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
-            messages = [{"role": "user", "content": content}]
-            if system is not None:
-                messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-            texts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
-        flat = [picture.convert("RGB") for pictures in images for picture in pictures]
+        flat = [shown(picture).convert("RGB") for pictures in images for picture in pictures]
         try:
-            made = self.processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt")
+            seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
         except ValueError as error:  # such as an image that is too narrow
             sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in flat[:4])
             said = (str(error).splitlines() or ["it raises a ValueError"])[0]
             raise UserError(f"the processor refuses images of {sizes}{', ...' * (len(flat) > 4)}: {said}") from error
-        return dict(made)
+        places = iter([layout.places for layout in self.image_layouts(seen)])
+        rows = []
+        for ids, pictures in zip(self._token_ids(questions, list(map(len, images)), system), images):
+            if ids.count(self.image_token_id) != len(pictures):
+                raise UserError(f"the chat template makes {ids.count(self.image_token_id)} of {len(pictures)} images")
+            rows.append([i for i in ids for _ in range(next(places) if i == self.image_token_id else 1)])
+        texts = self.processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
+        prompt = {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"], **seen}
+        if "mm_token_type_ids" in self.prompt_keys:
+            prompt["mm_token_type_ids"] = (prompt["input_ids"] == self.image_token_id).long()
+        return prompt
+
+    def _token_ids(self, questions: Sequence[str], pictures: Sequence[int], system: str | None) -> list[list[int]]:
+        """Of each question in the chat template, with one image token per picture."""
+        specials = self._specials
+        texts = [self._templated(question, count, system) for question, count in zip(questions, pictures)]
+        rows = self.processor.tokenizer(texts)["input_ids"]
+        for row, (question, count) in enumerate(zip(questions, pictures)):
+            if specials.search(question) or specials.search(system or ""):
+                rows[row] = self._quoting(question, count, system)
+        return rows
+
+    def _templated(self, question: str, pictures: int, system: str | None) -> str:
+        content = [{"type": "image"}] * pictures + [{"type": "text", "text": question}]
+        messages = [{"role": "user", "content": content}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    @cached_property
+    def _specials(self) -> re.Pattern[str]:
+        """Any special token of the tokenizer, as a group."""
+        tokens = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special}
+        return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
+
+    def _quoting(self, question: str, pictures: int, system: str | None) -> list[int]:
+        """As :meth:`_token_ids`, of texts that hold special tokens: only those of the template are what they look like.
+        What lies between these is tokenized as one, like the tokenizer itself does it."""
+        tokenizer, bare = self.processor.tokenizer, {"add_special_tokens": False}
+        marks = {"\0question\0": question, "\0system\0": system or ""}
+        while any(mark in text for mark in marks for text in (question, system or "")):
+            marks = {f"\0{mark}": text for mark, text in marks.items()}
+        template = self._templated(*list(marks)[:1], pictures, None if system is None else list(marks)[1])
+        start = tokenizer("a")["input_ids"]
+        ids, text = start[: len(start) - len(tokenizer("a", **bare)["input_ids"])], ""
+        for place, piece in enumerate(self._specials.split(template)):
+            if place % 2:
+                ids = [*ids, *self._as_text(text), tokenizer.convert_tokens_to_ids(piece)]
+                text = ""
+                continue
+            text += re.sub("|".join(map(re.escape, marks)), lambda found: marks[found[0]], piece)
+        return [*ids, *self._as_text(text)]
+
+    def _as_text(self, text: str) -> list[int]:
+        tokenizer = self.processor.tokenizer
+        return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"] if text else []
 
     def _columns(self, prompt: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Ids, mask and places of visual tokens, each [B, S]."""
