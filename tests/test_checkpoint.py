@@ -75,20 +75,25 @@ def changed(run: Path, folder: Path, **tensors: torch.Tensor | None) -> Path:
     return folder
 
 
-def test_every_tensor_of_a_run_is_looked_at(run, tmp_path):
+def test_every_tensor_of_a_run_is_looked_at(run, model, tmp_path):
     weights = load_file(run / "trainable.safetensors")
     adapters = sorted(name for name in weights if name.startswith("lvlm."))
-    for name in ("glimpse.embeddings", adapters[0]):
+    for name, put in (("glimpse.embeddings", checkpoint.restore), (adapters[0], checkpoint.restore_lvlm)):
+        into = model.pruner if put is checkpoint.restore else model.backbone
+        own = {key.removeprefix("lvlm."): x for key, x in weights.items() if (key in adapters) == (name in adapters)}
+        key, before = name.removeprefix("lvlm."), [x.clone() for x in into.parameters()] if into is model.pruner else []
         for value in (float("nan"), float("inf"), -float("inf")):
-            broken = weights[name].clone()
+            broken = own[key].clone()
             broken.view(-1)[-1] = value
-            assert f"'{name}' holds NaN or Inf" in refused(load, changed(run, tmp_path, **{name: broken}))
-        assert f"'{name}' is int8" in refused(load, changed(run, tmp_path, **{name: weights[name].to(torch.int8)}))
-        assert f"'{name}'" in refused(load, changed(run, tmp_path, **{name: weights[name][:1, :1]}))
-        assert f"'{name}'" in (said := refused(load, changed(run, tmp_path, **{name: None}))) and "is missing" in said
-    said = refused(load, changed(run, tmp_path, **dict.fromkeys(adapters)))
+            assert f"here: tensor '{name}' holds NaN or Inf" in refused(put, into, own | {key: broken}, "here")
+        assert f"'{name}' is int8" in refused(put, into, own | {key: own[key].to(torch.int8)}, "here")
+        assert f"'{name}'" in refused(put, into, own | {key: own[key][:1, :1]}, "here")
+        assert all(map(torch.equal, before, into.parameters()) if before else [True])
+    assert "'glimpse.embeddings' is missing" in refused(load, changed(run, tmp_path, **{"glimpse.embeddings": None}))
+    shutil.copy(run / "trainable.safetensors", tmp_path)
+    said = refused(load, changed(tmp_path, tmp_path / "none", **dict.fromkeys(adapters)))
     assert f"'{adapters[0]}' of an adapter is missing" in said
-    assert load(tmp_path, fresh=True).name == "glimpse"  # a training may begin with fresh ones, but not with some
+    assert load(tmp_path / "none", fresh=True).name == "glimpse"  # a training may begin with fresh ones, not with some
     changed(run, tmp_path, **dict.fromkeys(adapters[1:]))
     assert "of an adapter is missing" in refused(load, tmp_path, fresh=True)
 

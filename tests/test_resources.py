@@ -113,7 +113,7 @@ def test_a_run_names_its_folders_from_where_it_lies(tmp_path, monkeypatch):
     assert said["init_from"] == "../first" and said["seen"]["init_from"] == str(tmp_path / "project/runs/first")
     read = config.read(TrainConfig, run / "config.yaml")
     assert (read.backbone.path, read.data.path, read.init_from) == ("models/base", "data", "runs/first")
-    again = config.load(TrainConfig, [str(run / "config.yaml")])  # as the config of another training
+    again = config.load(TrainConfig, [str(run / "config.yaml"), "out=-"])  # the config of another training
     assert again == read
     config.save(read, run / "config.yaml")
     assert yaml.safe_load((run / "config.yaml").read_text()) == said
