@@ -150,6 +150,10 @@ class WatchOptions:
     explode: float | None = option(
         20.0, "stop when the loss (grpo: the gradient norm) is so many times what it usually is; null = never"
     )
+    overlap: float | None = option(
+        0.1, "stage 1: say so when val/mask_overlap stays above this under the whole pressure; null = never"
+    )
+    restarts: int = option(0, "stage 1: and begin anew with other weights, at most so many times, all steps again")
     stall_minutes: float = option(30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never")
 
 

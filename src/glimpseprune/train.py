@@ -60,6 +60,7 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.running import slurm, strategies
+    from glimpseprune.running.astray import Astray
     from glimpseprune.running.callbacks import GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
     from glimpseprune.running.nonfinite import StopOnNonFinite
@@ -104,6 +105,7 @@ def main(cfg: TrainConfig) -> None:
             "train: updates of weights in half precision would be rounded away: give backbone.dtype=float32 "
             "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
         )
+    astray = Astray(cfg, strategy)
     checkpoints = Checkpoints(out, cfg.trainer.last_checkpoints, stage.best)
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
     again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
@@ -123,6 +125,7 @@ def main(cfg: TrainConfig) -> None:
         logger=TensorBoardLogger(out, name=None, version="tensorboard", purge_step=again),
         callbacks=[
             RichProgressBar(leave=True),
+            astray,
             LearningRateMonitor("step"),
             Throughput(cfg.watch, cfg.trainer.log_every),
             StopOnNonFinite(out, cfg.watch),
