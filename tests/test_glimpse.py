@@ -127,7 +127,7 @@ def test_min_keep_above_the_number_of_tokens(tiny) -> None:
         ({"probe": "softmax"}, "choices are logits, log_softmax"),
         ({"sight": "questions"}, "choices are one, question"),
         ({"sight": "question", "init_token": "?"}, "init_token: .* leave it out"),
-        ({"max_keep": 1.5}, "fraction from 0 to 1"),
+        ({"max_keep": 1.5}, "max_keep: give 0 to 1, got 1.5"),
         ({"num_heads": 5}, "5 heads"),
     ],
 )

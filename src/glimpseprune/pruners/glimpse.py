@@ -24,7 +24,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
 from glimpseprune.decoder import View, append, branch, run_layers
-from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
 from glimpseprune.sharded import whole
 from glimpseprune.types import Decision, Needs, Stop
 from glimpseprune.vip import VIP, window_ids
@@ -51,26 +51,35 @@ PUBLISHED = {
 
 @dataclass
 class Options:
-    prune_layer: int = option(0, "prune after this decoder layer, 0-based; beyond the last: after it")
-    probe_layers: tuple[int, ...] = option((0,), "decoder layers whose glimpse logits are seen, <= prune_layer")
-    vision_layers: tuple[int, ...] = option(
-        (-1,), "vision-tower layers that condition the predictor, one per block; negative ones count from the last"
+    prune_layer: int = option(
+        0, "prune after this decoder layer, 0-based; beyond the last: after it", least=0, most=1000
     )
-    threshold: float = option(0.5, "keep a token if its probability is above this")
-    max_keep: float | None = option(None, "keep at most this fraction of the visual tokens")
-    min_keep: int = option(1, "keep at least so many visual tokens; wins over max_keep")
-    width: int = option(256, "width F of the predictor")
-    cond_width: int = option(512, "width of the condition inside the predictor")
-    num_heads: int = option(4, "heads of the predictor")
-    dropout: float = option(0.1, "dropout on the glimpse vectors in training")
+    probe_layers: tuple[int, ...] = option(
+        (0,), "decoder layers whose glimpse logits are seen, <= prune_layer", least=0, most=1000
+    )
+    vision_layers: tuple[int, ...] = option(
+        (-1,),
+        "vision-tower layers that condition the predictor, one per block; negative ones count from the last",
+        least=-1000,
+        most=1000,
+    )
+    threshold: float = option(0.5, "keep a token if its probability is above this", least=0, most=1)
+    max_keep: float | None = option(None, "keep at most this fraction of the visual tokens", least=0, most=1)
+    min_keep: int = option(1, "keep at least so many visual tokens; wins over max_keep", least=0, most=10**6)
+    width: int = option(256, "width F of the predictor", least=1, most=65536)
+    cond_width: int = option(512, "width of the condition inside the predictor", least=1, most=65536)
+    num_heads: int = option(4, "heads of the predictor", least=1, most=1024)
+    dropout: float = option(0.1, "dropout on the glimpse vectors in training", least=0, below=1)
     sight: str = option("one", "what looks: one position, as published, or question: one for each of its tokens")
     probe: str = option("logits", "what the predictor sees of a row of attention: logits (raw) or log_softmax")
     windowed: bool = option(
         False, "the predictor attends within the vision tower's windows, not whole images", was="window"
     )
     deep_supervision: bool = option(False, "every block of the predictor has an output and a loss")
-    logit_cap: float | None = option(None, "l -> cap tanh(l / cap), so that dropped tokens can come back")
-    init_bias: float = option(0.0, "initial bias of the keep logits")
+    logit_cap: float | None = option(
+        None, "l -> cap tanh(l / cap), so that dropped tokens can come back", above=0, most=1e6
+    )
+    init_bias: float = option(0.0, "initial bias of the keep logits", least=-1e3, most=1e3)
     init_token: str | None = option(None, "the glimpse starts as a copy of this token of the vocabulary; null: random")
 
 
@@ -367,5 +376,3 @@ def _check(options: Options, backbone: LVLM) -> None:
         )
     if options.windowed and backbone.window is None:
         raise UserError(f"{where}windowed=true: this backbone's vision tower has no windows")
-    if options.max_keep is not None:
-        require_fraction(options.max_keep, "max_keep")
