@@ -212,6 +212,20 @@ class WatchOptions:
     stall_minutes: float = option(
         30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never", least=0, most=1e5
     )
+    overlap: float | None = option(
+        0.1,
+        "stage 1: say so when val/mask_overlap stays above this under the whole pressure; null = never",
+        least=0,
+        most=1,
+        role=FREE,
+    )
+    restarts: int = option(
+        0,
+        "stage 1: and begin anew with other weights, at most so many times, all steps again",
+        least=0,
+        most=100,
+        role=FREE,
+    )
 
 
 @dataclass

@@ -59,6 +59,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.running import slurm, strategies
+    from glimpseprune.running.astray import Astray
     from glimpseprune.running.callbacks import Begin, GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
     from glimpseprune.running.interrupts import Interrupts
@@ -104,6 +105,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
             "train: updates of weights in half precision would be rounded away: give backbone.dtype=float32 "
             "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
         )
+    astray = Astray(cfg, strategy)
     if last is not None:
         require_same(cfg, last, len(devices) * placement["num_nodes"])
     checkpoints = Checkpoints(out, cfg.trainer.last_checkpoints, stage.best)
@@ -127,6 +129,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         logger=loggers(cfg.trainer.logger, out, again),
         callbacks=[
             Begin(cfg, run, anew=last is None),  # first of all
+            astray,
             Throughput(cfg.watch, cfg.trainer.log_every),
             Journal(out, cfg.trainer.max_steps, cfg.trainer.log_every),
             StopOnNonFinite(out, cfg.watch),

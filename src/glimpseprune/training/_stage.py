@@ -38,6 +38,7 @@ class StageModule(L.LightningModule):
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
         self.unpruned = pruners.build("none", {}, backbone)
+        self.origin = 0  # the step at which the training began, or began anew
         self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
         self.pictured: list[Inputs] = []
         self.sums: dict[str, tuple[float, int]] = {}
@@ -123,7 +124,7 @@ class StageModule(L.LightningModule):
     @property
     def progress(self) -> float:
         """Fraction of the optimiser steps that are done."""
-        return self.global_step / self.config.trainer.max_steps
+        return (self.global_step - self.origin) / self.config.trainer.max_steps
 
     # ----------------------------------------------------------------------------------------------- validation
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -137,6 +138,14 @@ class GlimpseModule(StageModule):
             text = int(length) - sum(layout.count for layout in layouts)
             total += flops.of_sample(work, text, layouts, int(answer), self.estimator, int(looks))
         return total
+
+    def begin_anew(self, number: int) -> None:
+        """What trains of the pruner gets weights of an untrained one, others for each ``number``; on all ranks the
+        same."""
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, number)).generate_state(1, np.uint64)[0]))
+        fresh = type(self.pruner)(self.backbone, self.pruner.options)
+        trained = {name: x for name, x in fresh.state_dict().items() if name.partition(".")[0] in self.config.train}
+        self.pruner.load_state_dict(trained, strict=False)
 
     # ----------------------------------------------------------------------------------------------- validation
 
