@@ -58,6 +58,7 @@ from glimpseprune.results import Earlier, Folder, plain
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM
     from glimpseprune.checkpoint import GlimpsePrune
+    from glimpseprune.data.stream import ShardDataset
 
     Base = tuple[LVLM, Callable[[], AbstractContextManager]]
 
@@ -159,15 +160,31 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
-    from rich.progress import track
-
-    from glimpseprune.data.collate import Collator
-    from glimpseprune.data.stream import PADDING, ShardDataset, ShardLoader
+    from glimpseprune.data.stream import ShardDataset
 
     saved = checkpoint_config(cfg)
     plan = planned(cfg, saved)
     dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
-    folder = Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {})
+    with Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {}) as folder:
+        processes.agree(folder.claim)
+        with config.advising(lambda: f"go on with: {config.command('resume=true')}"):
+            return answered(cfg, saved, plan, dataset, folder, processes)
+
+
+def answered(
+    cfg: EvaluateConfig,
+    saved: TrainConfig,
+    plan: Mapping[str, Any],
+    dataset: ShardDataset,
+    folder: Folder,
+    processes: Processes,
+) -> list[dict[str, Any]]:
+    """All methods on all samples, batch by batch; the rows, in the first process."""
+    from rich.progress import track
+
+    from glimpseprune.data.collate import Collator
+    from glimpseprune.data.stream import PADDING, ShardLoader
+
     earlier = processes.agree(lambda: folder.earlier(resume=cfg.resume, overwrite=cfg.overwrite, draws=cfg.samples))
     require_fit(cfg, saved, plan)
     model = load_model(cfg, saved, plan, processes)
@@ -187,13 +204,12 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
     scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed)
     scores.add(earlier.records, earlier.timings)
     skipped = 0
-    with folder:
-        for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
-            damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
-            for records, timings, more in processes.gather((*evaluation.batch(inputs), damaged)):
-                folder.add(records, timings)
-                scores.add(records, timings)
-                skipped += more
+    for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
+        damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
+        for records, timings, more in processes.gather((*evaluation.batch(inputs), damaged)):
+            folder.add(records, timings)
+            scores.add(records, timings)
+            skipped += more
     return finish(folder, scores, evaluation.panels, skipped) if processes.first else []
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -25,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from glimpseprune import config, files, lookup
+from glimpseprune import config, files, lookup, processes
 from glimpseprune.config import START, UserError, option
 from glimpseprune.data import shards
 from glimpseprune.legible import legible
@@ -113,20 +115,28 @@ def write_split(job: Job, workers: int, report: Callable[..., None] = lambda com
         return shards.close_up(job.folder, job.split, job.write(0, 1, ticking, lambda: next(invalid)))
     context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
     total, invalid = context.Value("q", 0), context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(total, invalid)) as pool:
+    sharing = (os.getpid(), total, invalid)
+    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=sharing) as pool:
         running = {pool.submit(_work, job, part, workers) for part in range(workers)}
         entries: list[dict[str, Any]] = []
-        while running:
-            finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
-            report(completed=total.value)
-            for future in finished:
-                entries += future.result()
+        try:
+            while running:
+                finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
+                report(completed=total.value)
+                for future in finished:
+                    entries += future.result()
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # or the pool would wait until they are done
+                process.kill()
+            raise
     return shards.close_up(job.folder, job.split, sorted(entries, key=lambda entry: entry["name"]))
 
 
-def _share(*counters: Any) -> None:
+def _share(parent: int, *counters: Any) -> None:
     global _counters
     _counters = counters
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    processes.serve(parent)
 
 
 def _work(job: Job, part: int, parts: int) -> list[dict[str, Any]]:

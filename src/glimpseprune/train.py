@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config, files, resources, runs, training
+from glimpseprune import config, files, processes, resources, runs, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
@@ -47,6 +47,8 @@ def main(cfg: TrainConfig) -> None:
 
 def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     """Train; ``run`` is the folder, in the process that takes care of it."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        processes.end_with(os.getppid())  # the first process on this machine, or torchrun
     last = last_checkpoint(cfg)
     if run is not None:
         run.claim()
