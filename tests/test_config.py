@@ -79,6 +79,18 @@ def test_an_old_name_is_still_read_and_no_longer_written(tmp_path):
         config.load(Holder, ["part.last_step=3"])
 
 
+def test_paths_begin_at_home_in_every_key(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_text("path: ~/x\n")
+    (tmp_path / "a.yaml").write_text("extends: ~/base.yaml\noptions: {a: {b: [~/y]}, c: ~}\n")
+    cfg = load("~/a.yaml", "out=~/runs/~/z", "note=~5 of a~/b")
+    assert (cfg.path, cfg.out) == (f"{tmp_path}/x", f"{tmp_path}/runs/~/z")
+    assert cfg.options == {"kept": 1, "a": {"b": [f"{tmp_path}/y"]}, "c": None} and cfg.note == "~5 of a~/b"
+    assert config.merge_options(Judge, {"url": "~"}, "judge").url == str(tmp_path)
+    with pytest.raises(UserError, match="out: '~nobody.here/x' is in the home of a user who is not here"):
+        load("out=~nobody.here/x")
+
+
 def test_defaults():
     cfg = load()
     assert isinstance(cfg, Config) and isinstance(cfg.trainer, Trainer)

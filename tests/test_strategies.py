@@ -40,7 +40,9 @@ def run(out: Path, args: list[str]) -> None:
 def curve(out: Path, name: str) -> list[float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    return [event.value for event in EventAccumulator(str(out / "tensorboard")).Reload().Scalars(f"train/{name}")]
+    return [
+        event.value for event in EventAccumulator(str(out / "tensorboard" / out.name)).Reload().Scalars(f"train/{name}")
+    ]
 
 
 def keys(out: Path) -> dict[int, list[str]]:
@@ -130,7 +132,8 @@ def test_resumes_under_another_strategy_and_world_size(one, two, args, tmp_path,
     run(out, [*args, *places[after], "resume=true"])
     assert keys(out)[2] == keys(one)[2] and keys(out)[3] == keys(one)[3]
     assert curve(out, "loss") == pytest.approx(curve(one, "loss"), rel=1e-3, abs=1e-5)
-    assert [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()] == [2, 4]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    assert [line["step"] for line in lines if "val/keep_ratio" in line] == [2, 4]
 
 
 @pytest.mark.slow

@@ -170,7 +170,7 @@ def test_run_folder_holds_what_it_promises(world):
     assert {"config.yaml", "trainable.safetensors", "metrics.jsonl", "tensorboard", "checkpoints"} <= {
         p.name for p in run.iterdir()
     }
-    lines = read(run, "metrics.jsonl")
+    lines = validations(run)
     assert [line["step"] for line in lines] == [2, 4]
     wanted = {
         "train/kl",
@@ -193,9 +193,24 @@ def test_run_folder_holds_what_it_promises(world):
 def test_tensorboard_has_pictures(world):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log = EventAccumulator(f"{world['run']}/tensorboard", size_guidance={"images": 0})
+    log = EventAccumulator(f"{world['run']}/tensorboard/run", size_guidance={"images": 0})
     log.Reload()
-    assert "val/kept" in log.Tags()["images"] and "train/kl" in log.Tags()["scalars"]
+    scalars = log.Tags()["scalars"]
+    assert log.Tags()["images"] == ["answers/kept"] and min(scalars).startswith("answers/")  # what one sees first
+    assert {"answers/keep_ratio", "answers/accuracy", "answers/accuracy_full", "train/kl", "val/kl"} <= set(scalars)
+
+
+def test_curves_and_lines_agree_on_steps(world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = {line["step"]: line for line in read(world["run"], "metrics.jsonl")}
+    assert list(lines) == [1, 2, 3, 4]
+    log = EventAccumulator(f"{world['run']}/tensorboard/run").Reload()
+    for name in ("train/kl", "lr/vip", "perf/step_s"):
+        assert {e.step: pytest.approx(lines[e.step][name], abs=1e-5) for e in log.Scalars(name)} == {
+            e.step: e.value for e in log.Scalars(name)
+        }
+    assert [event.step for event in log.Scalars("answers/keep_ratio")] == [2, 4]
 
 
 def test_resume_continues_where_the_run_stopped(world):
@@ -208,8 +223,8 @@ def test_resume_continues_where_the_run_stopped(world):
     train.main([*world["args"], f"out={folder}/long", "trainer.max_steps=6", "resume=true"])
     further = weights(folder, "long")
     assert any(not torch.equal(again[name], further[name]) for name in again)
-    steps = [line["step"] for line in read(f"{folder}/long", "metrics.jsonl")]
-    assert steps == [2, 4, 6]
+    assert [line["step"] for line in read(f"{folder}/long", "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in validations(f"{folder}/long")] == [2, 4, 6]
 
 
 def test_a_requeued_job_ends_as_if_never_interrupted(world, monkeypatch, tmp_path):
@@ -234,9 +249,13 @@ def test_a_requeued_job_ends_as_if_never_interrupted(world, monkeypatch, tmp_pat
     assert signal.signal(signal.SIGUSR1, signal.SIG_DFL) is signal.SIG_IGN  # one that comes now must not kill
     whole, again = weights(world["folder"], "run"), weights(world["folder"], "requeued")
     assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert [line["step"] for line in read(f"{world['folder']}/requeued", "metrics.jsonl")] == [2, 4]
-    log = EventAccumulator(f"{world['folder']}/requeued/tensorboard").Reload()
-    assert [event.step for event in log.Scalars("train/kl")] == [0, 1, 2, 3]
+    assert [line["step"] for line in read(f"{world['folder']}/requeued", "metrics.jsonl")] == [1, 2, 3, 4]
+    log = EventAccumulator(f"{world['folder']}/requeued/tensorboard/requeued").Reload()
+    assert [event.step for event in log.Scalars("train/kl")] == [1, 2, 3, 4]
+
+
+def validations(run: str | Path) -> list[dict[str, float]]:
+    return [line for line in read(run, "metrics.jsonl") if "val/loss" in line]
 
 
 def weights(folder: str, run: str) -> dict[str, torch.Tensor]:

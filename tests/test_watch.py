@@ -60,7 +60,7 @@ SAMPLES = [
 ]
 
 
-def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -> Any:
+def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, sight: str = "one", **loss: float) -> Any:
     backbone = TINY[name]("sdpa")
     torch.manual_seed(1)
     config = TrainConfig(
@@ -71,7 +71,7 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -
         grpo=GRPOOptions(max_completion_length=4),
         rewards=RewardOptions({"format": 1.0}),
     )
-    module = kind(config, backbone, build("glimpse", GLIMPSE, backbone))
+    module = kind(config, backbone, build("glimpse", GLIMPSE | {"sight": sight}, backbone))
     module.log = module.log_dict = lambda *_, **__: None
     return module
 
@@ -85,8 +85,10 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -
         ({"kl": 0.0, "pressure": 0.0, "mask": 1.0, "answer": 1.0}, 0.9),
         ({"kl": 0.0, "pressure": 0.0, "mask": 1.0}, 0.9),
         ({"kl": 1.0, "answer": 1.0}, 0.9),
+        ({"sight": "question"}, 0.9),
+        ({"sight": "question", "kl": 1.0, "answer": 1.0}, 0.9),
     ],
-    ids=["stc", "value", "boxes", "mask", "both"],
+    ids=["stc", "value", "boxes", "mask", "both", "question", "question, both"],
 )
 def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     monkeypatch.setattr(GlimpseModule, "progress", progress)
@@ -145,14 +147,16 @@ def alone(args, tmp_path_factory) -> Path:
 
 
 def scores(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """Of its validations."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if any(name.startswith("val/") for name in line)]
 
 
 def curves(run: Path) -> dict[str, list[int]]:
     """Steps of each curve in the one event file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    (file,) = (run / "tensorboard").glob("events.out.tfevents.*")
+    (file,) = (run / "tensorboard" / run.name).glob("events.out.tfevents.*")
     log = EventAccumulator(str(file)).Reload()
     return {tag: [event.step for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
@@ -163,7 +167,7 @@ PERF = {"samples_per_s", "visual_tokens_per_s", "step_s", "data_wait", "rank_ske
 def test_a_run_logs_its_speed_and_leaves_no_heartbeats(alone):
     found = curves(alone)
     for name in PERF:
-        assert found[f"perf/{name}"] == [1, 3] == found["train/kl"]
+        assert found[f"perf/{name}"] == [2, 4] == found["train/kl"]
     assert {f"perf/{name}" for name in PERF} <= set(scores(alone)[-1])
     assert scores(alone)[-1]["perf/rank_skew"] == 0 and 0 <= scores(alone)[-1]["perf/data_wait"] <= 1
     assert not (alone / "heartbeats").exists()
@@ -318,13 +322,13 @@ def test_means_are_over_samples_of_all_ranks():
     sums = [[0.0, 0.0] for _ in range(size)]
     sums[module.scores.index("kl")] = [8.0, 1.0]
     sums[module.scores.index("box_iou")] = [1.5, 3.0]
-    module._trainer = SimpleNamespace(strategy=Strategy(sums=sums))
+    module._trainer = SimpleNamespace(strategy=Strategy(sums=sums), global_step=4)
     module.log_dict = logged.update
     module.tally({"kl": (torch.tensor(1.0), 4), "accuracy": (torch.tensor(0.5), 4)})
     module.tally({"kl": (torch.tensor(6.0), 1), "accuracy": (torch.tensor(1.0), 1)})
     module.tally({"mask_overlap": (torch.tensor(math.nan), 0)})
     module.log_tally()
-    assert logged == pytest.approx({"val/kl": 18 / 6, "val/accuracy": 3 / 5, "val/box_iou": 0.5})
+    assert logged == pytest.approx({"step": 4, "val/kl": 18 / 6, "val/accuracy": 3 / 5, "val/box_iou": 0.5})
     assert module.trainer.strategy.shape == (size, 2) and module.sums == {}
     with pytest.raises(ValueError, match="'box_iuo' is not one of"):
         module.tally({"box_iuo": (torch.tensor(1.0), 1)})
@@ -385,7 +389,7 @@ def test_two_slow_processes_end_well_and_say_what_one_says(args, alone, tmp_path
     run = tmp_path / "run"
     codes, errors = together(tmp_path, SLOW, [*args, *STILL, f"out={run}", "watch.stall_minutes=0.15"])
     assert codes == [0, 0], errors
-    assert curves(run)["perf/samples_per_s"] == [1, 3]  # the one event file
+    assert curves(run)["perf/samples_per_s"] == [2, 4]  # the one event file
     assert not (run / "heartbeats").exists() and not list(run.glob("bad-batch-*"))
     for ours, theirs in zip(scores(run), scores(alone), strict=True):
         names = {name for name in theirs if name.startswith("val/")}

@@ -31,7 +31,7 @@ packages = {name: version(name) for name in ("torch", "transformers", "lightning
 results = {"machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, no GPU", "versions": packages}
 metrics = {"stage1": ("loss", "grad_norm"), "stage2": ("reward", "keep_ratio/sampled", "completions/mean_length", "grad_norm")}
 for stage, names in metrics.items():
-    logs = {run: EventAccumulator(str(run / "tensorboard")).Reload() for run in sorted(runs.glob(f"{stage}-*"))}
+    logs = {run: EventAccumulator(str(run / "tensorboard" / run.name)).Reload() for run in sorted(runs.glob(f"{stage}-*"))}
     results[stage] = {
         name: {
             run.name.partition("-")[2]: [round(event.value, 6) for event in log.Scalars(f"train/{name}")]

@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from glimpseprune import config
+from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
 from glimpseprune.report import LEGEND, markdown_text
-from glimpseprune.results import Evaluated, difference, read, write
+from glimpseprune.results import Evaluated, difference, read
 
 SHARED = ("data", "metric", "max_new_tokens")
 """What evaluations must have in common."""
@@ -51,9 +51,8 @@ def run(cfg: CompareConfig) -> list[dict[str, Any]]:
     if cfg.kind not in kinds:
         raise UserError(f"kind={cfg.kind}: the evaluations have {', '.join(kinds)}")
     out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "compare.json", json.dumps(rows, indent=1) + "\n")
-    write(out / "compare.md", markdown(rows, kinds))
+    files.write_json(out / "compare.json", rows, indent=1)
+    files.write(out / "compare.md", markdown(rows, kinds))
     print_table([row for row in rows if row["kind"] == cfg.kind], cfg.kind)
     print(f"compare.md and compare.json are in {out}")
     return rows

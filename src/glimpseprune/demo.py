@@ -2,29 +2,35 @@
 
 ``python -m src.demo`` is ``make demo``. ``python -m src.demo plus=true`` (``make demo-plus``) goes on from there:
 GlimpsePrune+ on a harder task (larger images, more distractors, worn handwriting), where the base is weak. Each runs on
-two CPU cores in less than ten minutes and downloads nothing. Every step is one of the ordinary commands.
+two CPU cores in less than ten minutes and downloads nothing. Every step is one of the ordinary commands, shown as it is
+run. What is done already is not done again: a demo that was interrupted goes on, a finished one shows its table.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 from glimpseprune import config
-from glimpseprune.config import option
+from glimpseprune.config import START, UserError, option
 
-EASY = ["image_format=jpg", "workers=2"]
-HARD = [*EASY, "options.size=476", "options.wear=0.1", "options.min_tags=12", "options.kinds=[number,pair]"]
+IMAGES = ["image_format=jpg", "workers=2"]
+HARD = ["options.size=476", "options.wear=0.1", "options.min_tags=12", "options.kinds=[number,pair]"]
+HARD += ["options.questions=2"]
 
 
 @dataclass
 class DemoConfig:
     plus: bool = option(False, "stage 2 on the harder task, from the stage-1 run (which is trained first if need be)")
-    out: str = option("runs/demo", "stage-1 run folder; replaced if it is there, but kept by plus=true")
-    data: str = option("runs/demo-data", "folder of shards; made anew")
-    train_samples: int = option(3840, "training questions")
-    test_samples: int = option(510, "test questions")
+    out: str = option("runs/demo", "stage-1 run folder")
+    data: str = option("runs/demo-data", "folder of shards")
+    overwrite: bool = option(False, "do again what is done already (plus=true: only stage 2)", role=START)
+    train_samples: int = option(3840, "training questions", least=1, most=10**8)
+    test_samples: int = option(510, "test questions", least=1, most=10**8)
     overrides: list[str] = option([], "further key=value for `python -m src.train`")
 
 
@@ -32,48 +38,79 @@ class DemoConfig:
 def main(cfg: DemoConfig) -> None:
     began = time.perf_counter()
     if not cfg.plus:
-        out = stage1(cfg)
+        out = stage1(cfg, cfg.overwrite)
     else:
         if not (Path(cfg.out) / "trainable.safetensors").is_file():
-            stage1(cfg)
+            stage1(cfg, overwrite=False)
             began = time.perf_counter()
         out = stage2(cfg)
     print(f"\ndone in {(time.perf_counter() - began) / 60:.1f} min")
     print(f"curves:   tensorboard --logdir {out}/tensorboard")
     print(f"pictures: {out}/kept.png")
+    if not cfg.overwrite:
+        print(f"again:    make demo{'-plus' if cfg.plus else ''} ARGS=overwrite=true")
 
 
-def stage1(cfg: DemoConfig) -> str:
-    from glimpseprune import evaluate, prepare, train
-
-    count = f"options.count={{train: {cfg.train_samples}, val: 126, test: {cfg.test_samples}}}"
-    say("1/3 prepare: real handwriting on real photographs", f"python -m src.prepare source=tags out={cfg.data}")
-    prepare.main(["source=tags", f"out={cfg.data}", "overwrite=true", *EASY, count])
-    say("2/3 stage 1: train glimpse and VIP with KL, no boxes", f"python -m src.train conf/demo.yaml out={cfg.out}")
-    train.main(["conf/demo.yaml", f"out={cfg.out}", f"data.path={cfg.data}", "overwrite=true", *cfg.overrides])
-    say("3/3 evaluate beside the controls", f"python -m src.evaluate ckpt={cfg.out}")
-    evaluate.main([f"ckpt={cfg.out}", "overwrite=true"])
+def stage1(cfg: DemoConfig, overwrite: bool) -> str:
+    data = prepared(cfg.data, IMAGES, counts(cfg, cfg.train_samples), overwrite)
+    title = "2/3 stage 1: train glimpse and VIP with KL, no boxes"
+    trained(title, cfg.out, ["conf/demo.yaml", f"data.path={data}", *cfg.overrides], overwrite)
+    step("3/3 evaluate beside the controls", "evaluate", [f"ckpt={cfg.out}", "resume=true"])
     return cfg.out
 
 
 def stage2(cfg: DemoConfig) -> str:
-    from glimpseprune import evaluate, prepare, train
-
-    out, data = f"{cfg.out}-plus", f"{cfg.data}-hard"
-    count = f"options.count={{train: 1536, val: 126, test: {cfg.test_samples}}}"
-    say("1/3 prepare the harder task", f"python -m src.prepare source=tags out={data} {' '.join(HARD[2:])}")
-    prepare.main(["source=tags", f"out={data}", "overwrite=true", *HARD, "options.questions=2", count])
-    say("2/3 stage 2: reinforce on the pruned sequence", f"python -m src.train conf/demo_plus.yaml init_from={cfg.out}")
-    train.main(
-        ["conf/demo_plus.yaml", f"init_from={cfg.out}", f"out={out}", f"data.path={data}", "overwrite=true"]
-        + cfg.overrides
-    )
-    say("3/3 evaluate: base, stage 1, stage 2", f"python -m src.evaluate ckpt={out}")
-    evaluate.main([f"ckpt={out}", "overwrite=true"])
+    out = f"{cfg.out}-plus"
+    data = prepared(f"{cfg.data}-hard", [*IMAGES, *HARD], counts(cfg, 1536), cfg.overwrite)
+    args = ["conf/demo_plus.yaml", f"init_from={cfg.out}", f"data.path={data}", *cfg.overrides]
+    trained("2/3 stage 2: reinforce on the pruned sequence", out, args, cfg.overwrite)
+    step("3/3 evaluate: base, stage 1, stage 2", "evaluate", [f"ckpt={out}", "resume=true"])
     return out
 
 
-def say(what: str, command: str) -> None:
+def counts(cfg: DemoConfig, train: int) -> dict[str, int]:
+    return {"train": train, "val": 126, "test": cfg.test_samples}
+
+
+def prepared(folder: str, options: list[str], counts: dict[str, int], overwrite: bool) -> str:
+    """The folder, made unless it is there.
+
+    Raises:
+        UserError: another data set is there.
+    """
+    manifest = Path(folder) / "manifest.json"
+    if manifest.is_file() and not overwrite:
+        there = {name: split["count"] for name, split in json.loads(manifest.read_text())["splits"].items()}
+        if there != counts:
+            raise UserError(f"other data are in {folder} ({there}, not {counts}): give overwrite=true or data=<folder>")
+        say(f"1/3 the data are in {folder}")
+        return folder
+    number = f"options.count={{{', '.join(f'{split}: {n}' for split, n in counts.items())}}}"
+    title = "1/3 prepare: real handwriting on real photographs"
+    step(title, "prepare", ["source=tags", f"out={folder}", *options, number, *again(overwrite)])
+    return folder
+
+
+def trained(title: str, out: str, args: list[str], overwrite: bool) -> None:
+    """Train, or go on with a training that has a checkpoint."""
+    begun = (Path(out) / "checkpoints" / "checkpoints.json").is_file() and not overwrite
+    step(title, "train", [*args, f"out={out}", *(["resume=true"] if begun else again(overwrite))])
+
+
+def again(overwrite: bool) -> list[str]:
+    return ["overwrite=true"] if overwrite else []
+
+
+def step(title: str, verb: str, args: list[str]) -> None:
+    """Show a command, then run it."""
+    say(title, config.as_typed(f"python -m src.{verb} {shlex.join(args)}"))
+    import_module(f"glimpseprune.{verb}").main(args)
+
+
+def say(title: str, command: str = "") -> None:
     from rich.console import Console
 
-    Console().print(f"\n[bold]{what}[/bold]\n    [dim]{config.as_typed(command)}[/dim]", highlight=False)
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console.print(f"\n{title}", style="bold")
+    if command:
+        console.print(f"    {command}", style="dim")

@@ -46,12 +46,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from glimpseprune import config, lookup, report
+from glimpseprune import config, lookup, report, resources
 from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
-from glimpseprune.config import MISSING, UserError, option
+from glimpseprune.config import MISSING, SEEDS, START, UserError, option
 from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
 from glimpseprune.evaluation import over_needing_kinds as over_needing_kinds
-from glimpseprune.options import PrunerOptions, TrainConfig
+from glimpseprune.options import Attention, Dtype, PrunerOptions, TrainConfig
 from glimpseprune.processes import Processes, together
 from glimpseprune.results import Earlier, Folder, plain
 
@@ -73,50 +73,58 @@ class PrunerChoice:
 @dataclass
 class BackboneChoice:
     path: str | None = option(None, "another folder or hub id than the checkpoint names; enough without a checkpoint")
-    dtype: str | None = option(None, "auto, float32, bfloat16 or float16")
-    attention: str | None = option(None, "sdpa, eager or flash_attention_2")
+    dtype: Dtype | None = option(None, "of its weights; auto: as stored")
+    attention: Attention | None = option(None, "attention backend")
 
 
 @dataclass
 class DataChoice:
     path: str | None = option(None, "folder of shards (default: the one the run was trained on)")
     split: str = option("test", "split to score")
-    batch_size: int = option(16, "samples per batch and process")
-    workers: int = option(1, "loader processes")
+    batch_size: int = option(16, "samples per batch and process", least=1, most=65536)
+    workers: int = option(1, "loader processes", least=0, most=256)
 
 
 @dataclass
 class BudgetChoice:
-    kept: float | None = option(None, "visual tokens left for decoding, as a share of all")
+    kept: float | None = option(None, "visual tokens left for decoding, as a share of all", above=0, most=1)
     mean_tokens: float | None = option(
-        None, "visual tokens that a layer sees, mean over layers; up to 1: as a share of all"
+        None, "visual tokens that a layer sees, mean over layers; up to 1: as a share of all", above=0, most=10**6
     )
-    kv: float | None = option(None, "visual tokens in the cache, mean over layers, as a share of all")
-    decoder_flops: float | None = option(None, "FLOPs of decoder and decisions, as a ratio to the unpruned model's")
-    prefill_flops: float | None = option(None, "FLOPs of the whole prefill, as a ratio to the unpruned model's")
-    samples: int = option(16, "first samples of the data on which costs are measured")
-    tolerance: float = option(0.02, "relative deviation that passes as met; in tokens, one token does, too")
+    kv: float | None = option(None, "visual tokens in the cache, mean over layers, as a share of all", above=0, most=1)
+    decoder_flops: float | None = option(
+        None, "FLOPs of decoder and decisions, as a ratio to the unpruned model's", above=0, most=1
+    )
+    prefill_flops: float | None = option(
+        None, "FLOPs of the whole prefill, as a ratio to the unpruned model's", above=0, most=1
+    )
+    samples: int = option(16, "first samples of the data on which costs are measured", least=1, most=10**6)
+    tolerance: float = option(
+        0.02, "relative deviation that passes as met; in tokens, one token does, too", least=0, most=1
+    )
 
 
 @dataclass
 class EvaluateConfig:
     ckpt: str | None = option(None, "run folder, published folder or hub id")
     out: str | None = option(None, "where the results go (default: the run folder)")
-    limit: int | None = option(None, "score only so many samples")
+    limit: int | None = option(None, "score only so many samples", least=1, most=10**9)
     metric: Any = option("exact_match", "a function of metrics.py, or a list of them: the first one is the accuracy")
-    max_new_tokens: int = option(64, "tokens per answer at most")
+    max_new_tokens: int = option(64, "tokens per answer at most", least=1, most=32768)
     methods: list[str] = option([], "pruning methods, files of pruners/ (default: the checkpoint's own)")
     options: dict[str, Any] = option({}, "options of each method: options.fastv.layer=3")
     controls: list[str] = option(list(CONTROLS), f"methods beside the pruner, of {(*CONTROLS, 'none+')}")
-    samples: int = option(1, "answers of the pruner per sample, k")
-    temperature: float = option(0.0, "of the pruner's answers; 0 is greedy")
+    samples: int = option(1, "answers of the pruner per sample, k", least=1, most=4096)
+    temperature: float = option(0.0, "of the pruner's answers; 0 is greedy", least=0, most=100)
     sample_keep: bool = option(False, "draw the pruner's keep masks from its gate instead of by threshold")
-    bootstrap: int = option(1000, "resamplings behind the 95% intervals; 0: no intervals")
-    seed: int = option(0, "of what is drawn")
-    device: str = option("auto", "auto, cpu, cuda")
-    pictures: int = option(8, "samples drawn into kept.png and kept/<method>.png")
-    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin")
-    overwrite: bool = option(False, "replace the evaluation in `out` (with resume: where it is another one)")
+    bootstrap: int = option(1000, "resamplings behind the 95% intervals; 0: no intervals", least=0, most=10**6)
+    seed: int = option(0, "of what is drawn", least=0, most=SEEDS)
+    device: str = option("auto", "auto, cpu, cuda", form=(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu or cuda"))
+    pictures: int = option(8, "samples drawn into kept.png and kept/<method>.png", least=0, most=1024)
+    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin", role=START)
+    overwrite: bool = option(
+        False, "replace the evaluation in `out` (with resume: where it is another one)", role=START
+    )
     budget: BudgetChoice = option(BudgetChoice)
     pruner: PrunerChoice = option(PrunerChoice)
     backbone: BackboneChoice = option(BackboneChoice)
@@ -208,12 +216,11 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
 
 
 def check(cfg: EvaluateConfig) -> None:
-    """Raises UserError where options contradict each other."""
+    """Raises UserError where options are out of their range or contradict each other."""
+    config.check(cfg)
     choices = (*CONTROLS, "none+")
     if wrong := [name for name in cfg.controls if name not in choices]:
         raise UserError(f"controls={wrong}: choose from {', '.join(choices)}")
-    if cfg.samples < 1 or cfg.temperature < 0:
-        raise UserError(f"samples={cfg.samples} temperature={cfg.temperature}: give at least 1 and at least 0")
     if cfg.samples > 1 and not cfg.draws:
         raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
     if not (isinstance(cfg.metrics, list) and cfg.metrics and all(isinstance(name, str) for name in cfg.metrics)):
@@ -244,17 +251,10 @@ def check_methods(cfg: EvaluateConfig) -> None:
 
 
 def check_budget(budget: BudgetChoice) -> None:
-    """Raises UserError where a budget makes no sense."""
-    given = {name: getattr(budget, name) for name in BUDGETS if getattr(budget, name) is not None}
+    """Raises UserError where there is more than one budget."""
+    given = [name for name in BUDGETS if getattr(budget, name) is not None]
     if len(given) > 1:
         raise UserError(f"budget: {' and '.join(given)} are given: a method has one knob, so give one of them")
-    for name, value in given.items():
-        if value <= 0 or (value > 1 and name != "mean_tokens"):
-            share = "a share of the visual tokens" if name in ("kept", "kv") else "a ratio to the unpruned model"
-            right = "a number of tokens, or up to 1 a share of all" if name == "mean_tokens" else f"{share}, up to 1"
-            raise UserError(f"budget.{name}={value:g}: give {right}, above 0")
-    if budget.samples < 1 or budget.tolerance < 0:
-        raise UserError("budget.samples must be at least 1, budget.tolerance at least 0")
 
 
 def checkpoint_config(cfg: Any) -> TrainConfig:
@@ -437,7 +437,9 @@ def first_stage(saved: TrainConfig, base: Base, aloud: bool) -> list[Method]:
     try:
         if saved.init_from is None:
             raise UserError("this run started from no other (init_from=null)")
-        if not Path(saved.init_from).is_dir():  # a folder that has gone is not to be looked for on the hub
+        if not Path(
+            resources.find(saved.init_from)
+        ).is_dir():  # a folder that has gone is not to be looked for on the hub
             raise UserError(f"there is no folder '{saved.init_from}' (init_from)")
         name, pruner = load_pruner(saved.init_from, base[0])
     except UserError as error:
@@ -503,16 +505,12 @@ def describe(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any]) -
 
 def lineage(saved: TrainConfig, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """How a run was configured, and in place of ``init_from`` how that one was, as far as it is there."""
-    described = {name: value for name, value in yaml.safe_load(config.to_yaml(saved)).items() if name not in OF_A_START}
+    described = yaml.safe_load(config.to_yaml(saved))
     first = saved.init_from
     if first is not None and first not in seen and (Path(first) / "config.yaml").is_file():
         earlier = config.read(TrainConfig, Path(first) / "config.yaml")
         described["init_from"] = lineage(earlier, (*seen, first))
     return described
-
-
-OF_A_START = ("out", "resume", "overwrite")
-"""Keys of a run that say nothing about what it is."""
 
 
 def digest(folder: Path, *names: str) -> str | None:

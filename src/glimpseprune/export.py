@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from glimpseprune import config
+from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
 from glimpseprune.evaluate import BackboneChoice, checkpoint_config
 
@@ -38,7 +38,7 @@ def run(cfg: ExportConfig) -> None:
     Raises:
         UserError: ``out`` is not empty, or as ``checkpoint.load``.
     """
-    out = Path(cfg.out)
+    out = files.resolved(cfg.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"out={out} is there and not an empty folder: give another one")
 
@@ -57,13 +57,13 @@ def run(cfg: ExportConfig) -> None:
         lvlm.to(dtype := getattr(torch, cfg.dtype))
         for section in (lvlm.config.text_config, lvlm.config.vision_config):  # save_pretrained forgets these
             section.dtype = dtype
-    lvlm.save_pretrained(out)
-    save_processor(model.processor, out)
-    # Last, so that a folder that could not be written to the end is not taken for a run. It starts from nothing, and
-    # stores its weights in the very dtype that it wants.
-    where = replace(saved.backbone, path=checkpoint.HERE, dtype="auto")
-    alone = replace(saved, out=str(out), init_from=None, resume=False, overwrite=False, lora=None, backbone=where)
-    checkpoint.save(out, alone, checkpoint.trained(model.pruner))
+    with files.folder(out) as partial:
+        lvlm.save_pretrained(partial)
+        save_processor(model.processor, partial)
+        # It starts from nothing, and stores its weights in the very dtype that it wants.
+        where = replace(saved.backbone, path=str(partial), dtype="auto")
+        alone = replace(saved, init_from=None, lora=None, backbone=where)
+        checkpoint.save(partial, alone, checkpoint.trained(model.pruner))
     print(config.as_typed(f"exported to {out}   evaluate it: python -m src.evaluate ckpt={out}"))
 
 

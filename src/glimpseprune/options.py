@@ -9,16 +9,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glimpseprune.config import MISSING, UserError, option
+from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, option
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64"]
+"""Lightning's, without those that need a package more."""
+LOGGERS = ("tensorboard", "csv", "wandb")
+PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
+PIXELS = 1 << 26
+"""Of the largest image that is read."""
+DEVICES = (
+    r"auto|-1|[1-9]\d{0,3}|\[\s*\d{1,4}(\s*,\s*\d{1,4})*\s*\]|\d{1,4}(\s*,\s*\d{1,4})+|\d{1,4},",
+    "auto, a number of devices, or a list such as [2,3]",
+)
 
 
 @dataclass
 class BackboneOptions:
-    path: str = option(MISSING, "Hugging Face folder or hub id of the LVLM")
-    dtype: str = option("auto", "weights: auto (as stored), float32, bfloat16, float16")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "attention backend")
-    min_pixels: int | None = option(None, "least pixels per image after resizing (default: the processor's)")
-    max_pixels: int | None = option(None, "most pixels per image after resizing (default: the processor's)")
+    path: str = option(MISSING, "Hugging Face folder or hub id of the LVLM", role=PLACE)
+    dtype: Dtype = option("auto", "weights; auto: as stored")
+    attention: Attention = option("sdpa", "attention backend")
+    min_pixels: int | None = option(
+        None, "least pixels per image after resizing (default: the processor's)", least=1, most=PIXELS
+    )
+    max_pixels: int | None = option(
+        None, "most pixels per image after resizing (default: the processor's)", least=1, most=PIXELS
+    )
+
+    def __post_init__(self) -> None:
+        if None not in (self.min_pixels, self.max_pixels) and self.min_pixels > self.max_pixels:
+            raise UserError(f"backbone.min_pixels={self.min_pixels} is above backbone.max_pixels={self.max_pixels}")
 
 
 @dataclass
@@ -29,39 +51,47 @@ class PrunerOptions:
 
 @dataclass
 class DataOptions:
-    path: str = option(MISSING, "folder of shards, as `python -m src.prepare` writes it")
-    prepare: dict[str, Any] | None = option(None, "what `python -m src.prepare` is given if `path` is not there")
-    batch_size: int = option(16, "samples per device and step")
-    val_samples: int = option(128, "samples per validation")
-    workers: int = option(1, "loader processes per device")
-    verify: bool = option(False, "check the shards' hashes before the start")
+    path: str = option(MISSING, "folder of shards, as `python -m src.prepare` writes it", role=PLACE)
+    prepare: dict[str, Any] | None = option(
+        None, "what `python -m src.prepare` is given if `path` is not there", role=FREE
+    )
+    batch_size: int = option(16, "samples per device and step", least=1, most=65536)
+    val_samples: int = option(128, "samples per validation", least=1, most=10**9)
+    workers: int = option(1, "loader processes per device", least=0, most=256, role=FREE)
+    verify: bool = option(False, "check the shards' hashes before the start", role=FREE)
 
 
 @dataclass
 class LossOptions:
     """The KL stage is ``kl=1 pressure=1``; the published box recipe is ``kl=0 pressure=0 mask=1 answer=1``."""
 
-    kl: float = option(1.0, "weight of KL(teacher || student) on the answer")
-    pressure: float = option(1.0, "weight of the pruning pressure, once ramped up")
-    mask: float = option(0.0, "weight of the mask loss (needs boxes)")
-    answer: float = option(0.0, "weight of the cross-entropy of the answer through the glimpse")
+    kl: float = option(1.0, "weight of KL(teacher || student) on the answer", least=0, most=1e6)
+    pressure: float = option(1.0, "weight of the pruning pressure, once ramped up", least=0, most=1e6)
+    mask: float = option(0.0, "weight of the mask loss (needs boxes)", least=0, most=1e6)
+    answer: float = option(0.0, "weight of the cross-entropy of the answer through the glimpse", least=0, most=1e6)
     pressure_kind: Literal["hinge", "budget", "mean"] = option(
         "hinge", "hinge: relu(mean gate - target) per sample; budget: the same per batch; mean: mean gate"
     )
-    target: float = option(0.05, "keep ratio at which the hinge lets go")
-    pressure_from: float = option(0.0, "fraction of the steps before the pressure starts")
-    pressure_ramp: float = option(0.4, "fraction of the steps over which it grows to its weight")
-    value_until: float = option(0.3, "fraction of the steps with the `value` estimator; `stc` afterwards")
-    dice: float = option(1.0, "weight of dice within the mask loss")
-    bce: float = option(0.1, "weight of binary cross-entropy within the mask loss")
+    target: float = option(0.05, "keep ratio at which the hinge lets go", least=0, most=1)
+    pressure_from: float = option(0.0, "fraction of the steps before the pressure starts", least=0, most=1)
+    pressure_ramp: float = option(0.4, "fraction of the steps over which it grows to its weight", least=0, most=1)
+    value_until: float = option(
+        0.3, "fraction of the steps with the `value` estimator; `stc` afterwards", least=0, most=1
+    )
+    dice: float = option(1.0, "weight of dice within the mask loss", least=0, most=1e6)
+    bce: float = option(0.1, "weight of binary cross-entropy within the mask loss", least=0, most=1e6)
 
 
 @dataclass
 class LoraOptions:
-    rank: int = option(32, "rank of the adapters")
-    alpha: float = option(64.0, "their output is scaled by alpha / rank")
-    dropout: float = option(0.0, "on their input; above 0 the policy that is updated is not quite the one sampled from")
-    first_layer: int | None = option(None, "first decoder layer with adapters; null: the first one above the pruning")
+    rank: int = option(32, "rank of the adapters", least=1, most=4096)
+    alpha: float = option(64.0, "their output is scaled by alpha / rank", above=0, most=1e6)
+    dropout: float = option(
+        0.0, "on their input; above 0 the policy that is updated is not quite the one sampled from", least=0, below=1
+    )
+    first_layer: int | None = option(
+        None, "first decoder layer with adapters; null: the first one above the pruning", least=0, most=1000
+    )
     modules: list[str] = option(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], "linear layers that get one"
     )
@@ -71,69 +101,84 @@ class LoraOptions:
 class GRPOOptions:
     """Names and meanings are TRL's where TRL has them."""
 
-    num_generations: int = option(8, "rollouts per prompt, G")
-    num_masks: int | None = option(None, "keep masks per prompt, each with G / num_masks answers (default: G)")
-    max_completion_length: int = option(64, "tokens per answer at most")
-    temperature: float = option(1.0, "of the sampled tokens")
-    num_iterations: int = option(1, "updates per batch of rollouts")
-    epsilon: float = option(0.2, "the ratio is clipped below 1 - epsilon")
-    epsilon_high: float | None = option(None, "and above 1 + epsilon_high (default: epsilon)")
-    beta: float = option(0.0, "weight of the KL (k3) to the policy without adapters")
+    num_generations: int = option(8, "rollouts per prompt, G", least=2, most=4096)
+    num_masks: int | None = option(
+        None, "keep masks per prompt, each with G / num_masks answers (default: G)", least=1, most=4096
+    )
+    max_completion_length: int = option(64, "tokens per answer at most", least=1, most=32768)
+    temperature: float = option(1.0, "of the sampled tokens", above=0, most=100)
+    num_iterations: int = option(1, "updates per batch of rollouts", least=1, most=1000)
+    epsilon: float = option(0.2, "the ratio is clipped below 1 - epsilon", least=0, most=1)
+    epsilon_high: float | None = option(None, "and above 1 + epsilon_high (default: epsilon)", least=0, most=100)
+    beta: float = option(0.0, "weight of the KL (k3) to the policy without adapters", least=0, most=1e6)
     loss_type: Literal["grpo", "bnpo", "dr_grpo", "dapo"] = option("dapo", "how per-token losses are averaged")
     scale_rewards: Literal["group", "batch", "none"] = option("group", "whose std divides the advantages")
-    std_floor: float = option(0.1, "added to that std; a tiny one makes pruning run away")
+    std_floor: float = option(0.1, "added to that std; a tiny one makes pruning run away", above=0, most=1e6)
     mask_truncated_completions: bool = option(False, "leave answers without an end out of the loss")
-    entropy_coef: float = option(0.0, "bonus for the entropy of the tokens")
+    entropy_coef: float = option(0.0, "bonus for the entropy of the tokens", least=-1e3, most=1e3)
     masks: Literal["sampled", "greedy", "boxes"] = option(
         "sampled", "drawn from the gate, as at inference, or the ground-truth boxes (the published recipe)", was="keep"
     )
-    mask_temperature: float = option(1.0, "of the sampled masks", was="keep_temperature")
-    mask_weight: float = option(1.0, "weight of the masks' policy loss", was="keep_weight")
+    mask_temperature: float = option(1.0, "of the sampled masks", was="keep_temperature", above=0, most=100)
+    mask_weight: float = option(1.0, "weight of the masks' policy loss", was="keep_weight", least=0, most=1e6)
     mask_norm: Literal["sum", "sqrt", "mean"] = option(
         "sqrt", "its decisions on V tokens are divided by 1, sqrt(V), V", was="keep_norm"
     )
-    mask_epsilon: float = option(0.2, "clips the ratio of each decision", was="keep_epsilon")
-    mask_entropy_coef: float = option(0.0, "bonus for the entropy of the decisions", was="keep_entropy_coef")
+    mask_epsilon: float = option(0.2, "clips the ratio of each decision", was="keep_epsilon", least=0, most=1)
+    mask_entropy_coef: float = option(
+        0.0, "bonus for the entropy of the decisions", was="keep_entropy_coef", least=-1e3, most=1e3
+    )
     zero_variance: Literal["skip", "resample"] = option("skip", "what happens to groups whose rewards are all equal")
-    resample_tries: int = option(2, "how often such a group is rolled out again")
-    micro_batch: int = option(32, "rollouts per backward pass")
+    resample_tries: int = option(2, "how often such a group is rolled out again", least=0, most=100)
+    micro_batch: int = option(32, "rollouts per backward pass", least=1, most=65536, role=FREE)
+
+    def __post_init__(self) -> None:
+        if self.num_masks and self.num_generations % self.num_masks:
+            raise UserError(f"grpo.num_masks={self.num_masks} must divide grpo.num_generations={self.num_generations}")
 
 
 @dataclass
 class JudgeOptions:
     base_url: str = option(
-        MISSING, "an OpenAI-compatible server, such as http://localhost:8000/v1; a password or key in it is not saved"
+        MISSING,
+        "an OpenAI-compatible server, such as http://localhost:8000/v1; a password or key in it is not saved",
+        form=(r"https?://\S+", "an address that begins with http:// or https://"),
+        role=FREE,
     )
     model: str = option(MISSING, "model name, as the server knows it")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key, if the server wants one")
-    concurrency: int = option(16, "requests under way at the same time")
-    timeout: float = option(60.0, "seconds per request, from its start to the last byte of the reply")
-    retries: int = option(3, "further attempts after 429, 5xx, a timeout or a lost connection")
-    backoff: float = option(0.5, "seconds before the first further attempt, doubled each time")
-    max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict")
+    api_key_env: str = option(
+        "OPENAI_API_KEY", "environment variable that holds the key, if the server wants one", role=FREE
+    )
+    concurrency: int = option(16, "requests under way at the same time", least=1, most=1024, role=FREE)
+    timeout: float = option(
+        60.0, "seconds per request, from its start to the last byte of the reply", above=0, most=3600, role=FREE
+    )
+    retries: int = option(
+        3, "further attempts after 429, 5xx, a timeout or a lost connection", least=0, most=100, role=FREE
+    )
+    backoff: float = option(
+        0.5, "seconds before the first further attempt, doubled each time", least=0, most=600, role=FREE
+    )
+    max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict", least=1, most=65536)
 
     def __post_init__(self) -> None:
-        shown = self.base_url.partition("?")[0].rpartition("@")[2]  # no password, no key
-        if not self.base_url.startswith(("http://", "https://", MISSING)):
-            raise UserError(f"the judge's base_url must begin with http:// or https://, got {shown!r}")
-        for name, least in (("concurrency", 1), ("retries", 0), ("backoff", 0), ("max_tokens", 1)):
-            if getattr(self, name) < least:
-                raise UserError(f"the judge's {name} must be at least {least}, got {getattr(self, name)}")
         if not self.api_key_env.isidentifier():  # most likely the key itself, which must not be told
             raise UserError("the judge's api_key_env must be the name of an environment variable, such as JUDGE_KEY")
-        if not self.timeout > 0:
-            raise UserError(f"the judge's timeout must be positive, got {self.timeout}")
 
 
 @dataclass
 class RewardOptions:
     """reward = sum of weight x function + pruning x (fraction of the visual tokens that was pruned)."""
 
-    functions: dict[str, float] = option({"exact_match": 1.0}, "functions of rewards.py or metrics.py -> weight")
-    pruning: float = option(0.5, "weight of the pruning ratio, once ramped up")
-    pruning_ramp: float = option(0.0, "fraction of the steps over which it grows to that")
+    functions: dict[str, float] = option(
+        {"exact_match": 1.0}, "functions of rewards.py or metrics.py -> weight", least=-1e6, most=1e6
+    )
+    pruning: float = option(0.5, "weight of the pruning ratio, once ramped up", least=0, most=1e6)
+    pruning_ramp: float = option(0.0, "fraction of the steps over which it grows to that", least=0, most=1)
     pruning_when: Literal["correct", "always"] = option("correct", "correct: times the task's score")
-    pruning_target: float | None = option(None, "pruning ratio above which there is no more reward for it")
+    pruning_target: float | None = option(
+        None, "pruning ratio above which there is no more reward for it", least=0, most=1
+    )
     judge: JudgeOptions | None = option(None, "server for the reward `judge`")
 
 
@@ -141,61 +186,86 @@ class RewardOptions:
 class GuardOptions:
     """When training stops by itself; the weights of the last validation in good order stay."""
 
-    keep_floor: float = option(0.002, "keep ratio below which pruning has run away, if the reward falls too")
-    empty: float = option(0.5, "fraction of empty answers that is a collapse, if the reward falls too")
-    drop: float = option(0.3, "how far the smoothed reward must have fallen, as a fraction of its best")
-    smoothing: float = option(0.9, "of the moving averages")
+    keep_floor: float = option(
+        0.002, "keep ratio below which pruning has run away, if the reward falls too", least=0, most=1
+    )
+    empty: float = option(0.5, "fraction of empty answers that is a collapse, if the reward falls too", least=0, most=1)
+    drop: float = option(
+        0.3, "how far the smoothed reward must have fallen, as a fraction of its best", least=0, most=1
+    )
+    smoothing: float = option(0.9, "of the moving averages", least=0, below=1)
 
 
 @dataclass
 class WatchOptions:
     """What is measured while training goes on, and what ends it; a loss that is not finite always does."""
 
-    peak_tflops: float | None = option(None, "of an accelerator, dense bf16, for perf/mfu (default: by its name)")
-    explode: float | None = option(
-        20.0, "stop when the loss (grpo: the gradient norm) is so many times what it usually is; null = never"
+    peak_tflops: float | None = option(
+        None, "of an accelerator, dense bf16, for perf/mfu (default: by its name)", above=0, most=1e6
     )
-    stall_minutes: float = option(30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never")
+    explode: float | None = option(
+        20.0,
+        "stop when the loss (grpo: the gradient norm) is so many times what it usually is; null = never",
+        above=1,
+        most=1e9,
+    )
+    stall_minutes: float = option(
+        30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never", least=0, most=1e5
+    )
 
 
 @dataclass
 class OptimOptions:
-    glimpse_lr: float = option(1e-3, "learning rate of the glimpse token")
-    vip_lr: float = option(1e-3, "learning rate of the visual importance predictor")
-    lora_lr: float = option(1e-4, "learning rate of the adapters")
-    decoder_lr: float = option(1e-6, "learning rate of the decoder's own weights")
-    vision_lr: float = option(1e-6, "learning rate of the vision tower's own weights")
-    weight_decay: float = option(0.01, "AdamW weight decay (matrices only)")
-    betas: list[float] = option([0.9, 0.98], "AdamW betas")
-    warmup: int = option(20, "steps of linear warm-up")
-    final_lr: float = option(0.05, "fraction of the rate that the cosine ends at")
-    clip: float = option(1.0, "gradient norm is clipped to this; 0 = never")
+    glimpse_lr: float = option(1e-3, "learning rate of the glimpse token", least=0, most=10)
+    vip_lr: float = option(1e-3, "learning rate of the visual importance predictor", least=0, most=10)
+    lora_lr: float = option(1e-4, "learning rate of the adapters", least=0, most=10)
+    decoder_lr: float = option(1e-6, "learning rate of the decoder's own weights", least=0, most=10)
+    vision_lr: float = option(1e-6, "learning rate of the vision tower's own weights", least=0, most=10)
+    weight_decay: float = option(0.01, "AdamW weight decay (matrices only)", least=0, most=100)
+    betas: tuple[float, float] = option((0.9, 0.98), "AdamW betas", least=0, below=1)
+    warmup: int = option(20, "steps of linear warm-up", least=0, most=10**8)
+    final_lr: float = option(0.05, "fraction of the rate that the cosine ends at", least=0, most=1)
+    clip: float = option(1.0, "gradient norm is clipped to this; 0 = never", least=0, most=1e6)
 
 
 @dataclass
 class TrainerOptions:
     """Passed to Lightning's Trainer."""
 
-    max_steps: int = option(1000, "optimiser steps")
-    accelerator: str = option("auto", "auto, cpu, gpu")
-    devices: str = option("auto", "devices per node (under srun: one per task)")
-    nodes: int = option(1, "nodes (under srun: those of the job)")
-    strategy: str = option("auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed")
-    precision: str = option("32-true", "32-true, bf16-mixed, ...")
-    accumulate: int = option(1, "batches per optimiser step")
-    val_every: int = option(200, "optimiser steps between validations and checkpoints")
-    log_every: int = option(10, "optimiser steps between log lines")
-    last_checkpoints: int = option(2, "how many of the last checkpoints stay, beside the best", was="keep_checkpoints")
+    max_steps: int = option(1000, "optimiser steps", least=1, most=10**8, role=FREE)
+    accelerator: Accelerator = option("auto", "what trains; auto: a GPU where there is one", role=FREE)
+    devices: str = option("auto", "devices per node (under srun: one per task)", form=DEVICES, role=FREE)
+    nodes: int = option(1, "nodes (under srun: those of the job)", least=1, most=4096, role=FREE)
+    strategy: str = option(
+        "auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed", role=FREE
+    )
+    precision: Precision = option("32-true", "Lightning's precision")
+    accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)
+    val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8, role=FREE)
+    log_every: int = option(10, "optimiser steps between log lines", least=1, most=10**8, role=FREE)
+    logger: list[str] = option(["tensorboard"], f"what curves go to, beside metrics.jsonl, of {LOGGERS}", role=FREE)
+    last_checkpoints: int = option(
+        2,
+        "how many of the last checkpoints stay, beside the best",
+        was="keep_checkpoints",
+        least=1,
+        most=10**6,
+        role=FREE,
+    )
 
 
 @dataclass
 class TrainConfig:
     stage: str = option("glimpse", "what to train: a file of training/ that defines `Stage`")
-    out: str = option(MISSING, "run folder")
-    init_from: str | None = option(None, "run folder or published folder whose glimpse and VIP to start from")
-    resume: bool = option(False, "continue the run in `out` from its last checkpoint (a requeued job does so unasked)")
-    overwrite: bool = option(False, "replace the run in `out`")
-    seed: int = option(0, "seed of initialisation, data order and dropout")
+    out: str = option(MISSING, "run folder", role=START)
+    init_from: str | None = option(
+        None, "run folder or published folder whose glimpse and VIP to start from", role=PLACE
+    )
+    resume: bool = option(
+        False, "continue the run in `out` from its last checkpoint (a requeued job does so unasked)", role=START
+    )
+    overwrite: bool = option(False, "replace the run in `out`", role=START)
+    seed: int = option(0, "seed of initialisation, data order and dropout", least=0, most=SEEDS)
     backbone: BackboneOptions = option(BackboneOptions)
     pruner: PrunerOptions = option(PrunerOptions)
     train: list[str] = option(
@@ -206,7 +276,15 @@ class TrainConfig:
     loss: LossOptions = option(LossOptions)
     grpo: GRPOOptions = option(GRPOOptions)
     rewards: RewardOptions = option(RewardOptions)
-    guard: GuardOptions = option(GuardOptions)
-    watch: WatchOptions = option(WatchOptions)
+    guard: GuardOptions = option(GuardOptions, role=FREE)
+    watch: WatchOptions = option(WatchOptions, role=FREE)
     optim: OptimOptions = option(OptimOptions)
     trainer: TrainerOptions = option(TrainerOptions)
+
+    def __post_init__(self) -> None:
+        if wrong := [name for name in self.trainer.logger if name not in LOGGERS]:
+            raise UserError(f"trainer.logger: no '{wrong[0]}', choose from {', '.join(LOGGERS)}")
+        if wrong := [part for part in self.train if part not in PARTS]:
+            raise UserError(f"train: no part '{wrong[0]}', choose from {', '.join(PARTS)}")
+        if not self.train or len(set(self.train)) < len(self.train):
+            raise UserError(f"train={self.train}: give one part or more of {', '.join(PARTS)}, each once")

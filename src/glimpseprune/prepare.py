@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -23,8 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from glimpseprune import config, lookup
-from glimpseprune.config import UserError, option
+from glimpseprune import config, files, lookup
+from glimpseprune.config import START, UserError, option
 from glimpseprune.data import shards
 from glimpseprune.types import Sample
 
@@ -36,11 +34,11 @@ class PrepareConfig:
     source: str = option(help="name of a file in glimpseprune/data/sources")
     out: str = option(help="folder to write")
     splits: list[str] | None = option(None, "splits to write; null means all the source has")
-    shard_size: int = option(512, "samples per shard")
-    limit: int | None = option(None, "at most this many samples of each split")
+    shard_size: int = option(512, "samples per shard", least=1, most=10**6)
+    limit: int | None = option(None, "at most this many samples of each split", least=1, most=10**9)
     image_format: Literal["auto", "png", "jpg"] = option("auto", "auto keeps JPEG files JPEG, all else becomes PNG")
-    workers: int = option(1, "processes; the result does not depend on it")
-    overwrite: bool = option(False, "replace a folder of shards that is already there")
+    workers: int = option(1, "processes; the result does not depend on it", least=1, most=256)
+    overwrite: bool = option(False, "replace a folder of shards that is already there", role=START)
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
 
 
@@ -122,6 +120,7 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
     Raises:
         UserError: unknown source, split or option, a folder that must not be replaced, an invalid sample.
     """
+    config.check(cfg)
     source = lookup.find(SOURCES, cfg.source)
     options = config.merge_options(source.Options, cfg.options, "options")
     splits = list(dict.fromkeys(source.splits if cfg.splits is None else cfg.splits))
@@ -129,34 +128,19 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
         raise UserError(f"splits is empty: choose from {', '.join(source.splits)}")
     for split in splits:
         lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
-    for name in ("shard_size", "workers", "limit"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
-    out = Path(cfg.out)
+    out = files.resolved(cfg.out)
     _check_free(out, cfg.overwrite)
-    unfinished = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    unfinished.mkdir(parents=True)
     bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     entries: dict[str, dict[str, Any]] = {}
-    try:
-        with Progress(*bar, console=console, auto_refresh=False) as progress:  # a thread of its own would be forked
-            for split in splits:
-                task = progress.add_task(split, total=cfg.limit)
-                job = Job(cfg.source, options, split, unfinished, cfg.shard_size, cfg.limit, cfg.image_format)
-                written = write_split(job, cfg.workers, partial(progress.update, task, refresh=True))
-                meta = {"source": cfg.source, "options": asdict(options)}
-                entries[split] = entry = shards.write_manifest(unfinished, split, written, meta)
-                progress.update(task, completed=entry["count"], total=entry["count"], refresh=True)
-        if out.exists():
-            old = out.with_name(f".{out.name}.old-{os.getpid()}")
-            out.rename(old)
-            unfinished.rename(out)
-            shutil.rmtree(old)
-        else:
-            unfinished.rename(out)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+    # Progress without a thread of its own, which would be forked.
+    with files.folder(out) as unfinished, Progress(*bar, console=console, auto_refresh=False) as progress:
+        for split in splits:
+            task = progress.add_task(split, total=cfg.limit)
+            job = Job(cfg.source, options, split, unfinished, cfg.shard_size, cfg.limit, cfg.image_format)
+            written = write_split(job, cfg.workers, partial(progress.update, task, refresh=True))
+            meta = {"source": cfg.source, "options": asdict(options)}
+            entries[split] = entry = shards.write_manifest(unfinished, split, written, meta)
+            progress.update(task, completed=entry["count"], total=entry["count"], refresh=True)
     return entries
 
 

@@ -6,7 +6,7 @@ import json
 import time
 from pathlib import Path
 
-from glimpseprune import config
+from glimpseprune import config, files
 from glimpseprune.tiny.config import PretrainConfig
 
 
@@ -41,7 +41,7 @@ def main(cfg: PretrainConfig) -> None:
     trainer.fit(module, ckpt_path=cfg.resume)
     trainer.validate(module, verbose=False)
     seconds = {"wall": round(time.perf_counter() - began, 1), "cpu": round(time.process_time() - cpu, 1)}
-    (out / "curve.json").write_text(json.dumps({"seconds": seconds, "curve": module.curve}, indent=1) + "\n")
+    files.write_json(out / "curve.json", {"seconds": seconds, "curve": module.curve}, indent=1)
     module.save(str(out / "model"))
     print(json.dumps(module.curve[-1], indent=1))
     print(f"model saved in {out / 'model'} ({seconds['cpu']} CPU-s)")

@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config
+from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
-from glimpseprune.results import KEPT, PREDICTIONS, Evaluated, read, read_lines, write
+from glimpseprune.results import KEPT, PREDICTIONS, Evaluated, read, read_lines
 
 KEYS = set(
     "method kind accuracy accuracy_ci relative difference difference_ci kept kept_tokens mean_tokens prefill_flops "
@@ -35,7 +35,7 @@ class ReportConfig:
     folder: str = option(MISSING, "an evaluation's, with scores.json")
     out: str | None = option(None, "where the report goes (default: there)")
     plot: bool = option(True, "draw frontier.png, which needs matplotlib")
-    answers: int = option(24, "questions whose answers are shown")
+    answers: int = option(24, "questions whose answers are shown", least=0, most=10**6)
 
     BARE = "folder"
 
@@ -50,12 +50,11 @@ def run(cfg: ReportConfig) -> None:
     evaluation = read(cfg.folder)
     plot = frontier(evaluation.rows) if cfg.plot else None
     out = Path(cfg.out or cfg.folder)
-    out.mkdir(parents=True, exist_ok=True)
-    write(out / "report.md", markdown(evaluation, plot is not None))
-    write(out / "report.tex", latex(evaluation.rows))
+    files.write(out / "report.md", markdown(evaluation, plot is not None))
+    files.write(out / "report.tex", latex(evaluation.rows))
     if plot is not None:
-        write(out / "frontier.png", plot)
-    write(out / "report.html", page(evaluation, plot, cfg.answers))
+        files.write(out / "frontier.png", plot)
+    files.write(out / "report.html", page(evaluation, plot, cfg.answers))
     made = ["report.md", "report.tex", *(["frontier.png"] if plot else []), "report.html"]
     print(f"{', '.join(made)} are in {out}")
 

@@ -8,7 +8,6 @@ evaluation that has not finished. One process writes.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import yaml
 
+from glimpseprune import files
 from glimpseprune.config import UserError
 
 SCORES, PREDICTIONS, TIMINGS, SUMMARY = "scores.json", "predictions.jsonl", "timings.jsonl", "summary.json"
@@ -73,13 +73,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             raise UserError(f"{path}: line {number} is damaged: give overwrite=true to evaluate again") from None
     return found
-
-
-def write(path: Path, content: str | bytes) -> None:
-    """The file as a whole, or, where this is killed on the way, the one that was there before."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
-    os.replace(partial, path)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing
@@ -148,25 +141,19 @@ class Folder:
             for name in (SCORES, SUMMARY, PREDICTIONS, TIMINGS, *pictures):
                 (self.out / name).unlink(missing_ok=True)
         text = yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True)
-        write(self.out / DESCRIPTION, text)
+        files.write(self.out / DESCRIPTION, text)
         for name, lines in ((PREDICTIONS, self.kept.records), (TIMINGS, self.kept.timings)):
-            partial = self.out / f"{name}.partial"
-            stream = open(partial, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
-            self.streams[name] = stream
-            stream.write("".join(map(line, lines)))
-            stream.flush()
-            os.replace(partial, self.out / name)  # and goes on growing under its name
+            self.streams[name] = files.growing(self.out / name, "".join(map(line, lines)))
 
     def finish(self, rows: list[dict[str, Any]], summary: Any, pictures: Mapping[str, bytes]) -> None:
         """Write what the lines come to, and a picture per method; the first one's is also ``kept.png``."""
         for place, (name, picture) in enumerate(pictures.items()):
-            (self.out / KEPT).mkdir(exist_ok=True)
-            write(self.out / KEPT / f"{name}.png", picture)
+            files.write(self.out / KEPT / f"{name}.png", picture)
             if place == 0:
-                write(self.out / "kept.png", picture)
+                files.write(self.out / "kept.png", picture)
         if summary is not None:
-            write(self.out / SUMMARY, json.dumps(summary, indent=1) + "\n")
-        write(self.out / SCORES, json.dumps(rows, indent=1) + "\n")
+            files.write_json(self.out / SUMMARY, summary, indent=1)
+        files.write_json(self.out / SCORES, rows, indent=1)
 
     def __enter__(self) -> None:
         pass

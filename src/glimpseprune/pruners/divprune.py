@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.config import UserError, option
+from glimpseprune.config import option
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, require_minimum
 from glimpseprune.pruners._cosine import cosines, directions
 from glimpseprune.types import Decision, Needs, Stop
 
@@ -35,10 +35,16 @@ from glimpseprune.types import Decision, Needs, Stop
 @dataclass
 class Options:
     keep_ratio: float = option(
-        0.098, "fraction of a prompt's visual tokens to keep, 0 to 1, rounded to a whole number", was="keep"
+        0.098,
+        "fraction of a prompt's visual tokens to keep, 0 to 1, rounded to a whole number",
+        was="keep",
+        least=0,
+        most=1,
     )
-    count: int | None = option(None, "keep this number of tokens instead; all where a prompt has fewer")
-    min_keep: int = option(1, "keep at least so many")
+    count: int | None = option(
+        None, "keep this number of tokens instead; all where a prompt has fewer", least=0, most=10**6
+    )
+    min_keep: int = option(1, "keep at least so many", least=0, most=10**6)
     renumber: bool = option(True, "survivors get positions 0, 1, 2 ...; false: they keep theirs")
 
 
@@ -47,9 +53,6 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep_ratio, "keep_ratio")
-        if options.count is not None and options.count < 0:
-            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep_ratio")
         self.options = options
         self.stops = (Stop(0, renumber=options.renumber),)
 

@@ -25,29 +25,30 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import row_flops
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum, top
+from glimpseprune.pruners._columns import at_columns, require_minimum, top
 from glimpseprune.types import Decision, Needs, Stop
 
 
 @dataclass
 class Options:
-    layer: int = option(2, "K: so many decoder layers see all tokens; the attention of the last of them decides")
-    keep_ratio: float = option(
-        0.5, "fraction of a prompt's visual tokens to keep, 0 to 1 (the paper's 1 - R)", was="keep"
+    layer: int = option(
+        2, "K: so many decoder layers see all tokens; the attention of the last of them decides", least=1, most=1000
     )
-    count: int | None = option(None, "keep this number of tokens instead; all where a prompt has fewer")
-    min_keep: int = option(1, "keep at least so many")
+    keep_ratio: float = option(
+        0.5, "fraction of a prompt's visual tokens to keep, 0 to 1 (the paper's 1 - R)", was="keep", least=0, most=1
+    )
+    count: int | None = option(
+        None, "keep this number of tokens instead; all where a prompt has fewer", least=0, most=10**6
+    )
+    min_keep: int = option(1, "keep at least so many", least=0, most=10**6)
 
 
 class Pruner(nn.Module):
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep_ratio, "keep_ratio")
         last = backbone.num_layers - 1
         if not 1 <= options.layer <= last:
             raise UserError(f"pruner.options.layer={options.layer}: give 1 to {last}, to look in one and spare another")
-        if options.count is not None and options.count < 0:
-            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep_ratio")
         self.options = options
         self.stops = (Stop(options.layer, prune_cache=False),)
         self.needs = Needs(probes=(options.layer - 1,))

@@ -18,8 +18,8 @@ from glimpseprune.types import Cut, Decision, Layout, Needs, Stop
 
 @dataclass
 class Options:
-    prune_layer: int = option(0, "prune after this decoder layer, 0-based")
-    dilate: int = option(0, "grow the boxes by so many tokens on every side")
+    prune_layer: int = option(0, "prune after this decoder layer, 0-based", least=-1, most=1000)
+    dilate: int = option(0, "grow the boxes by so many tokens on every side", least=0, most=1000)
 
 
 class Pruner(nn.Module):

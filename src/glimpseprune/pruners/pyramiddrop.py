@@ -26,19 +26,26 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import peek_flops
 from glimpseprune.decoder import View, peek
-from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum, top
+from glimpseprune.pruners._columns import at_columns, require_minimum, top
 from glimpseprune.types import Decision, Needs, Stop
 
 
 @dataclass
 class Options:
     layers: tuple[int, ...] | None = option(
-        None, "drop before these decoder layers, 0-based; null: where equal parts of the decoder begin"
+        None,
+        "drop before these decoder layers, 0-based; null: where equal parts of the decoder begin",
+        least=1,
+        most=1000,
     )
     keep_ratio: tuple[float, ...] = option(
-        (0.5, 0.25, 0.125), "fractions of a prompt's visual tokens that are left behind each drop, 0 to 1", was="keep"
+        (0.5, 0.25, 0.125),
+        "fractions of a prompt's visual tokens that are left behind each drop, 0 to 1",
+        was="keep",
+        least=0,
+        most=1,
     )
-    min_keep: int = option(1, "keep at least so many")
+    min_keep: int = option(1, "keep at least so many", least=0, most=10**6)
     renumber: bool = option(True, "survivors get positions 0, 1, 2 ...; false: they keep theirs")
 
 
@@ -47,8 +54,6 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        for fraction in options.keep_ratio:
-            require_fraction(fraction, "keep_ratio")
         if list(options.keep_ratio) != sorted(options.keep_ratio, reverse=True):
             raise UserError(
                 f"pruner.options.keep_ratio={list(options.keep_ratio)}: fractions of the first number never rise"

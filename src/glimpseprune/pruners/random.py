@@ -13,18 +13,22 @@ import torch
 from torch import nn
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.config import option
+from glimpseprune.config import SEEDS, option
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
 from glimpseprune.types import Cut, Decision, Needs, Stop
 
 
 @dataclass
 class Options:
-    prune_layer: int = option(0, "prune after this decoder layer, 0-based; -1: before the first")
-    keep_ratio: float = option(0.1, "fraction of the visual tokens to keep, 0 to 1", was="keep")
-    min_keep: int = option(1, "keep at least so many; with keep_ratio=0 and min_keep=0 no visual token stays")
-    seed: int = option(0, "the choice follows from this and the prompt's token ids, whatever else is in the batch")
+    prune_layer: int = option(0, "prune after this decoder layer, 0-based; -1: before the first", least=-1, most=1000)
+    keep_ratio: float = option(0.1, "fraction of the visual tokens to keep, 0 to 1", was="keep", least=0, most=1)
+    min_keep: int = option(
+        1, "keep at least so many; with keep_ratio=0 and min_keep=0 no visual token stays", least=0, most=10**6
+    )
+    seed: int = option(
+        0, "the choice follows from this and the prompt's token ids, whatever else is in the batch", least=0, most=SEEDS
+    )
 
 
 class Pruner(nn.Module):
@@ -32,7 +36,6 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep_ratio, "keep_ratio")
         self.options = options
         self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
         self.counts: list[Sequence[int]] | None = None

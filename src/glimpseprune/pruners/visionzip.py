@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.config import UserError, option
+from glimpseprune.config import option
 from glimpseprune.cost import attention_flops
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, require_fraction, top
+from glimpseprune.pruners._columns import at_columns, top
 from glimpseprune.pruners._cosine import cosines, directions
 from glimpseprune.types import Decision, Needs, Stop
 
@@ -49,12 +49,21 @@ SHARES = 0.061, 0.05
 
 @dataclass
 class Options:
-    dominant: float = option(SHARES[0], "fraction of an image's tokens that stay as they are, 0 to 1; one at least")
-    contextual: float = option(SHARES[1], "fraction that the others are merged into, 0 to 1; one at least")
-    dominant_count: int | None = option(None, "this number of each image instead, such as 54; all where it has fewer")
-    contextual_count: int | None = option(None, "this number of each image instead, such as 10")
+    dominant: float = option(
+        SHARES[0], "fraction of an image's tokens that stay as they are, 0 to 1; one at least", least=0, most=1
+    )
+    contextual: float = option(
+        SHARES[1], "fraction that the others are merged into, 0 to 1; one at least", least=0, most=1
+    )
+    dominant_count: int | None = option(
+        None, "this number of each image instead, such as 54; all where it has fewer", least=0, most=10**6
+    )
+    contextual_count: int | None = option(None, "this number of each image instead, such as 10", least=0, most=10**6)
     layer: int | None = option(
-        None, "vision-tower layer that is looked into, negative ones from the last; null: the visual tokens' own"
+        None,
+        "vision-tower layer that is looked into, negative ones from the last; null: the visual tokens' own",
+        least=-1000,
+        most=1000,
     )
     renumber: bool = option(False, "survivors get positions 0, 1, 2 ...; false: they keep theirs")
 
@@ -62,10 +71,6 @@ class Options:
 class Pruner(nn.Module):
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        for name in ("dominant", "contextual"):
-            require_fraction(getattr(options, name), name)
-            if (count := getattr(options, f"{name}_count")) is not None and count < 0:
-                raise UserError(f"pruner.options.{name}_count={count}: give a number of tokens, or null for {name}")
         self.options = options
         self.stops = (Stop(0, renumber=options.renumber),)
         wanted = backbone.feature_layer if options.layer is None else options.layer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,14 +10,35 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from glimpseprune import checkpoint
+from glimpseprune import checkpoint, config, files, runs
 from glimpseprune.config import UserError
 from glimpseprune.options import GuardOptions, TrainConfig
 from glimpseprune.sharded import gathered
 
 
+class Begin(L.Callback):
+    """When the first step is done: the run takes the folder, in which until then the one before is whole.
+
+    ``run``: in the process that takes care of the folder; ``anew``: whether what is there is another run.
+    """
+
+    def __init__(self, cfg: TrainConfig, run: runs.Run | None, anew: bool):
+        self.cfg, self.run, self.anew = cfg, run, anew
+        self.first = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.run is not None and not self.run.begun and trainer.global_step > self.first:
+            self.run.begin(self.anew)
+            if "SLURM_JOB_ID" in os.environ:
+                files.write(self.run.out / runs.JOB, os.environ["SLURM_JOB_ID"])
+            config.save(self.cfg, self.run.out / runs.CONFIG)
+
+
 class RunFolder(L.Callback):
-    """After every validation and at the end: trainable.safetensors, and a line of metrics.jsonl.
+    """After every validation and at the end: trainable.safetensors.
 
     Nothing more is written once :class:`GuardRails` has stopped the run: what is there is the last good model.
     """
@@ -27,17 +47,9 @@ class RunFolder(L.Callback):
         self.config = config
         self.folder = Path(config.out)
 
-    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        flush(trainer)
-
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        flush(trainer)
-        if trainer.sanity_checking or collapsed(trainer):
-            return
-        self.write_weights(trainer, module)
-        if trainer.is_global_zero:
-            scores = {name: round(float(value), 6) for name, value in sorted(trainer.callback_metrics.items())}
-            self.write_metrics({"step": trainer.global_step} | scores)
+        if not trainer.sanity_checking and not collapsed(trainer):
+            self.write_weights(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if not collapsed(trainer):
@@ -47,15 +59,6 @@ class RunFolder(L.Callback):
         weights = gathered(checkpoint.trained(module.pruner, module.backbone), wanted=trainer.is_global_zero)
         if trainer.is_global_zero:
             checkpoint.save(self.folder, self.config, weights)
-
-    def write_metrics(self, line: dict[str, float]) -> None:
-        """Add a line; those of later steps, and of this one, were written before a crash and are done again."""
-        file = self.folder / "metrics.jsonl"
-        lines = [json.loads(old) for old in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-        lines = [old for old in lines if old["step"] < line["step"]] + [line]
-        partial = file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(each) + "\n" for each in lines), encoding="utf-8")
-        os.replace(partial, file)
 
 
 class GuardRails(L.Callback):
@@ -107,9 +110,3 @@ class GuardRails(L.Callback):
 
 def collapsed(trainer: L.Trainer) -> bool:
     return any(isinstance(callback, GuardRails) and callback.reason for callback in trainer.callbacks)
-
-
-def flush(trainer: L.Trainer) -> None:
-    """Write what the loggers still hold."""
-    for logger in trainer.loggers:
-        logger.save()

@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import shutil
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
+from glimpseprune import files, runs
 from glimpseprune.checkpoint import CONFIG, TRAINABLE
 from glimpseprune.config import UserError
 from glimpseprune.running.callbacks import collapsed
@@ -50,6 +50,11 @@ def newest(out: str | Path) -> Path | None:
     return None
 
 
+def entry(file: Path) -> dict[str, Any]:
+    """What the index says of a checkpoint: ``step``, ``world`` (processes that wrote it) and so on."""
+    return _read(file.parent).get(file.name, {})
+
+
 class Checkpoints(L.Callback):
     """Writes one after every validation and at the end, after :class:`.RunFolder` has written the weights.
 
@@ -70,8 +75,7 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero and _best(_read(self.folder), self.monitor[1]) == file.name:
             (self.out / BEST).mkdir(exist_ok=True)
             for name in (CONFIG, TRAINABLE):
-                shutil.copy(self.out / name, self.out / BEST / f"{name}.partial")
-                os.replace(self.out / BEST / f"{name}.partial", self.out / BEST / name)
+                files.copy(self.out / name, self.out / BEST / name)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         done = trainer.strategy.broadcast(_name(trainer.global_step) in _read(self.folder))
@@ -81,15 +85,19 @@ class Checkpoints(L.Callback):
     def save(self, trainer: L.Trainer, score: float | None = None) -> Path:
         """Write the checkpoint of this step; all ranks together."""
         name = _name(trainer.global_step)
-        file, partial = self.folder / name, self.folder / f"{name}.partial"
-        trainer.save_checkpoint(partial, weights_only=False)
+        file = self.folder / name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        # One process writes; all take part, for weights may be spread over them.
+        with files.whole(file) if trainer.is_global_zero else nullcontext(file) as partial:
+            trainer.save_checkpoint(partial, weights_only=False)
+            found = {"step": trainer.global_step, "world": trainer.world_size}
+            if trainer.is_global_zero:
+                found = {"sha256": _hash(partial)} | found
         if trainer.is_global_zero:
-            entry = {"sha256": _hash(partial), "step": trainer.global_step, "world": trainer.world_size}
-            _sync(partial)
-            os.replace(partial, file)
             # Later ones are damaged, or we would have gone on from them.
             earlier = {old: there for old, there in _read(self.folder).items() if old < name}
-            self._write(earlier | {name: entry | ({} if score is None else {"score": score})})
+            self._write(earlier | {name: found | ({} if score is None else {"score": score})})
+            runs.drop(self.out)
         trainer.strategy.barrier()
         return file
 
@@ -97,10 +105,7 @@ class Checkpoints(L.Callback):
         """Put ``index`` in place, less those that need not stay, then delete what it does not name."""
         kept = set(sorted(index)[-self.last :]) | {_best(index, self.monitor[1])}
         index = {name: entry for name, entry in index.items() if name in kept}
-        partial = self.folder / f"{INDEX}.partial"
-        partial.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        _sync(partial)
-        os.replace(partial, self.folder / INDEX)
+        files.write_json(self.folder / INDEX, index, indent=2)
         for file in self.folder.glob("step-*.ckpt*"):
             if file.name not in index:
                 file.unlink()
@@ -137,12 +142,3 @@ def _damage(file: Path, sha256: str) -> str | None:
     if not file.is_file():
         return "is missing"
     return None if _hash(file) == sha256 else "is damaged (its hash is not that of the index)"
-
-
-def _sync(file: Path) -> None:
-    """Have the file on the disk before it is given its name."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,7 +5,6 @@ All ranks take part in one small gather per optimiser step, so that all of them 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections import deque
@@ -16,6 +15,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from glimpseprune import files
 from glimpseprune.config import UserError
 from glimpseprune.options import WatchOptions
 from glimpseprune.types import Inputs
@@ -81,17 +81,16 @@ class StopOnNonFinite(L.Callback):
 
     def stop(self, trainer: L.Trainer, reason: str, concerned: list[int], loss: float, norm: float) -> None:
         step, rank = trainer.global_step, trainer.global_rank
-        files = [self.folder / f"bad-batch-{step}-rank{each}.json" for each in concerned]
+        reports = [self.folder / f"bad-batch-{step}-rank{each}.json" for each in concerned]
         if rank in concerned:
             for batch in self.batches:
                 batch["loss"] = float(batch["loss"]) if "loss" in batch else None
             report = {"step": step, "rank": rank, "reason": reason, "loss": loss, "grad_norm": norm}
-            text = json.dumps(report | {"batches": self.batches}, indent=2)
-            files[concerned.index(rank)].write_text(text + "\n", encoding="utf-8")
+            files.write_json(reports[concerned.index(rank)], report | {"batches": self.batches}, indent=2)
         trainer.strategy.barrier()  # the first process to end may take the others with it
-        more = f" (and {len(files) - 1} more, one per rank)" if len(files) > 1 else ""
+        more = f" (and {len(reports) - 1} more, one per rank)" if len(reports) > 1 else ""
         raise UserError(
-            f"stopped at step {step}: {reason}. The samples are in {files[0]}{more}; neither weights nor "
+            f"stopped at step {step}: {reason}. The samples are in {reports[0]}{more}; neither weights nor "
             "checkpoints were changed. Lower the learning rate (optim.*_lr) or take the samples out of the data, then "
             "go on with resume=true"
         )

@@ -17,6 +17,8 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from glimpseprune import files
+
 EXIT_CODE = 70
 """Of a process that has stalled."""
 
@@ -140,9 +142,7 @@ class Stall(L.Callback):
         """Put down how far this rank is; readers see all of it or what was there before."""
         own = {"host": socket.gethostname(), "pid": os.getpid(), "beats": self.beats, "step": self.step}
         own |= {"phase": self.phase, "since": self.since, "time": time.time()} | more
-        partial = self.folder / f".rank-{self.rank}"
-        partial.write_text(json.dumps({"rank": self.rank} | own), encoding="utf-8")
-        os.replace(partial, self.folder / f"rank-{self.rank}")
+        files.write_json(self.folder / f"rank-{self.rank}", {"rank": self.rank} | own, sync=False)
 
     def give_up(self) -> None:
         """Say who is behind, and end this process."""

@@ -137,7 +137,7 @@ class Throughput(L.Callback):
         ranks = trainer.strategy.all_gather(own).reshape(-1, len(own)).double().cpu()
         values = rates(ranks, trainer.global_step - self.logged, self.peak)
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(values, step=trainer.global_step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in values.items()})
         self.logged = trainer.global_step
         self.forget(module)

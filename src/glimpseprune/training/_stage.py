@@ -17,12 +17,12 @@ from glimpseprune.config import UserError
 from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
-from glimpseprune.options import TrainConfig
+from glimpseprune.options import PARTS, TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.running.strategies import Zero
 from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout
 
-PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
+NO_DECAY = "_no_decay"
 
 
 class StageModule(L.LightningModule):
@@ -83,6 +83,14 @@ class StageModule(L.LightningModule):
         number of the batch and the rank: a resumed run draws those it would have drawn, and no two ranks the same."""
         place = (self.config.seed, self.trainer.fit_loop.epoch_loop.total_batch_idx, self.trainer.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1, np.uint64)[0]))
+        for schedule in self.trainer.lr_scheduler_configs:
+            for group in schedule.scheduler.optimizer.param_groups:
+                if not group["name"].endswith(NO_DECAY):
+                    self.log(f"lr/{group['name']}", group["lr"])
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Loggers are told the number of updates that are done, and not Lightning's count of batches."""
+        self.log("step", float(self.global_step))
 
     # ----------------------------------------------------------------------------------------------- the prompt
 
@@ -137,7 +145,7 @@ class StageModule(L.LightningModule):
         totals = self.trainer.strategy.reduce(own, reduce_op="sum").tolist()
         means = {name: total / count for name, (total, count) in zip(self.scores, totals) if count}
         means |= self.summary(means)
-        self.log_dict({f"val/{name}": value for name, value in means.items()})
+        self.log_dict({f"val/{name}": value for name, value in means.items()} | {"step": float(self.global_step)})
 
     def summary(self, means: Mapping[str, float]) -> dict[str, float]:
         """What a validation's mean scores come to: the one that ``best`` names."""
@@ -166,8 +174,8 @@ class StageModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log_tally()
         pictured, self.pictured = self.pictured, []
-        board = getattr(self.logger, "experiment", None)
-        if board is None or self.trainer.sanity_checking:
+        boards = [logger for logger in self.loggers if hasattr(logger, "log_image")]
+        if not boards or self.trainer.sanity_checking:
             return
         for inputs in pictured:
             pruned, full = self.answers(inputs, self.pruner), self.answers(inputs, self.unpruned)
@@ -176,7 +184,8 @@ class StageModule(L.LightningModule):
                 lines = [sample.question, f"pruned: {said}   full: {meant}"]
                 lines.append(f"answer: {sample.answers[0]}   kept {pruned.keep[row].float().mean():.1%}")
                 panels.append(panel(sample, pruned.keep_maps()[row], lines))
-            board.add_image("val/kept", np.asarray(grid(panels)), self.global_step, dataformats="HWC")
+            for board in boards:
+                board.log_image("answers/kept", [np.asarray(grid(panels))], step=self.global_step)
 
     def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None, **options: Any) -> Rollout:
         """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference); ``options``
@@ -210,7 +219,7 @@ class StageModule(L.LightningModule):
             rate, parameters = getattr(options, f"{part}_lr"), self.parameters_of(part)
             for name, decay, chosen in (
                 (part, options.weight_decay, [p for p in parameters if p.ndim == 2]),
-                (f"{part}_no_decay", 0.0, [p for p in parameters if p.ndim != 2]),
+                (part + NO_DECAY, 0.0, [p for p in parameters if p.ndim != 2]),
             ):
                 if chosen:
                     groups.append({"params": chosen, "lr": rate, "weight_decay": decay, "name": name})

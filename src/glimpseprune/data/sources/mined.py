@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from glimpseprune.config import UserError, option
+from glimpseprune.config import SEEDS, UserError, option
 from glimpseprune.data.shards import Damage, Shards
 from glimpseprune.types import Sample
 
@@ -32,10 +32,12 @@ class Options:
     root: str = option(help="folder of shards that was asked")
     predictions: str = option(help="predictions.jsonl of python -m src.evaluate on its split train")
     method: str | None = option(None, "method of the predictions to go by; null: the only one that is there")
-    above: float = option(-1.0, "share of right answers must be above this; 0 leaves out what was never right")
-    below: float = option(1.0, "and below this")
-    others: float = option(0.0, "of the questions outside of these bounds, this share is taken, too")
-    seed: int = option(0, "of the choice of those")
+    above: float = option(
+        -1.0, "share of right answers must be above this; 0 leaves out what was never right", least=-1, most=1
+    )
+    below: float = option(1.0, "and below this", least=0, most=2)
+    others: float = option(0.0, "of the questions outside of these bounds, this share is taken, too", least=0, most=1)
+    seed: int = option(0, "of the choice of those", least=0, most=SEEDS)
 
 
 def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
@@ -71,7 +73,9 @@ def _shares(file: Path, method: str | None) -> dict[str, float]:
     scores: dict[str, list[float]] = defaultdict(list)
     methods = set()
     try:
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n"):  # a text may hold what else ends a line
+            if not line:
+                continue
             said = json.loads(line)
             methods.add(said["method"])
             if method in (None, said["method"]):
