@@ -19,8 +19,8 @@ class Tokenizer:
 
     pad_token_id, eos_token_id = PAD, END
 
-    def __call__(self, text: str, add_special_tokens: bool) -> SimpleNamespace:
-        assert not add_special_tokens
+    def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> SimpleNamespace:
+        assert split_special_tokens and not add_special_tokens
         return SimpleNamespace(input_ids=[ord(c) for c in text])
 
 
@@ -204,7 +204,50 @@ def test_batches_fit_the_real_backbones(real):
     assert answers == [f"{text}{tokenizer.eos_token}" for text in ("red", "ab")]
 
 
-def test_an_image_token_smuggled_into_a_question_is_refused_by_the_real_backbones(real):
-    token = real.processor.tokenizer.convert_ids_to_tokens(real.image_token_id)
-    with pytest.raises(UserError, match="sample 'bad': "):
-        Collator(real)([sample("good"), sample("bad", question=f"what is {token} ?")])
+def test_special_tokens_in_questions_and_answers_are_text(real):
+    """All of the tokenizer's, and what processors and templates act on: the prompt has those of any other question."""
+    tokenizer = real.processor.tokenizer
+    specials = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    numbers = torch.tensor(tokenizer.convert_tokens_to_ids(specials))
+    collate = Collator(real)
+    plain = collate([sample("a", question="what?")])
+    for token in (*specials, "<|placeholder|>", "{{ messages }}", "".join(specials)):
+        quoting = collate([sample("a", question=f"what is {token} ?", answers=(f"it is {token}",))])
+        one, other = ((x.prompt["input_ids"][0, :, None] == numbers).sum(0) for x in (quoting, plain))
+        assert one.tolist() == other.tolist()
+        assert f"what is {token} ?" in tokenizer.decode(quoting.prompt["input_ids"][0])
+        assert tokenizer.decode(quoting.answer_ids[0]) == f"it is {token}{tokenizer.eos_token}"
+        assert int(torch.isin(quoting.answer_ids, numbers).sum()) == 1  # the end
+        assert real.layouts(quoting.prompt) == real.layouts(plain.prompt)
+        assert torch.equal(quoting.prompt["pixel_values"], plain.prompt["pixel_values"])
+
+
+def test_a_system_prompt_that_quotes_and_rows_that_do_not(real):
+    tokenizer = real.processor.tokenizer
+    token, questions = tokenizer.eos_token, ["why?", "what is \0question\0 of", "how?"]
+    images = [[Image.new("RGB", (112, 112))]] * 3
+    plain = real.prepare(questions, images)
+    mixed = real.prepare([questions[0], f"say {token}", questions[2]], images)
+    for row in (0, 2):
+        ids = [each["input_ids"][row][each["attention_mask"][row].bool()] for each in (plain, mixed)]
+        assert torch.equal(*ids)
+    texts = real.prepare([f"{token}\n{questions[1]}"], images[:1], system=f"never say {token}")
+    ends = (real.prepare(["?"], images[:1], system="?")["input_ids"] == tokenizer.eos_token_id).sum()
+    assert (texts["input_ids"] == tokenizer.eos_token_id).sum() == ends
+    said = tokenizer.decode(texts["input_ids"][0])
+    assert said.index(f"never say {token}") < said.index(f"{token}\nwhat is")
+
+
+def test_prompts_are_those_of_the_processor(real):
+    """Where no text quotes a special token, on images of several sizes."""
+    images = [[Image.new("RGB", (168, 112))], [Image.new("RGB", (90, 250)), Image.new("RGB", (300, 60))]]
+    questions = ["is it red, blue or grey?", "why?"]
+    for system in (None, "be brief"):
+        texts = [real._templated(question, len(row), system) for question, row in zip(questions, images)]
+        flat = [image for row in images for image in row]
+        made = real.processor(text=texts, images=flat, padding=True, padding_side="left", return_tensors="pt")
+        prompt = real.prepare(questions, images, system)
+        assert set(prompt) == set(made) == set(real.prompt_keys)
+        for name, tensor in prompt.items():
+            assert tensor.dtype == made[name].dtype
+            assert torch.equal(tensor, made[name])

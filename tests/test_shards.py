@@ -2,13 +2,16 @@
 
 import io
 import json
+import os
 import pickle
+import re
 import shutil
 import tarfile
 import tracemalloc
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset
 from PIL import Image
@@ -75,10 +78,15 @@ def headers(path: Path) -> dict[str, tarfile.TarInfo]:
         return {member.name: member for member in tar}
 
 
+def without_checksums(data: bytes) -> bytes:
+    return re.sub(rb', "crc32": \{[^}]*\}, "own_crc32": \d+\}$', b"}", data)
+
+
 def rewrite(path: Path, change) -> None:
-    """Rewrite a tar through ``change(name, data) -> data, (name, data) or None``, and its size in the manifest."""
+    """Rewrite a tar through ``change(name, data) -> data, (name, data) or None``, and its size in the manifest. What
+    is changed is from before there were checksums."""
     with tarfile.open(path) as tar:
-        members = [(member.name, tar.extractfile(member).read()) for member in tar]
+        members = [(member.name, without_checksums(tar.extractfile(member).read())) for member in tar]
     with tarfile.open(path, "w") as tar:
         for name, data in members:
             changed = change(name, data)
@@ -211,7 +219,22 @@ def test_few_shards_are_kept_open_and_a_reader_can_be_sent_to_another_process(fo
         ({"key": "x" * 81}, "1 to 80"),
         ({"question": " "}, "question"),
         ({"answers": ()}, "answers"),
-        ({"answers": ("",)}, "answers"),
+        ({"answers": ("",)}, "an answer must be a text that is not empty"),
+        ({"answers": "27"}, "answers must be a list of texts, not str"),
+        ({"answers": {"27": 3}}, "answers must be a list of texts, not dict"),
+        ({"question": "a\ud800b"}, "question holds '\\ud800', half of a surrogate pair"),
+        ({"answers": ("\udfff",)}, "an answer holds '\\udfff'"),
+        ({"kind": "\ud800"}, "kind holds"),
+        ({"scene": "\ud800"}, "scene holds"),
+        ({"dataset": 7}, "dataset must be a text"),
+        ({"question": "a" * 16385}, "question has 16385 characters, more than the 16384 allowed"),
+        ({"answers": ("a",) * 300_000}, "member 'json' has"),
+        ({"images": ["picture.png"]}, "no attribute"),
+        ({"images": [Image.new("F", (9, 9), -1)], "boxes": None}, "an image of mode F with values from -1"),
+        ({"images": [Image.new("1", (8192, 8192))] * 3, "boxes": None}, "201326592 pixels together"),
+        ({"boxes": [[(0, 0, 10**400, 5)]]}, "int too large"),
+        ({"boxes": [[(0, 0, True, 5)]]}, "four finite numbers"),
+        ({"boxes": [[(-1, 0, 3, 5)]]}, "not inside"),
         ({"images": []}, "0 images"),
         ({"boxes": []}, "one list per image"),
         ({"boxes": [[(0, 0, 21, 5)]]}, "not inside its image of 20 x 12"),
@@ -224,6 +247,16 @@ def test_invalid_samples_are_not_written(tmp_path, changes, words):
     with pytest.raises(UserError, match="invalid sample") as error:
         write([make(0), make(1, **changes)], tmp_path, split="train")
     assert words in str(error.value)
+
+
+def test_numbers_and_lists_of_any_kind_are_written_as_plain_ones(tmp_path):
+    boxes = np.array([[1, 2, 10.5, 12]], np.float32)
+    odd = make(0, answers=["3", np.str_("three")], boxes=[boxes])
+    write([odd, make(1, boxes=[[np.int64([0, 0, 3, 4]), [np.float64(1), 2, 3, 4]]])], tmp_path, split="train")
+    first, second = map(Shards(tmp_path, "train").read, range(2))
+    assert first.answers == ("3", "three")
+    assert first.boxes == [[(1.0, 2.0, 10.5, 12.0)]]
+    assert second.boxes == [[(0, 0, 3, 4), (1.0, 2, 3, 4)]]
 
 
 def test_keys_are_unique_and_a_split_is_not_empty(tmp_path):
@@ -255,6 +288,22 @@ def png_bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
+def jpeg_of_many_scans() -> bytes:
+    """501 scans that hold nothing, each of which a decoder would go through the picture for."""
+    buffer = io.BytesIO()
+    picture(0).save(buffer, "JPEG", progressive=True)
+    whole = buffer.getvalue()
+    scan = whole[whole.index(b"\xff\xda") : -2]
+    return whole[:-2] + scan * 501 + whole[-2:]
+
+
+def png_of_much_text(png: bytes) -> bytes:
+    """With 10 MB of text in 10 kB."""
+    data = b"zTXtComment\0\0" + zlib.compress(bytes(10 << 20), 9)
+    at = png.index(b"IDAT") - 4
+    return png[:at] + (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big") + png[at:]
+
+
 def other_format(name: str) -> bytes:
     buffer = io.BytesIO()
     picture(0).save(buffer, name)
@@ -271,7 +320,16 @@ def other_format(name: str) -> bytes:
         (lambda n, d: b" " * (1 << 20) + d if n == "made-0005.json" else d, "more than the 1048576 allowed"),
         (spoil_json(question=7), "question"),
         (spoil_json(answers="red"), "answers"),
-        (spoil_json(answers=[1]), "answers"),
+        (spoil_json(answers=[1]), "an answer"),
+        (spoil_json(question="a\ud800"), "surrogate"),
+        (spoil_json(dataset="\udc00"), "surrogate"),
+        (spoil_json(question="?" * 16385), "16385 characters"),
+        (spoil_json(boxes=[[[0, 0, 10**400, 1]]]), "int too large"),
+        (spoil_json(boxes=[[[0, 0, True, 1]]]), "four finite numbers"),
+        (lambda n, d: d[:-1] + b', "kind": "odd"}' if n == "made-0005.json" else d, "a key stands twice"),
+        (lambda n, d: d.replace(b'"odd"', b"9" * 5000) if n == "made-0005.json" else d, "4300 digits"),
+        (lambda n, d: jpeg_of_many_scans() if n == "made-0005.0.png" else d, "more than 500 scans"),
+        (lambda n, d: png_of_much_text(d) if n == "made-0005.0.png" else d, "too large"),
         (spoil_json(kind=None), "kind"),
         (spoil_json(images=["0.png", "1.png"]), "member '1.png' is missing"),
         (spoil_json(images=["../../secret"]), "is missing"),
@@ -302,6 +360,66 @@ def test_a_damaged_sample_is_named_and_costs_no_other(folder, change, words):
     assert damage[5].startswith("train-000001.tar[1] (made-0005): ")
     assert words in damage[5]
     assert peak < 16 << 20
+
+
+def test_every_flipped_byte_is_noticed_or_changes_nothing(tmp_path):
+    """In members, headers and padding, wherever it is; one in 29 of them."""
+    write([make(0), make(1)], tmp_path, split="train")
+    path = tmp_path / "train-000000.tar"
+    whole, noticed = path.read_bytes(), 0
+    intact = [make(0), make(1)]
+    for at in range(0, len(whole), 29):
+        patch(path, at, bytes([whole[at] ^ 0x21]))
+        reader = Shards(tmp_path, "train")
+        for index, expected in enumerate(intact):
+            try:
+                read = reader.read(index)
+            except Damage:
+                noticed += 1
+            else:
+                assert pixels(read) == pixels(expected)
+                read.images = expected.images
+                assert read == expected
+        patch(path, at, whole[at : at + 1])
+    assert noticed > 50
+
+
+def test_checksums_are_of_each_member_and_of_the_json_and_shards_without_are_read(folder):
+    path = folder / "train-000000.tar"
+    json_at, png_at = (headers(path)[f"made-0001.{end}"].offset_data for end in ("json", "0.png"))
+    said = path.read_bytes()[json_at:].partition(b"\0")[0]
+    assert json.loads(said)["crc32"] == {
+        "0.png": zlib.crc32(path.read_bytes()[png_at:][: headers(path)["made-0001.0.png"].size])
+    }
+    for at, wrong in ((said.index(b"crc32"), b"crc23"), (said.index(b"own_crc32"), b"own_crc23"), (-2, b"\x39")):
+        patch(path, json_at + at % len(said), wrong)
+        assert survey(folder)[1] == {1: "train-000000.tar[1] (made-0001): the checksum of the json is another"}
+        patch(path, json_at, said)
+    rewrite(path, lambda n, d: d)
+    assert survey(folder) == (without(), {})
+
+
+def test_a_sample_is_bounded_however_often_it_shows_an_image(folder, monkeypatch):
+    monkeypatch.setattr(shards, "SAMPLE_PIXELS", 3 * 20 * 12)
+    times = {"made-0001.json": 64, "made-0003.json": 3}
+
+    def change(name, data):
+        if name not in times:
+            return data
+        return json.dumps({**json.loads(data), "images": ["0.png"] * times[name], "boxes": None}).encode()
+
+    rewrite(folder / "train-000000.tar", change)
+    keys, damage = survey(folder)
+    assert keys == without(1)
+    assert damage[1].endswith("the images have 960 pixels together, more than the 720 allowed")
+    assert [image.size for image in Shards(folder, "train").read(3).images] == [(20, 12)] * 3
+
+
+def test_a_key_that_stands_twice_is_damage_the_second_time(folder):
+    rewrite(folder / "train-000000.tar", lambda n, d: (n.replace("0002", "0000"), d))
+    keys, damage = survey(folder)
+    assert keys == without(2)
+    assert damage == {2: "train-000000.tar[2] (made-0000): another sample before it has this key"}
 
 
 @pytest.mark.parametrize("member", ["made-0005.json", "made-0005.0.png"])
@@ -413,6 +531,48 @@ def test_manifest_that_misses_or_does_not_match(folder):
     assert "there are only train-000000.tar, train-000001.tar, train-000002.tar" in trouble(folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "train-000001.tar"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device"])
+def test_what_is_no_file_is_refused_and_not_waited_for(folder, name, kind):
+    (folder / name).unlink()
+    if kind == "fifo":
+        os.mkfifo(folder / name)
+    elif kind == "folder":
+        (folder / name).mkdir()
+    else:
+        (folder / name).symlink_to("/dev/zero")
+    assert name in (said := trouble(folder))
+    assert "no file" in said
+
+
+def test_links_to_files_are_files(folder, tmp_path):
+    for path in list(folder.iterdir()):
+        path.rename(tmp_path / path.name)
+        path.symlink_to(tmp_path / path.name)
+    assert survey(folder) == (without(), {})
+
+
+def test_a_file_that_becomes_a_pipe_is_damage(folder):
+    reader = Shards(folder, "train")
+    (folder / "train-000002.tar").unlink()
+    os.mkfifo(folder / "train-000002.tar")
+    with pytest.raises(Damage, match=r"train-000002.tar\[1\]: it is no file"):
+        reader.read(9)
+
+
+def test_a_count_that_is_off_by_one(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][2]["count"] = 3
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert survey(folder) == (without(), {10: "train-000002.tar[2]: only 2 of 3 samples are left in this shard"})
+    manifest["splits"]["train"]["shards"][2]["count"] = 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.warns(
+        UserWarning, match="train-000002.tar: it holds more than the 1 samples that manifest.json counts"
+    ):
+        assert survey(folder) == (without(9), {})
+
+
 def manifest_text(**changes) -> str:
     shard = {"name": "train-000000.tar", "count": 1, "bytes": 1, "sha256": "", **changes}
     return json.dumps({"format": "glimpseprune-shards-1", "splits": {"train": {"shards": [shard]}}})
@@ -431,6 +591,13 @@ def manifest_text(**changes) -> str:
         manifest_text(name="train-000001.tar"),
         manifest_text(count="1"),
         manifest_text(count=0),
+        manifest_text(count=True),
+        manifest_text(count=1.0),
+        manifest_text(count=10**18, bytes=10**22),
+        manifest_text(count=2, bytes=1500),
+        manifest_text(count=-1),
+        "[" * 200_000,
+        '{"format": ' + "9" * 5000 + "}",
         manifest_text(bytes=None),
     ],
 )

@@ -238,7 +238,7 @@ def test_damage_is_replaced_counted_and_reported_once(damaged, workers):
         epochs = [flat(loader) for _ in range(3)]
     places = {
         "train-000001.tar[2] (made-0010)": "member 'json' is missing",
-        "train-000003.tar[6] (made-0030)": "an image is neither PNG nor JPEG",
+        "train-000003.tar[6] (made-0030)": "the checksum of member '0.png' is another",
         "train-000004.tar[7]": "only 7 of 8 samples are left in this shard",
     }
     assert loader.damaged == Counter({f"{place}: {why}": 3 for place, why in places.items()})

@@ -8,18 +8,22 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from glimpseprune.images import shown, shown_size
+from glimpseprune.legible import legible
 from glimpseprune.types import Sample
 
 SIDE = 336  # pixels of a drawn image's longer side
 LINE = 15  # pixels per line of text
+LETTERS = 300  # most of a line
 DIM = 0.22  # brightness of what was dropped
 BOX = (255, 255, 255)
 
 
 def overlay(image: Image.Image, keep: Tensor) -> Image.Image:
     """``image`` with the cells of ``keep`` (bool [rows, cols]) bright and the others dark."""
+    image = shown(image).convert("RGB")
     scale = SIDE / max(image.size)
-    image = image.convert("RGB").resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
+    image = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
     mask = Image.fromarray(keep.cpu().numpy().astype(np.uint8) * 255).resize(image.size, Image.Resampling.NEAREST)
     dark = Image.blend(Image.new("RGB", image.size), image, DIM)
     return Image.composite(image, dark, mask)
@@ -29,9 +33,11 @@ def panel(sample: Sample, keeps: Sequence[Tensor], lines: Sequence[str]) -> Imag
     """One sample: its images side by side under their keep masks, evidence boxes outlined, ``lines`` of text below."""
     tiles = [overlay(image, keep) for image, keep in zip(sample.images, keeps)]
     for tile, image, boxes in zip(tiles, sample.images, sample.boxes or [[] for _ in tiles]):
-        draw, fx, fy = ImageDraw.Draw(tile), tile.width / image.width, tile.height / image.height
+        (width, height), draw = shown_size(image), ImageDraw.Draw(tile)
         for x0, y0, x1, y1 in boxes:
-            draw.rectangle((x0 * fx, y0 * fy, x1 * fx - 1, y1 * fy - 1), outline=BOX)
+            left, right = _span(x0, x1, tile.width / width)
+            top, bottom = _span(y0, y1, tile.height / height)
+            draw.rectangle((left, top, right, bottom), outline=BOX)
     height = max(tile.height for tile in tiles)
     page = Image.new("RGB", (sum(tile.width for tile in tiles), height + LINE * len(lines) + 6), "white")
     left = 0
@@ -40,8 +46,13 @@ def panel(sample: Sample, keeps: Sequence[Tensor], lines: Sequence[str]) -> Imag
         left += tile.width
     write, font = ImageDraw.Draw(page), ImageFont.load_default(12)
     for row, line in enumerate(lines):
-        write.text((4, height + 2 + row * LINE), line, fill="black", font=font)
+        write.text((4, height + 2 + row * LINE), legible(line, LETTERS), fill="black", font=font)
     return page
+
+
+def _span(low: float, high: float, factor: float) -> tuple[float, float]:
+    """First and last pixel of an edge that may be thinner than one."""
+    return low * factor, max(low * factor, high * factor - 1)
 
 
 def grid(panels: Sequence[Image.Image], columns: int = 4) -> Image.Image:

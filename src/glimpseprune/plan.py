@@ -104,7 +104,8 @@ def describe(stage: StageModule) -> Model:
     probed = max(getattr(pruner, "probe_layers", ()), default=-1) + 1
     steps = [(stop.depth, stop.prune_cache) for stop in pruner.stops]
     first, vip = min(trained, default=None), cost.Vip.of(pruner)
-    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps)
+    asks = getattr(getattr(pruner, "options", None), "sight", None) == "question"
+    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps, asks)
 
 
 def visual_tokens(architecture: Any, options: BackboneOptions, image: str) -> int:

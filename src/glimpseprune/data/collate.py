@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from glimpseprune.config import UserError
+from glimpseprune.images import shown_size
 from glimpseprune.types import Box, Inputs, Layout, Part, Sample
 
 if TYPE_CHECKING:
@@ -74,8 +75,8 @@ class Collator:
         )
 
     def answer_ids(self, answer: str) -> Tensor:
-        """[T] tokens of an answer and the end of turn."""
-        ids = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.end]
+        """[T] tokens of an answer, in which special tokens are text, and the end of turn."""
+        ids = [*self.tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids, self.end]
         return torch.tensor(ids[: self.max_answer], dtype=torch.long)
 
 
@@ -83,9 +84,9 @@ def sample_targets(sample: Sample, layouts: Sequence[Layout], dilate: int = 0) -
     """bool [V] over all images of a sample: under a box. All True where the source has no boxes."""
     if sample.boxes is None:
         return torch.ones(sum(layout.count for layout in layouts), dtype=torch.bool)
-    images = zip(sample.boxes, sample.images, layouts, strict=True)
+    images = zip(sample.boxes, map(shown_size, sample.images), layouts, strict=True)
     return torch.cat(
-        [box_targets(boxes, image.size, part, dilate) for boxes, image, layout in images for part in layout.parts]
+        [box_targets(boxes, size, part, dilate) for boxes, size, layout in images for part in layout.parts]
     )
 
 

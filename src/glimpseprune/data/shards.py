@@ -7,8 +7,11 @@ without a word and can resume only by reading everything again. Ours walks the h
 any sample by its index, so a position is a number, and a damaged sample is a :class:`Damage` that names its place.
 
 Shards are not trusted. Nothing is unpacked to disk and no name in a tar is ever a path; there are no pickles; sizes of
-members and of decoded images are bounded before they are read or decoded; the json must have the right types. Left
-out: compressed tars and remote addresses, which cannot be read by index.
+members and of decoded images, alone and together, are bounded before they are read or decoded; the json must have the
+right types. What is refused when reading is refused when writing (:func:`check`, and the bounds below). The json of a
+sample ends in checksums of its members and of itself, which are compared whenever the sample is read (1% of the time
+that decoding takes); shards from before there were any are read without. Pixels are stored as :mod:`..images` shows
+them: upright, on white, in 8 bits. Left out: compressed tars and remote addresses, which cannot be read by index.
 """
 
 from __future__ import annotations
@@ -19,18 +22,23 @@ import json
 import math
 import os
 import re
+import stat
 import tarfile
+import warnings
+import zlib
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import IO, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from glimpseprune import files
+from glimpseprune import files, images
 from glimpseprune.config import UserError
+from glimpseprune.legible import legible
 from glimpseprune.types import Sample
 
 __all__ = ["Damage", "ImageEncoder", "Shards", "check", "decode", "encode", "write", "write_manifest", "write_shard"]
@@ -39,18 +47,26 @@ MANIFEST = "manifest.json"
 FORMAT = "glimpseprune-shards-1"
 IMAGE_FORMATS = ("auto", "png", "jpg")
 
-JSON_BYTES = 1 << 20  # largest json member that is read
-IMAGE_BYTES = 1 << 26  # largest image member that is read
-PIXELS = 1 << 26  # largest image that is decoded: 8192 x 8192
+MANIFEST_BYTES = 1 << 28  # largest manifest that is read: that of a million shards
+SHARD_COUNT = 1 << 24  # most samples of one shard
+JSON_BYTES = 1 << 20  # largest json member
+IMAGE_BYTES = 1 << 26  # largest image member
+TEXT = 1 << 14  # longest text, in characters
+PIXELS = 1 << 26  # largest image: 8192 x 8192
+SAMPLE_PIXELS = 1 << 27  # of all images of a sample
 ASPECT = 200  # longer side over shorter side; image processors refuse more
 IMAGES = 64  # most images of one sample
+SCANS = 500  # of one JPEG; each takes as long as decoding the whole picture, and costs a few bytes
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot or slash: WebDataset splits names at them; 100 bytes with suffix
 _BLOCK = 512
+_SEAL = b', "own_crc32": '  # comes last in the json: a checksum of all bytes before it
+_EXAMPLES = 10  # samples left out that the manifest names, and reasons
 _OPEN = 32  # shards whose file and index are kept at hand
 
-Group = tuple[str, dict[str, tuple[int, int]]]
-"""Key of a sample, and where its members lie in the tar: name without key -> offset, size in bytes."""
+Group = tuple[str, dict[str, tuple[int, int]] | None]
+"""Key of a sample, and where its members lie in the tar: name without key -> offset, size in bytes. None in place of
+them where another sample has had the key already."""
 
 
 class Damage(Exception):
@@ -59,30 +75,53 @@ class Damage(Exception):
 
 def check(sample: Sample) -> None:
     """Raise ValueError where a sample breaks what every reader may rely on; the one rule for writing and reading."""
-    if not _KEY.fullmatch(sample.key):
+    if not isinstance(sample.key, str) or not _KEY.fullmatch(sample.key):
         raise ValueError(f"key {sample.key!r} must be 1 to 80 letters, digits, '_' or '-'")
-    for name in ("question", "kind"):
-        if not _is_text(getattr(sample, name)):
-            raise ValueError(f"{name} must be a text that is not empty")
-    if not sample.answers or not all(map(_is_text, sample.answers)):
-        raise ValueError("answers must be one or more texts, none of them empty")
-    if not isinstance(sample.dataset, str) or not isinstance(sample.scene, str):
-        raise ValueError("dataset and scene must be texts")
+    _check_text("question", sample.question)
+    _check_text("kind", sample.kind)
+    if not isinstance(sample.answers, (tuple, list)):
+        raise ValueError(f"answers must be a list of texts, not {type(sample.answers).__name__}")
+    if not sample.answers:
+        raise ValueError("answers must be one or more texts")
+    for answer in sample.answers:
+        _check_text("an answer", answer)
+    _check_text("dataset", sample.dataset, empty=True)
+    _check_text("scene", sample.scene, empty=True)
     if not 1 <= len(sample.images) <= IMAGES:
         raise ValueError(f"{len(sample.images)} images: there must be 1 to {IMAGES}")
-    for image in sample.images:
-        _check_size(image.size)
+    _check_sizes(image.size for image in sample.images)
     if sample.boxes is None:
         return
     if not isinstance(sample.boxes, list) or len(sample.boxes) != len(sample.images):
         raise ValueError("boxes must be null or one list per image")
     for boxes, image in zip(sample.boxes, sample.images):
+        width, height = images.shown_size(image)
         for box in boxes:
             if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
-                raise ValueError(f"box {box} is not four finite numbers")
+                raise ValueError(f"box {box}: it must be four finite numbers")
             x0, y0, x1, y1 = box
-            if not (0 <= x0 <= x1 <= image.width and 0 <= y0 <= y1 <= image.height):
-                raise ValueError(f"box {box} is not inside its image of {image.width} x {image.height} pixels")
+            if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
+                raise ValueError(f"box {box} is not inside its image of {width} x {height}")
+
+
+def _check_text(name: str, value: Any, empty: bool = False) -> None:
+    if not isinstance(value, str) or not (empty or value.strip()):
+        raise ValueError(f"{name} must be a text" + ("" if empty else " that is not empty"))
+    if len(value) > TEXT:
+        raise ValueError(f"{name} has {len(value)} characters, more than the {TEXT} allowed")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} holds {value[error.start]!a}, half of a surrogate pair") from None
+
+
+def _plain(sample: Sample) -> Sample:
+    """With numbers of Python in lists, whatever arrays the boxes came in."""
+    if sample.boxes is None:
+        return sample
+    boxes = [[tuple(v.item() if hasattr(v, "item") else v for v in box) for box in image] for image in sample.boxes]
+    return replace(sample, boxes=boxes)
 
 
 class ImageEncoder:
@@ -99,16 +138,20 @@ class ImageEncoder:
         self.last: tuple[bytes, tuple[str, bytes]] = (b"", ("", b""))
 
     def __call__(self, image: Image.Image) -> tuple[str, bytes]:
-        image = image if image.mode in ("RGB", "L") else image.convert("RGB")
-        from_jpeg = image.format == "JPEG"
-        digest = hashlib.blake2b(image.tobytes(), salt=f"{image.width}{image.mode}{from_jpeg}".encode()[:16]).digest()
+        from_jpeg, given = image.format == "JPEG", image
+        image = images.shown(given)
+        keep = from_jpeg and image is given
+        digest = hashlib.blake2b(
+            image.tobytes(), salt=f"{image.width}{image.mode}{from_jpeg:d}{keep:d}".encode()
+        ).digest()
         if digest != self.last[0]:
             buffer = io.BytesIO()
             if self.image_format == "png" or (self.image_format == "auto" and not from_jpeg):
                 image.save(buffer, "PNG", compress_level=1)  # twice as fast as 6 and 9% larger, on photographs
                 suffix = "png"
             else:
-                tables = {"quality": "keep"} if self.image_format == "auto" else {"quality": 95, "subsampling": 0}
+                exactly = keep and self.image_format == "auto"
+                tables = {"quality": "keep"} if exactly else {"quality": 95, "subsampling": 0}
                 image.save(buffer, "JPEG", **tables)
                 suffix = "jpg"
             self.last = digest, (suffix, buffer.getvalue())
@@ -116,25 +159,38 @@ class ImageEncoder:
 
 
 def encode(sample: Sample, encoder: Callable[[Image.Image], tuple[str, bytes]]) -> dict[str, Any]:
-    """A WebDataset record: ``__key__``, ``json`` and ``0.png``, ``1.jpg`` ... as bytes."""
-    images = {f"{i}.{suffix}": data for i, (suffix, data) in enumerate(map(encoder, sample.images))}
+    """A WebDataset record: ``__key__``, ``json`` and ``0.png``, ``1.jpg`` ... as bytes.
+
+    Raises:
+        ValueError: the sample is not what :func:`check` wants, or too large to be read again.
+    """
+    sample = _plain(sample)
+    check(sample)
+    members = {f"{i}.{suffix}": data for i, (suffix, data) in enumerate(map(encoder, sample.images))}
     meta = {
         "question": sample.question,
-        "answers": sample.answers,
-        "images": list(images),
+        "answers": list(sample.answers),
+        "images": list(members),
         "boxes": sample.boxes,
         "kind": sample.kind,
         "dataset": sample.dataset,
         "scene": sample.scene,
+        "crc32": {name: zlib.crc32(data) for name, data in members.items()},
     }
-    return {"__key__": sample.key, "json": json.dumps(meta, ensure_ascii=False).encode(), **images}
+    body = json.dumps(meta, ensure_ascii=False).encode()[:-1]
+    record = {"json": body + _SEAL + b"%d}" % zlib.crc32(body), **members}
+    for name, data in record.items():
+        _check_bytes(name, len(data))
+    return {"__key__": sample.key, **record}
 
 
 def decode(key: str, member: Callable[[str], bytes]) -> Sample:
     """The inverse of :func:`encode`; ``member`` gives the bytes under a name. Raises on anything that is not right."""
-    meta = json.loads(member("json"))
+    data = member("json")
+    meta = json.loads(data, object_pairs_hook=_each_once)
     if not isinstance(meta, dict):
         raise ValueError("the json is not an object")
+    sums = _checksums(data, meta)
     names, answers, boxes = meta.get("images"), meta.get("answers"), meta.get("boxes")
     if not isinstance(names, list) or not all(map(_is_text, names)) or len(names) > IMAGES:
         raise ValueError(f"'images' in the json must be at most {IMAGES} names of members")
@@ -142,11 +198,20 @@ def decode(key: str, member: Callable[[str], bytes]) -> Sample:
         raise ValueError("'answers' in the json must be a list")
     if boxes is not None:
         boxes = [[tuple(box) for box in image] for image in boxes]
+    decoded: dict[str, Image.Image] = {}
+    for place, name in enumerate(names):
+        if name not in decoded:
+            data = member(name)
+            if sums is not None and zlib.crc32(data) != sums.get(name):
+                raise ValueError(f"the checksum of member '{legible(name, 20)}' is another")
+            decoded[name] = _decode_image(data, [decoded[other].size for other in names[:place]])
+        else:
+            _check_sizes(decoded[other].size for other in names[: place + 1])
     sample = Sample(
         key=key,
         question=meta.get("question"),
         answers=tuple(answers),
-        images=[_decode_image(member(name)) for name in names],
+        images=[decoded[name] for name in names],
         boxes=boxes,
         kind=meta.get("kind"),
         dataset=meta.get("dataset", ""),
@@ -156,13 +221,38 @@ def decode(key: str, member: Callable[[str], bytes]) -> Sample:
     return sample
 
 
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in the json")
+    return found
+
+
+def _checksums(data: bytes, meta: Mapping[str, Any]) -> Mapping[str, int] | None:
+    """Name of a member -> crc32, as a sound json says; None in one from before there were any."""
+    if "crc32" not in meta and "own_crc32" not in meta:
+        return None
+    body, _, end = data.rpartition(_SEAL)
+    if end != b"%d}" % zlib.crc32(body) or not isinstance(meta.get("crc32"), dict):
+        raise ValueError("the checksum of the json is another")
+    return meta["crc32"]
+
+
 def write_shard(
-    samples: Iterable[Sample], path: Path, *, image_format: str = "auto", tick: Callable[[], None] = lambda: None
+    samples: Iterable[Sample | Exception],
+    path: Path,
+    *,
+    image_format: str = "auto",
+    tick: Callable[[], None] = lambda: None,
+    leave_out: Callable[[str], None] | None = None,
 ) -> dict[str, Any] | None:
     """Write one tar; None, and no file, where there are no samples. ``tick`` is called after every sample.
 
-    Returns the shard's entry in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys`` and
-    ``kinds`` (a count of each). The bytes depend on the samples alone.
+    ``leave_out(key and reason)`` is called for a sample that is invalid, or the exception that a source gives in place
+    of one that it could not read, which is then left out; without it, it ends the writing. Returns the shard's entry
+    in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys``, ``kinds`` (a count of each)
+    and ``invalid`` (key and reason of those left out). A shard of which nothing is left has a count of 0. The bytes
+    depend on the samples alone.
 
     Raises:
         UserError: an invalid sample, named by its key.
@@ -175,26 +265,64 @@ def write_shard(
         return None
     keys: list[str] = []
     kinds: Counter[str] = Counter()
+    invalid: list[tuple[str, str]] = []
     encoder = ImageEncoder(image_format)
     with files.stream(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
         for sample in chain([first], samples):
             try:
-                check(sample)
+                if isinstance(sample, Exception):
+                    raise sample
                 record = encode(sample, encoder)
-            except (ValueError, TypeError, OSError, SyntaxError) as error:
-                raise UserError(f"the source gave an invalid sample {sample.key!r}: {error}") from error
-            tar.write(record)
-            keys.append(sample.key)
-            kinds[sample.kind] += 1
+            except Exception as error:  # whatever a decoder raises on what a source has found somewhere
+                key, reason = legible(getattr(sample, "key", type(sample).__name__), 100), _reason(error)
+                if leave_out is None:
+                    raise UserError(f"the source gave an invalid sample '{key}': {reason}") from error
+                invalid.append((key, reason))
+                leave_out(f"'{key}': {reason}")
+            else:
+                tar.write(record)
+                keys.append(sample.key)
+                kinds[sample.kind] += 1
             tick()
     size, sha256 = path.stat().st_size, _sha256(path)
-    return {"name": path.name, "count": len(keys), "bytes": size, "sha256": sha256, "keys": keys, "kinds": dict(kinds)}
+    entry = {"name": path.name, "count": len(keys), "bytes": size, "sha256": sha256}
+    return entry | {"keys": keys, "kinds": dict(kinds), "invalid": invalid}
+
+
+def _reason(error: Exception) -> str:
+    """One line, the same in every process."""
+    return legible(re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__, 300)
+
+
+def close_up(folder: Path, split: str, shards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The entries of a split's shards, in order, once empty ones are removed and the others renamed to follow each
+    other; what was left out of those goes with the next one, or the last."""
+    kept: list[dict[str, Any]] = []
+    left_out: list[tuple[str, str]] = []
+    for entry in shards:
+        left_out += entry["invalid"]
+        path = folder / entry["name"]
+        if not entry["count"]:
+            path.unlink()
+            continue
+        name = shard_name(split, len(kept))
+        if name != path.name:
+            path.rename(folder / name)
+        kept.append({**entry, "name": name, "invalid": left_out})
+        left_out = []
+    if left_out and not kept:
+        key, reason = left_out[0]
+        raise UserError(f"all {len(left_out)} samples of split '{split}' are invalid, the first one '{key}': {reason}")
+    if left_out:
+        kept[-1]["invalid"] = kept[-1]["invalid"] + left_out
+    return kept
 
 
 def write_manifest(
     folder: Path, split: str, shards: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Enter a split, given what :func:`write_shard` said of its shards, in the folder's manifest; returns its entry.
+    """Enter a split, given what :func:`write_shard` said of its shards, in the folder's manifest; returns its entry,
+    in which ``invalid`` says how many samples were left out, if any: their count, reasons and the first few.
 
     Raises:
         UserError: no shards, or a key that stands twice.
@@ -204,6 +332,8 @@ def write_manifest(
     twice = [key for key, times in Counter(key for shard in shards for key in shard["keys"]).items() if times > 1]
     if twice:
         raise UserError(f"split '{split}': {len(twice)} keys stand more than once, such as {twice[0]!r}")
+    invalid = [each for shard in shards for each in shard.get("invalid", ())]
+    reasons = Counter(reason for _, reason in invalid)
     entry = {
         "split": split,
         **(meta or {}),
@@ -211,6 +341,9 @@ def write_manifest(
         "kinds": dict(sorted(sum((Counter(shard["kinds"]) for shard in shards), Counter()).items())),
         "shards": [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in shards],
     }
+    if invalid:
+        first = [f"{key}: {reason}" for key, reason in invalid[:_EXAMPLES]]
+        entry["invalid"] = {"count": len(invalid), "reasons": dict(reasons.most_common(_EXAMPLES)), "first": first}
     path = folder / MANIFEST
     manifest = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "splits": {}}
     manifest["splits"][split] = entry
@@ -297,14 +430,20 @@ class Shards:
                 raise ValueError(f"only {len(groups)} of {count} samples are left in this shard")
             key, members = groups[local]
             place = f"{place} ({key})"
+            if members is None:
+                raise ValueError("another sample before it has this key")
             return decode(key, lambda member: _read_member(stream, members, member))
         except Exception as error:  # whatever a decoder raises on hostile bytes
-            raise Damage(f"{place}: {error or type(error).__name__}") from error
+            raise Damage(legible(f"{place}: {error or type(error).__name__}", 300)) from error
 
     def _index(self, shard: int) -> tuple[IO[bytes], list[Group]]:
         if shard not in self._open:
-            stream = open(self.folder / self.shards[shard][0], "rb", buffering=0)  # noqa: SIM115 (kept open)
-            self._open[shard] = stream, list(_walk(stream))
+            name, count, *_ = self.shards[shard]
+            stream = open(self.folder / name, "rb", buffering=0, opener=_open_file)  # noqa: SIM115 (kept open)
+            groups = list(islice(_once(_walk(stream)), count + 1))
+            if len(groups) > count:
+                warnings.warn(f"{name}: it holds more than the {count} samples that {MANIFEST} counts", stacklevel=4)
+            self._open[shard] = stream, groups
             if len(self._open) > _OPEN:
                 self._open.popitem(last=False)[1][0].close()
         self._open.move_to_end(shard)
@@ -312,6 +451,15 @@ class Shards:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
+
+
+def _open_file(path: str, flags: int) -> int:
+    """Open a file, and nothing that only has the name of one: a pipe would be waited for."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no file")
+    return descriptor
 
 
 def _walk(stream: IO[bytes]) -> Iterator[Group]:
@@ -336,39 +484,59 @@ def _walk(stream: IO[bytes]) -> Iterator[Group]:
             if group:
                 yield group
             group = key, {}
-        group[1][member] = start, header.size
+        if len(group[1]) < 4 * IMAGES:  # foreign members are left alone; a million of them are not kept
+            group[1][member] = start, header.size
     if group:
         yield group
 
 
+def _once(groups: Iterable[Group]) -> Iterator[Group]:
+    seen = set()
+    for key, members in groups:
+        yield key, None if key in seen else members
+        seen.add(key)
+
+
 def _read_member(stream: IO[bytes], members: Mapping[str, tuple[int, int]], name: str) -> bytes:
     if name not in members:
-        raise ValueError(f"member '{name[:20]}' is missing")
+        raise ValueError(f"member '{legible(name, 20)}' is missing")
     offset, size = members[name]
-    limit = JSON_BYTES if name == "json" else IMAGE_BYTES
-    if size > limit:
-        raise ValueError(f"member '{name}' has {size} bytes, more than the {limit} allowed")
+    _check_bytes(name, size)
     data = os.pread(stream.fileno(), size, offset)
     if len(data) < size:
         raise ValueError(f"member '{name}' is cut off after {len(data)} of {size} bytes")
     return data
 
 
-def _decode_image(data: bytes) -> Image.Image:
+def _decode_image(data: bytes, others: Iterable[tuple[int, int]]) -> Image.Image:
+    """``others``: sizes of the images of the sample that are there already."""
     try:
         image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
     except UnidentifiedImageError:  # whose message holds an address, other each time
         raise ValueError("an image is neither PNG nor JPEG") from None
     with image:
-        _check_size(image.size)  # known from the header, before any pixel is decoded
-        return image.convert("RGB")
+        _check_sizes([*others, image.size])  # known from the header, before any pixel is decoded
+        if image.format == "JPEG" and data.count(b"\xff\xda") > SCANS:
+            raise ValueError(f"a JPEG of more than {SCANS} scans")
+        return images.shown(image).convert("RGB")
 
 
-def _check_size(size: tuple[int, int]) -> None:
-    if not 0 < size[0] * size[1] <= PIXELS:
-        raise ValueError(f"image of {size[0]} x {size[1]} pixels: there must be 1 to {PIXELS}")
-    if max(size) > ASPECT * min(size):
-        raise ValueError(f"image of {size[0]} x {size[1]} pixels: the sides differ by more than {ASPECT} times")
+def _check_bytes(name: str, size: int) -> None:
+    limit = JSON_BYTES if name == "json" else IMAGE_BYTES
+    if size > limit:
+        raise ValueError(f"member '{name}' has {size} bytes, more than the {limit} allowed")
+
+
+def _check_sizes(sizes: Iterable[tuple[int, int]]) -> None:
+    total = 0
+    for width, height in sizes:
+        total += width * height
+        if not 0 < width * height <= PIXELS:
+            raise ValueError(f"image of {width} x {height} pixels: there must be 1 to {PIXELS}")
+        if max(width, height) > ASPECT * min(width, height):
+            raise ValueError(f"image of {width} x {height} pixels: the sides differ by more than {ASPECT} times")
+    if total > SAMPLE_PIXELS:
+        raise ValueError(f"the images have {total} pixels together, more than the {SAMPLE_PIXELS} allowed")
 
 
 def _is_text(value: Any) -> bool:
@@ -389,11 +557,14 @@ def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
         raise UserError(_remedy(folder, "it is a file, not a folder" if folder.exists() else "there is no such folder"))
     there = sorted(path.name for path in folder.iterdir())
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        with open(folder / MANIFEST, "rb", opener=_open_file) as stream:
+            if os.fstat(stream.fileno()).st_size > MANIFEST_BYTES:
+                raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
+            manifest = json.load(stream)
     except FileNotFoundError:
         found = f"there are only {some(there)}" if there else "it is empty"
         raise UserError(_remedy(folder, f"no {MANIFEST}: {found}")) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(_remedy(folder, f"cannot read {MANIFEST}: {error}")) from None
     try:
         if manifest["format"] != FORMAT:
@@ -403,7 +574,9 @@ def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
             raise UserError(_remedy(folder, f"there is no split '{split}', only {some(sorted(splits))}"))
         shards = [(s["name"], s["count"], s["bytes"], s["sha256"]) for s in splits[split]["shards"]]
         if not shards or not all(
-            name == shard_name(split, i) and type(count) is int and count > 0 and type(size) is int
+            name == shard_name(split, i)
+            and type(count) is type(size) is int
+            and 0 < count <= min(size // (2 * _BLOCK), SHARD_COUNT)
             for i, (name, count, size, _) in enumerate(shards)
         ):
             raise ValueError
@@ -417,14 +590,18 @@ def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
     of_split = re.compile(re.escape(split) + r"-\d{6}\.tar")
     if extra := [name for name in there if of_split.fullmatch(name) and name not in listed]:
         raise UserError(_remedy(folder, f"{some(extra)} are there but not in {MANIFEST}"))
-    if longer := [name for name, _, size, _ in shards if (folder / name).stat().st_size > size]:
+    found = {name: (folder / name).stat() for name in sorted(listed)}
+    if strange := [name for name, status in found.items() if not stat.S_ISREG(status.st_mode)]:
+        raise UserError(_remedy(folder, f"{some(strange)} in {MANIFEST} are no files"))
+    if longer := [name for name, _, size, _ in shards if found[name].st_size > size]:
         raise UserError(_remedy(folder, f"{some(longer)} are longer than {MANIFEST} says"))
     return shards
 
 
 def some(names: Sequence[str]) -> str:
     """The first few names, for a message."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(legible(name, 100) for name in names[:3]) + more
 
 
 def _remedy(folder: Path, trouble: str) -> str:

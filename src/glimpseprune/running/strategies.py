@@ -111,7 +111,7 @@ def devices(accelerator: str, wanted: int | str) -> list[str]:
     """
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
     if accelerator in ("gpu", "cuda") and not cuda:
-        raise UserError(f"trainer.accelerator={accelerator}: there is no GPU that torch {torch.__version__} can use")
+        raise UserError(f"accelerator={accelerator}: there is no GPU that torch {torch.__version__} can use")
     numbers = [int(number) for number in re.findall(r"-?\d+", str(wanted))]
     listed = "," in str(wanted) or "[" in str(wanted)
     if wanted == "auto" or numbers == [-1]:
