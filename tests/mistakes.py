@@ -7,6 +7,7 @@ import random
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -377,6 +378,7 @@ class World:
         return ["-" + rng.choice(mandatory[command].split())] if command in mandatory else None
 
 
+@cache
 def keys(command: str) -> list[tuple[str, Any, Any]]:
     """Each (key, type, field) of a command, those of methods and sources included."""
     found = list(_keys(COMMANDS[command][2]))
@@ -413,7 +415,8 @@ def unfit(kind: Any, item: Any) -> list[str]:
         return ["maybe", "[]", "{}", "null", "0.5", "'2'", "${nope}"]
     if part is str:
         form = ["nonsense!"] * bool(item.metadata.get("form", ("", ""))[0])
-        return ["", "a" * 300, "${nope}", "\\${x}", "a${", "\udcff", "a\0b", *form]
+        empty = [] if len(get_args(kind)) > 1 else [""]  # among a method's options it is null
+        return [*empty, "a" * 300, "${nope}", "\\${x}", "a${", "\udcff", "a\0b", *form]
     if get_origin(part) is Literal:
         return ["nonsense", "3", "[]", "{}", "''", "${nope}", *nothing]
     if is_dataclass(part):
