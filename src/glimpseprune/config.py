@@ -31,6 +31,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glimpseprune import files, notation, resources
+from glimpseprune.legible import legible
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
@@ -245,7 +246,7 @@ def answering(command: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        said = " ".join(str(error).splitlines())
+        said = str(error)
     except ModuleNotFoundError as error:
         package, extra = _extra(error)
         if extra is None:
@@ -254,10 +255,9 @@ def answering(command: str) -> Iterator[None]:
     except Exception as error:
         if (said := files.said(error)) is None:
             raise
-        said = " ".join(said.splitlines())
     else:
         return
-    print("error:", as_typed(said), file=sys.stderr)
+    print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
 
 
