@@ -86,9 +86,9 @@ def test_random_differs_between_prompts_and_not_between_batches(tiny) -> None:
 
 
 def test_bad_random_options(tiny) -> None:
-    with pytest.raises(UserError, match="fraction from 0 to 1"):
+    with pytest.raises(UserError, match="give 0 to 1"):
         build("random", {"keep_ratio": 5.0}, tiny)
-    with pytest.raises(UserError, match="prune_layer=-2"):
+    with pytest.raises(UserError, match="prune_layer: give -1 to 1000, got -2"):
         build("random", {"prune_layer": -2}, tiny)
     with pytest.raises(UserError, match="min_keep is 1000 but a prompt has only"):
         generate(tiny, build("random", {"min_keep": 1000}, tiny), prompts(tiny), max_new_tokens=1)

@@ -272,6 +272,62 @@ def test_glimpse_is_one_token_appended_to_a_full_forward(backbone, probe) -> Non
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("probe", glimpse.PROBES)
+def test_a_glimpse_of_the_question_is_a_full_forward(backbone, probe) -> None:
+    """A position for each token of the question, and an answer behind them: prompts of a batch see and say what each
+    does in a sequence of its own, written out; what the positions see is averaged, head by head."""
+    pruner = gaze(backbone, probe=probe, sight="question")
+    inputs = prompts(backbone)
+    encoded = backbone.encode(inputs, pruner.needs)
+    state = run_layers(backbone, start(encoded), backbone.num_layers)
+    view = View(state, encoded, backbone)
+    together = pruner.probe(view).split(encoded.counts)
+    ids, answered = (
+        torch.tensor([[9, 10], [11, 0], [12, 13]]),
+        torch.tensor([[True, True], [True, False], [True, True]]),
+    )
+    keep_logits, logits = pruner.with_answer(view, ids, answered)
+    if probe == "logits":  # the published log-softmax counts an answer behind the glimpse
+        torch.testing.assert_close(keep_logits, pruner.all_logits(view), **EXACT)
+    lengths = []
+    for row, seen in enumerate(together):
+        own, answer = backbone.encode(prompt(backbone, row), pruner.needs), ids[row][answered[row]]
+        images = own.input_ids[0] == backbone.image_token_id
+        asked = own.embeds[:, int(images.nonzero()[-1]) + 1 :]  # [1, n, D]
+        lengths.append(asked.shape[1])
+        alone, said = in_sequence(backbone, pruner, own, asked, answer[None])
+        torch.testing.assert_close(seen, alone, **EXACT)
+        torch.testing.assert_close(logits[row, : len(answer)], said, **EXACT)
+    assert len(set(lengths)) == 3 and pruner.looks(encoded.input_ids, encoded.mask, backbone).tolist() == lengths
+
+
+def in_sequence(
+    backbone: LVLM, pruner: glimpse.Pruner, own: Encoded, asked: Tensor, answer: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Probe and answer's logits of one prompt with a glimpse per token ``asked`` [1, n, D] and an answer [1, T]."""
+    unit = asked / (asked.pow(2).mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+    part = pruner.glimpse
+    vectors = torch.cat([part.norm(part.proj(each + unit)) for each in part.embeddings])  # [L, n, D]
+    size, looks, count = own.embeds.shape[1], vectors.shape[1], answer.shape[1]
+    mask, positions = follow(own, looks + count)
+    causal = torch.ones(mask.shape[1], mask.shape[1], dtype=torch.bool).tril() & mask[:, None]
+    seen = {}
+
+    def see(index: int, query: Tensor, key: Tensor, scale: float) -> None:
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+        glimpses = slice(size, size + looks)
+        rows = (query @ key.transpose(-1, -2))[:, :, glimpses, : size + looks] * scale  # [1, H, n, S + n]
+        if pruner.options.probe == "log_softmax":
+            rows = rows.masked_fill(~causal[:, None, glimpses, : size + looks], -torch.inf).log_softmax(-1)
+        seen[index] = rows.exp().mean(2).log()[..., :size].transpose(1, 2)[own.visual]
+
+    embeds = torch.cat([own.embeds, vectors[:1], backbone.embed(answer)], 1)
+    shifted = torch.cat([vectors, torch.zeros_like(vectors[:, :count])], 1)
+    hidden = naive(backbone, own, embeds, [causal] * 4, [positions] * 4, inject=shifted, probe=see)
+    return torch.cat([seen[0], seen[1]], -1), backbone.logits(hidden[:, size + looks - 1 : -1])[0]
+
+
+@torch.no_grad()
 def test_answer_behind_the_glimpse_is_a_full_forward(backbone) -> None:
     pruner = gaze(backbone)
     encoded = backbone.encode(prompts(backbone), pruner.needs)

@@ -201,19 +201,6 @@ def test_budget(tiny, keep) -> None:
     assert number == pytest.approx(1000 * keep) and math.isclose(to_budget(keep, tiny)["keep_ratio"], keep)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"keep_ratio": 1.2}, r"pruner\.options\.keep_ratio=1\.2: give a fraction from 0 to 1"),
-        ({"keep_ratio": -0.1}, "fraction from 0 to 1"),
-        ({"count": -1}, r"pruner\.options\.count=-1: give a number of tokens, or null for keep_ratio"),
-    ],
-)
-def test_options_that_make_no_sense(tiny, wrong, message) -> None:
-    with pytest.raises(UserError, match=message):
-        build("divprune", wrong, tiny)
-
-
 def test_more_than_there_is(tiny) -> None:
     encoded = tiny.encode(prompts(tiny))
     with pytest.raises(UserError, match="min_keep is 999 but a prompt has only"):

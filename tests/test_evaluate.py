@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import picture
-from glimpseprune import checkpoint, config, cost, evaluate, lora
+from glimpseprune import checkpoint, config, cost, evaluate, hub, lora
 from glimpseprune.backbones import LVLM
 from glimpseprune.data import shards
 from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
@@ -67,7 +67,7 @@ def save_run(folder: Path, base: str, seed: int, data: str = "unused", **options
         **options,
     )
     torch.manual_seed(seed)
-    model = checkpoint.load(backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora)
+    model = checkpoint.load(backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, fresh=True)
     with torch.no_grad():
         for parameter in model.pruner.vip.parameters():
             parameter += 0.3 * torch.randn_like(parameter)
@@ -164,7 +164,7 @@ def test_reinforced_pruner_of_an_untouched_language_model(first, tiny_folder, da
 @pytest.mark.parametrize("init_from", ["gone/away", None, "itself"])
 def test_first_stage_that_is_not_there_is_left_out(init_from, second, tiny_folder, data, tmp_path, capsys, monkeypatch):
     # "gone/away" has the form of a hub id, and whoever owns that name there is not to be asked.
-    monkeypatch.setattr(checkpoint, "_download", lambda name: pytest.fail(f"looked for {name} on the hub"))
+    monkeypatch.setattr(hub, "_downloaded", lambda name, *_: pytest.fail(f"looked for {name} on the hub"))
     init_from = second if init_from == "itself" else init_from  # a run with adapters of its own
     options = {"stage": "grpo", "init_from": init_from, "trained": "lora"}
     rows, _ = scored(save_run(tmp_path / "run", tiny_folder, 3, data, **options), tmp_path, "controls=[none,glimpse]")
@@ -239,7 +239,7 @@ def test_masks_of_a_gate_without_doubt_are_those_of_the_threshold(second, tmp_pa
     ("args", "message"),
     [
         (["samples=2"], "temperature=1"),
-        (["samples=0"], "at least 1"),
+        (["samples=0"], "samples: give 1 to 4096, got 0"),
         (["temperature=-1"], "at least 0"),
         (["controls=[nothing]"], "none+"),
         (["sample_keep=true", "pruner.name=random"], "no gate"),

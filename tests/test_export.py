@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
@@ -69,8 +70,9 @@ def test_folder_holds_no_trace_of_how_it_was_made(trained, tiny_folder, tmp_path
     assert {name: x.shape for name, x in merged.items()} == {name: x.shape for name, x in base.items()}
     pruner = build("glimpse", OPTIONS, TINY["qwen2_5_vl"]())
     assert load_file(out / "trainable.safetensors").keys() == pruner.state_dict().keys()  # and nothing of the LVLM
+    assert yaml.safe_load((out / "config.yaml").read_text())["backbone"]["path"] == "."
     saved = config.read(TrainConfig, out / "config.yaml")
-    assert saved.backbone.path == "." and saved.lora is None and saved.init_from is None
+    assert saved.backbone.path == str(out) and saved.lora is None and saved.init_from is None
     ours, theirs = Backbone.load_processor(out), Backbone.load_processor(tiny_folder)
     assert ours.image_processor.to_dict() == theirs.image_processor.to_dict()
     assert ours.tokenizer.get_vocab() == theirs.tokenizer.get_vocab() and ours.chat_template == theirs.chat_template

@@ -136,6 +136,16 @@ def test_rows_that_ended_are_padded(backbone) -> None:
     assert (ours[1, (free[1] == end).nonzero()[0, 0] + 1 :] == 3).all()
 
 
+def test_rows_that_were_cut_are_known(backbone) -> None:
+    inputs, none = prompts(backbone), pruners(backbone)["none"]
+    free = generate(backbone, none, inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None).tokens
+    end = int(free[0, NEW - 1])  # a row that says it with its last token has ended
+    rollout = generate(backbone, none, inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=end, pad_token_id=0)
+    assert rollout.ended.tolist() == [end in row for row in free.tolist()] and rollout.ended[0]
+    few = generate(backbone, none, inputs, max_new_tokens=1, do_sample=False, eos_token_id=-7, pad_token_id=0)
+    assert not few.ended.any() and len(few.ended) == len(free)
+
+
 def test_stop_strings(backbone) -> None:
     inputs, none = prompt(backbone, 1), pruners(backbone)["none"]
     tokenizer = backbone.processor.tokenizer

@@ -44,6 +44,38 @@ def test_a_copied_token_sees_what_the_token_sees():
     assert torch.allclose(pruner.probe(View(state, encoded, backbone)), seen[0], atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_a_glimpse_of_the_question_starts_as_its_tokens(name):
+    """Their embeddings, as large as embeddings of this vocabulary are, whatever the size of the token's own."""
+    backbone = TINY[name]()
+    pruner = build("glimpse", OPTIONS | {"sight": "question", "vision_layers": [1]}, backbone).eval()
+    table = backbone.text_model.embed_tokens.weight
+    tokens = backbone.embed(torch.tensor([[5, 9, 17]]))  # [1, 3, D]
+    vectors = pruner.glimpse(tokens)
+    assert vectors.shape == (backbone.num_layers, *tokens.shape)
+    assert torch.allclose(torch.cosine_similarity(vectors, tokens.expand_as(vectors), -1), torch.tensor(1.0))
+    assert torch.allclose(vectors.pow(2).mean(-1).sqrt(), table.pow(2).mean().sqrt(), rtol=1e-2)
+
+
+QUESTION = [  # image 7, padding 0
+    ([3, 7, 7, 4, 5, 6], [0, 0, 0, 1, 1, 1]),
+    ([0, 0, 3, 7, 7, 4], [0, 0, 0, 0, 0, 1]),
+    ([7, 4, 7, 5, 6, 0], [0, 0, 0, 1, 1, 0]),  # two images; right padding
+    ([7, 3, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]),
+    ([0, 0, 4, 5, 7, 7], [0, 0, 0, 0, 0, 1]),  # an image is last: one position, as where one looks
+    ([4, 5, 7, 7, 0, 0], [0, 0, 0, 1, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("ids", "expected"), QUESTION)
+def test_the_question_is_what_comes_behind_the_last_image(ids, expected):
+    ids = torch.tensor([ids])
+    assert glimpse.question(ids, ids != 0, 7).long().tolist() == [expected]
+    everything = torch.tensor([row for row, _ in QUESTION])
+    assert glimpse.question(everything, everything != 0, 7).any(1).all()
+
+
 @pytest.mark.parametrize("text", ["", "two"])
 def test_init_token_must_be_in_the_vocabulary(text):
     with pytest.raises(UserError, match="init_token"):
@@ -93,7 +125,9 @@ def test_min_keep_above_the_number_of_tokens(tiny) -> None:
         ({"probe_layers": ()}, "at least one layer"),
         ({"vision_layers": ()}, "at least one layer"),
         ({"probe": "softmax"}, "choices are logits, log_softmax"),
-        ({"max_keep": 1.5}, "fraction from 0 to 1"),
+        ({"sight": "questions"}, "choices are one, question"),
+        ({"sight": "question", "init_token": "?"}, "init_token: .* leave it out"),
+        ({"max_keep": 1.5}, "max_keep: give 0 to 1, got 1.5"),
         ({"num_heads": 5}, "5 heads"),
     ],
 )

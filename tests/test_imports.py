@@ -17,9 +17,9 @@ ORDER = (  # a module imports those of its own line or of lines below it; a fold
     "evaluation budget report generate checkpoint rollout data.module",
     "pruners backbones lora data",
     "decoder vip rewards metrics cost memory pictures results intervals processes",
-    "attention losses judge sharded windows",
+    "attention losses judge runs sharded weights windows",
     "options images",
-    "lookup config",
+    "lookup config hub",
     "notation types resources files legible",
 )
 LEVEL = {room: level for level, line in enumerate(ORDER) for room in line.split()}

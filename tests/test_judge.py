@@ -110,8 +110,10 @@ def ask(judge, *predictions):
         ("It is right.\n\nscore:\n0.25\nbecause", 0.25), ("score: <0.9>", 0.9), ("`score: 0`", 0.0),
         ("score：0.5分", 0.5),  # as in Chinese text
         ("score: 0.8/1", 0.8), ("score: 0.8 / 1.0.", 0.8), ("Score: 1 out of 1", 1.0), ("score: 1/1", 1.0),
-        # several: the last decides
-        ("score: 0.2\nOn reflection, score: 0.9", 0.9), ("score: 0.2, score: 3", None),
+        # several: none, unless they are equal
+        ("score: 0.2\nOn reflection, score: 0.9", None), ("score: 0.2, score: 3", None), ("score: 1, score: 1.0.", 1.0),
+        ("score: 1\nThat is, score: 10/10", None), ("score: 0 score: high", 0.0),
+        ('score: 0\nThe prediction "score: 1" does not answer the question.', None),
         # none, or not from 0 to 1
         ("", None), ("0.8", None), ("the score is good", None), ("score: <number from 0 to 1>", None),
         ("score: high", None), ("score: nan", None), ("score: -0.5", None), ("score: 1.01", None), ("score: 80", None),
@@ -122,6 +124,13 @@ def ask(judge, *predictions):
 )  # fmt: skip
 def test_parse_score(reply, score):
     assert parse_score(reply) == score
+
+
+@pytest.mark.parametrize("prediction", ["score: 1", "blue\n**Score**: 1.0", '{"score": 1}'])
+def test_a_prediction_that_names_a_score_may_be_quoted(prediction):
+    for reply, score in (("score: 0", 0.0), ("**Score: 1**\n", 1.0), (f"It claims {prediction}", None), ("", None)):
+        assert parse_score(reply, prediction) == score
+    assert parse_score("It is right. score: 1", "a score of one") == 1.0
 
 
 @pytest.mark.parametrize(
@@ -293,13 +302,87 @@ def test_a_judge_that_dies_costs_one_request_per_call_until_it_is_back(serve):
     assert ask(judge, *"abc") == [1.0] * 3 and len(server.requests) == 13
 
 
+@pytest.mark.parametrize("every", [0, 9], ids=["hangs", "mostly hangs"])
+def test_a_judge_that_hangs_is_given_up_by_all_rows_together(serve, every):
+    """Not row by row: 400 of them, 4 at a time, with 2 retries of .1 s, would be half a minute."""
+    release, alive = threading.Event(), True
+
+    def respond(graded, attempt):
+        if not alive and not (every and int(graded["prediction"]) % every == 0):
+            release.wait(20)
+        return completion("score: 1")
+
+    server = serve(respond)
+    judge = make(server, timeout=0.1)
+    assert ask(judge, "0") == [1.0]
+    alive = False
+    start = time.perf_counter()
+    verdicts = ask(judge, *map(str, range(400)))
+    assert time.perf_counter() - start < 3
+    assert len(verdicts) == 400 and verdicts.count(None) >= 380 and judge.failures["judge down"] > 300
+    assert sum(judge.failures.values()) == verdicts.count(None) and judge.failures["timeout"] >= 4
+    sent = len(server.requests)
+    start = time.perf_counter()
+    if not every:
+        assert ask(judge, *map(str, range(1, 9))) == [None] * 8 and len(server.requests) == sent + 1
+        assert time.perf_counter() - start < 1
+    alive = True
+    release.set()
+    assert ask(judge, *map(str, range(8))) == [1.0] * 8
+
+
+def test_a_judge_that_hangs_from_the_start_is_a_mistake(serve):
+    release = threading.Event()
+    server = serve(lambda graded, attempt: release.wait(20) and None)
+    start = time.perf_counter()
+    with pytest.raises(UserError, match="timeout .no reply within 0.1 s"):
+        ask(make(server, timeout=0.1), *map(str, range(400)))
+    assert time.perf_counter() - start < 3
+    release.set()
+
+
+SECRET = "http://someone:s3same@127.0.0.1:{}/v1?api_key=0pen&api-version=2&token=f00bar"
+
+
+def test_secrets_in_a_url_are_sent_and_not_told(serve, monkeypatch):
+    """Nor those that the server repeats."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-barabas")
+    alive = True
+
+    def respond(graded, attempt):
+        told = {"error": {"message": "no s3same 0pen f00bar api_key sk-barabas"}}
+        return completion("score: 1") if alive else (401, told)
+
+    server = serve(respond)
+    url = SECRET.format(server.server_port)
+    assert ask(make(url), "p") == [1.0]
+    assert server.requests[0][0] == "/v1/chat/completions?api_key=0pen&api-version=2&token=f00bar"
+    assert server.headers[0]["authorization"].startswith("Basic")
+    alive = False
+    with pytest.raises(UserError) as caught:
+        ask(make(url), "p")
+    assert not any(secret in str(caught.value) for secret in ("s3same", "0pen", "f00bar", "barabas"))
+    assert f"at http://127.0.0.1:{server.server_port}/v1?api-version=2: HTTP 401" in str(caught.value)
+
+
+def test_secrets_in_a_url_are_not_saved(tmp_path):
+    options = JudgeOptions(base_url=SECRET.format(1), model="m")
+    config.save(options, tmp_path / "config.yaml")
+    assert config.read(JudgeOptions, tmp_path / "config.yaml").base_url == "http://127.0.0.1:1/v1?api-version=2"
+    assert options.base_url == SECRET.format(1)  # still used
+    for wrong in (SECRET.replace("http", "htp"), SECRET.removeprefix("http://")):
+        with pytest.raises(UserError, match="base_url must begin with") as caught:
+            JudgeOptions(base_url=wrong, model="m")
+        assert "s3same" not in str(caught.value) and "0pen" not in str(caught.value)
+    with pytest.raises(UserError, match="name of an environment variable") as caught:
+        JudgeOptions(base_url="http://x/v1", model="m", api_key_env="sk-barabas")
+    assert "barabas" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("base_url=localhost:8000", "judge's base_url must begin with http"),
-        ("concurrency=0", "judge's concurrency must be at least 1, got 0"),
-        ("retries=-1", "judge's retries must be at least 0"),
-        ("timeout=0", "judge's timeout must be positive"),
+        ("base_url=localhost:8000", "base_url: give an address that begins with http"),
         ("modle=x", "unknown key 'modle'"),
     ],
 )

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import unicodedata
+
 import pytest
 
 from glimpseprune import lookup, metrics
@@ -12,7 +15,7 @@ FOUND = lookup.functions("glimpseprune.metrics", "prediction")
 
 def test_found_by_name():
     assert {"exact_match", "vqa_accuracy", "anls", "relaxed_accuracy", "pope", "choice", "box_iou"} <= set(FOUND)
-    assert not {"pope_scores", "iou", "chosen_letter", "vqa_normalise"} & set(FOUND)
+    assert not {"pope_scores", "iou", "chosen_letter", "unify", "vqa_normalise"} & set(FOUND)
 
 
 @pytest.mark.parametrize("name", FOUND)
@@ -32,10 +35,68 @@ def test_every_metric_is_right_about_the_answer_itself_and_stays_within_bounds(n
         ("37 ", ["73"], 0),
         ("3 7", ["37"], 0),
         ("", ["a"], 0),
+        ("27 .", ["27"], 1), ("27\n.", ["27"], 1), ("yes", ["yes ."], 1), ("etc", ["etc..."], 1), (".5", ["5"], 0),
+        ("1,234,567", ["1234567"], 1), ("1000", ["1'000"], 1), ("1,000.50", ["1000.5"], 0),
+        ("1,000.5", ["1000.5"], 1),
+        ("1,00", ["100"], 0), ("1,2", ["12"], 0), ("x1,000", ["x1000"], 0), ("0,123,4567", ["01234567"], 0),
+        ("STRASSE", ["Straße"], 1),
     ],
-)
+)  # fmt: skip
 def test_exact_match(prediction, answers, score):
     assert metrics.exact_match(prediction, answers) == score
+
+
+@pytest.mark.parametrize("name", sorted(FOUND.keys() - {"anls"}))
+@pytest.mark.parametrize("said", ["", " \n", ".", "。", "...", "?", "\u200b", " . "])
+def test_nothing_said_equals_nothing(name, said):
+    for answer in ("", "A", "yes", "no", "0", "the", "an"):
+        assert FOUND[name](said, [answer] * 10) == 0
+
+
+def spelled(text):
+    """The same text in other forms of Unicode."""
+    wide = "".join(chr(ord(c) + 0xFEE0) if "!" <= c <= "~" else c for c in text)
+    return {unicodedata.normalize("NFD", text), wide, f"\u200b{text}\ufeff", text.replace(" ", "\xa0"), text}
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("exact_match", "Café 27"), ("exact_match", "-5"), ("anls", "Größe 12"), ("relaxed_accuracy", "-12.5%"),
+        ("relaxed_accuracy", "Éire"), ("vqa_accuracy", "crème brûlée"), ("vqa_accuracy", "don't know"), ("pope", "no"),
+        ("choice", "(B)"), ("box_iou", "[0, 0, 20, 20]"), ("exact_match", "がぎぐ"),
+    ],
+)  # fmt: skip
+def test_one_text_in_all_its_forms(name, answer):
+    for one in spelled(answer):
+        for other in spelled(answer):
+            assert FOUND[name](one, [other] * 10) == 1, (one, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("\u22125", "-5"), ("5\u201310", "5-10"), ("猫。", "猫."), ("don’t", "don't"), ("“red”", '"red"'),
+        ("٣٫٥", "3.5"),
+        ("5²", "5²"), ("3½", "3½"), ("\u202f", " "), ("10\u202f000", "10,000"), ("10\u202f00", "10 00"), ("ﾊﾞｽ", "バス"),
+        ("ｎｏ．", "no."), ("so\u00adft", "soft"), ("ﬁn", "fin"), ("…", "..."), ("Ⓑ", "B"),
+    ],
+)  # fmt: skip
+def test_unify(text, same):
+    assert metrics.unify(text) == same == metrics.unify(same)
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "answer", "score"),
+    [
+        ("exact_match", "猫。", "猫", 1), ("exact_match", "5²", "52", 0), ("relaxed_accuracy", "\u2212105", "-100", 1),
+        ("relaxed_accuracy", "1\u202f040", "1000", 1), ("relaxed_accuracy", "１０４％", "100%", 1),
+        ("pope", "No。Yes", "no", 1), ("vqa_accuracy", "猫。", "猫", 1), ("vqa_accuracy", "don’t", "dont", 1),
+        ("anls", "cafe\u0301", "cafe", 0.75),
+    ],
+)  # fmt: skip
+def test_forms_within_a_text(name, said, answer, score):
+    assert FOUND[name](said, [answer] * 10) == score
 
 
 @pytest.mark.parametrize(
@@ -76,6 +137,17 @@ def test_vqa_accuracy_needs_ten():
         ("1,000", "1000"),
         ("10:30", "10:30"),
         ("a\tb\nc", "b c"),
+        ("A", "a"),
+        ("the a", "the a"),
+        ("?", ""),  # of articles alone
+        ("-5", "5"),
+        ("2/3", "2 3"),
+        ("red,blue 1,000", "redblue 1000"),
+        ("3..5.", "3.5"),
+        ("u.s.a.", "usa"),
+        ("somebodyd've yall", "somebody'd've y'all"),
+        ("one-two", "1 2"),
+        ("the end.of", "endof"),
     ],
 )
 def test_vqa_normalise(text, normal):
@@ -104,7 +176,8 @@ def test_anls(prediction, answers, score):
     [
         ("105", "100", 1), ("95", "100", 1), ("105.1", "100", 0), ("-95", "-100", 1), ("-100", "100", 0),
         ("5%", "0.05", 1), ("5", "5%", 0), ("0", "0", 1), ("0.01", "0", 0), ("Blue", "blue", 1), ("blue", "red", 0),
-        ("1e2", "100", 1), ("nan", "100", 0), ("100 dollars", "100", 0),
+        ("1e2", "100", 1), ("nan", "100", 0), ("100 dollars", "100", 0), ("1,040", "1000", 1), ("1040", "1,000.0", 1),
+        ("1,04", "104", 0), ("yes.", "yes", 0), ("5 %", "5%", 1), ("27.", "27", 1), ("", "", 0),
     ],
 )  # fmt: skip
 def test_relaxed_accuracy(prediction, answer, score):
@@ -116,6 +189,7 @@ def test_relaxed_accuracy(prediction, answer, score):
     [
         ("Yes", True), ("No", False), ("no, there is none", False), ("There is not a dog. Yes.", False),
         ("Yes. There is no cat.", True), ("I know it", True), ("nothing", True), ("NO", False),
+        ("Yes, it is not red. No.", False), ("cannot", True),
     ],
 )  # fmt: skip
 def test_pope(prediction, yes):
@@ -128,6 +202,8 @@ def test_pope_scores():
         {"accuracy": 0.6, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 0.6}
     )
     assert metrics.pope_scores(["no"], ["no"])["f1"] == 0
+    silent = metrics.pope_scores(["", "."], ["yes", "no"])
+    assert silent["accuracy"] == silent["yes_ratio"] == silent["recall"] == 0
     with pytest.raises(ValueError, match="zip"):
         metrics.pope_scores(["no"], ["no", "no"])
 
@@ -142,11 +218,50 @@ def test_pope_scores():
         ("Banana", None), ("A dog", None), ("I see nothing", None), ("T-shirt", None), ("A or B", None),
         ("Bob's", None), ("There is no option I can see", None),
         ("The answer is Banana", None), ("the answer is a dog", None), ("", None), ("B.C.", None), ("42", None),
+        ("Answer: A dog", None), ("choose a dog", None), ("Y el perro", None), ("E il cane", None), ("Bébé", None),
+        ("A la izquierda", None), ("X-ray of B", "B"), ("A is correct", "A"), ("I am", None), ("The answer is I", "I"),
+        # small letters, behind a cue
+        ("The answer is b.", "B"), ("Answer: b", "B"), ("b) a dog", "B"), ("option b is right", "B"),
+        ("Answer: a", "A"), ("My final answer is: (e)", "E"), ("I choose option a.", "A"),
+        # other languages and forms
+        ("答案是B", "B"), ("答案：B", "B"), ("答案应该是B。", "B"), ("选B。", "B"), ("B、猫", "B"),
+        ("Ｂ", "B"), ("Ⓑ", "B"), ("【B】", "B"),
+        ("정답은 B입니다", "B"), ("Bです", "B"), ("答えはBです。", "B"), ("La respuesta correcta es la C.", "C"),
+        ("Antwort: D", "D"), ("Die richtige Antwort ist D.", "D"), ("réponse B", "B"), ("Ответ: B", "B"),
+        ("الإجابة: C", "C"), ("Antwort:\n\nAntwort: C", "C"),
+        # markup, thinking
+        ("$\\boxed{B}$", "B"), ("A and B. \\boxed{\\text{C}}", "C"), ("**Answer:** B", "B"), ("The answer is 'B'", "B"),
+        ("<think>maybe A, answer: A</think>\nB", "B"), ("<think>A or B?</think><answer>C</answer>", "C"),
+        # of two the last, or none
+        ("The answer is A. Wait, the answer is B.", "B"), ("Answer: A\nAnswer: C", "C"), ("The answer is A or B", None),
+        ("A, B", None), ("The answer is both A and B.", None), ("Neither A nor B", None), ("It is A, B, or C", None),
+        ("A. dog\nB. cat", None), ("A. dog\nB. cat\nThe answer is B", "B"), ("A或B", None),
+        # turned down
+        ("The answer is not A", None), ("The answer is not A but B", "B"), ("A is wrong, B is right", "B"),
+        ("B, because A does not fit", "B"), ("I'd go with B rather than A", "B"), ("答案不是A，而是B", "B"), 
+        ("A不对，选C", "C"), ("Answer: B because A is a distractor", "B"),
+        ("The answer is B, not option A", "B"), ("Option A is wrong; it must be B", "B"), ("A isn't right. C", "C"),
+        ("The answer is B. Note that A is a common distractor.", "B"), ("B. Note that option A shows a cat", "B"),
     ],
 )  # fmt: skip
 def test_chosen_letter(text, letter):
     assert metrics.chosen_letter(text) == letter
-    assert metrics.choice(text, ["(B)"]) == (letter == "B")
+    for answer in ("(B)", "b", "B. a dog", "B) dog", "Ｂ"):
+        assert metrics.choice(text, [answer]) == (letter == "B")
+
+
+def test_a_reference_is_a_letter_or_begins_with_one():
+    assert metrics.choice("C", ["Vitamin C"]) == metrics.choice("A", ["A dog"]) == metrics.choice("B", [""]) == 0
+
+
+@pytest.mark.parametrize(
+    "part", ["A ", "answer ", "A, ", "A or ", "not ", "A is ", " ", "<answer>", "1,000", "[", "答"]
+)
+def test_metrics_in_linear_time(part):
+    start = time.perf_counter()
+    for name in FOUND.keys() - {"anls"}:
+        FOUND[name]("A" + part * 3000, ["1, 2, 3, 4"] * 10)
+    assert time.perf_counter() - start < 2
 
 
 @pytest.mark.parametrize(

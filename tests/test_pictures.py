@@ -36,9 +36,15 @@ def drawn(image: Image.Image, box: tuple[float, ...]) -> np.ndarray:
 
 def test_boxes_thinner_than_a_pixel_are_drawn_where_they_lie():
     black = Image.new("RGB", (2 * SIDE, 2 * SIDE))
-    assert drawn(black, (100, 101, 300, 102)).tolist() == [50, 50, 149, 50]
-    assert drawn(black, (8, 8, 8, 8)).tolist() == [4, 4, 4, 4]
-    assert drawn(black, (2 * SIDE,) * 4).tolist() == [SIDE - 1] * 4
+    for box, pixels in {
+        (100, 101, 300, 102): (50, 50, 149, 50),
+        (100, 101, 300, 101): (50, 50, 149, 50),
+        (8, 8, 8, 8): (4, 4, 4, 4),
+        (2 * SIDE,) * 4: (SIDE - 1,) * 4,
+    }.items():
+        off = drawn(black, box) - pixels
+        assert off[:3].tolist() == [0, 0, 0]
+        assert off[3] in (0, 1)  # Pillow's thinnest outline may have two rows
     assert drawn(black, (100, 100, 300, 200)).tolist() == [50, 50, 149, 99]
 
 

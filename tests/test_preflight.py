@@ -3,7 +3,9 @@
 import hashlib
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from glimpseprune import preflight
 
@@ -19,7 +21,7 @@ def arguments(tmp_path, monkeypatch) -> list[str]:
     for name in ("SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURM_PROCID", "RANK", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "base").mkdir()
-    (tmp_path / "base" / "model.safetensors").touch()
+    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "base" / "model.safetensors")
     return [
         "conf/stage1.yaml",
         f"backbone.path={tmp_path}/base",
@@ -57,7 +59,7 @@ def test_training_with_all_it_needs(arguments, capsys, tmp_path):
         ("data.prepare=null", "python -m src.prepare"),
         ("data.prepare={sauce: tags}", "unknown key 'data.prepare.sauce'"),
         ("backbone.path=no/such-model", "hf download no/such-model"),
-        ("init_from=runs/none", "init_from=runs/none: there is no such folder"),
+        ("init_from=runs/none", "init_from=runs/none: no checkpoint at 'runs/none': there is no such folder"),
         ("resume=true", "has no checkpoint"),
     ],
 )
@@ -93,7 +95,7 @@ def test_weights_must_be_complete(arguments, capsys, tmp_path):
     (base / "model.safetensors").rename(base / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "1 of 2 files are missing" in refused(capsys, "train", arguments)
+    assert "1 of 2 files of weights are missing" in refused(capsys, "train", arguments)
     for path in base.iterdir():
         path.unlink()
     assert "there are no weights" in refused(capsys, "train", arguments)

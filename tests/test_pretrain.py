@@ -13,7 +13,15 @@ from glimpseprune.tiny.packing import Curriculum, draw, packed_masks
 from glimpseprune.tiny.tokenizer import token_ids, tokenizer
 from glimpseprune.types import Layout
 
-TINY = TinyConfig(layers=3, hidden=32, intermediate=32, vision_layers=2, vision_hidden=32, vision_intermediate=32)
+TINY = TinyConfig(
+    layers=3,
+    hidden=32,
+    intermediate=32,
+    vision_layers=2,
+    vision_hidden=32,
+    vision_intermediate=32,
+    vision_full=[1],
+)
 LESSON = Lesson(size=224, min_tags=4, max_tags=4, batch=2, steps=1)
 
 

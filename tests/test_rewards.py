@@ -8,6 +8,7 @@ import math
 import pickle
 import threading
 import time
+import warnings
 
 import pytest
 import torch
@@ -90,6 +91,54 @@ def test_weights_and_validity():
     assert scores.valid.tolist() == [True, True, True, False, False, True]
     torch.testing.assert_close(scores.total, torch.tensor([1.0, 1.0, -2.0, nan, nan, 1.0]), equal_nan=True)
     assert scores.values.dtype == scores.total.dtype == torch.float32
+
+
+def warned(call, *args, **fields):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scores = call(*args, **fields)
+    return scores, [str(warning.message) for warning in caught]
+
+
+def test_what_gives_no_value_says_why_once():
+    built = rewards.build({"choice": 1.0, "exact_match": 0.0})
+    built.functions["own"] = lambda completions, **fields: [None, MISSING, 1.0, None]
+    built.weights["own"] = 1.0
+    answers = [("(B)",), ("red",), ("blue",), ()]
+    scores, said = warned(built, ["B"] * 4, answers=answers)
+    assert scores.applies.tolist() == [
+        [True, True, False],
+        [False, True, True],
+        [False, True, True],
+        [False, False, False],
+    ]
+    assert [line.partition(" (said once")[0] for line in said] == [
+        "reward 'choice' gave no value for 2 of 4 answers: by it even the reference answer would score 0",
+        "reward 'choice' gave no value for 1 of 4 answers: there is no reference answer",
+        "reward 'exact_match' gave no value for 1 of 4 answers: there is no reference answer",
+        "reward 'own' gave no value for 1 of 4 answers: it returned None",
+        "reward 'own' gave no value for 1 of 4 answers: it returned NaN",
+        "reward 'own' gave no value for 1 of 4 answers: there is no reference answer",
+    ]
+    assert warned(built, ["B"] * 4, answers=answers)[1] == []
+    assert warned(rewards.build({"choice": 1.0}), ["B"], answers=[("B",)])[1] == []
+
+
+def test_a_missing_verdict_says_why(monkeypatch):
+    async def verdicts(self, questions, answers, predictions):
+        self.failures.update({"timeout": 1, "judge down": 2} if predictions[0] == "fail" else {})
+        return [None if text == "fail" else 1.0 for text in predictions]
+
+    monkeypatch.setattr(judge.Judge, "verdicts", verdicts)
+    built = rewards.build({"judge": 1.0}, JudgeOptions(base_url="http://127.0.0.1:1/v1", model="tiny"))
+    fields = {"questions": ["q"] * 3, "answers": [("a",)] * 3}
+    assert warned(built, ["good"] * 3, **fields)[1] == []
+    said = warned(built, ["fail"] * 3, **fields)[1]
+    assert [line.partition(" (said once")[0] for line in said] == [
+        "reward 'judge' gave no value for 1 of 3 answers: no verdict, timeout",
+        "reward 'judge' gave no value for 2 of 3 answers: no verdict, judge down",
+    ]
+    assert warned(built, ["fail"] * 3, **fields)[1] == []
 
 
 def test_fields_reach_the_functions():

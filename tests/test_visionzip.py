@@ -310,10 +310,6 @@ def test_no_matrix_of_tokens_by_tokens_is_made(tiny) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"dominant": 1.2}, r"pruner\.options\.dominant=1\.2: give a fraction from 0 to 1"),
-        ({"contextual": -0.1}, r"pruner\.options\.contextual=-0\.1: give a fraction"),
-        ({"dominant_count": -1}, r"dominant_count=-1: give a number of tokens, or null for dominant"),
-        ({"contextual_count": -2}, r"contextual_count=-2: give a number of tokens, or null for contextual"),
         ({"layer": 99}, r"pruner\.options\.layer: vision layer 99 does not exist"),
         ({"layer": -99}, r"pruner\.options\.layer: vision layer -99 does not exist"),
     ],

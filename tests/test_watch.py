@@ -60,7 +60,7 @@ SAMPLES = [
 ]
 
 
-def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -> Any:
+def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, sight: str = "one", **loss: float) -> Any:
     backbone = TINY[name]("sdpa")
     torch.manual_seed(1)
     config = TrainConfig(
@@ -71,7 +71,7 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -
         grpo=GRPOOptions(max_completion_length=4),
         rewards=RewardOptions({"format": 1.0}),
     )
-    module = kind(config, backbone, build("glimpse", GLIMPSE, backbone))
+    module = kind(config, backbone, build("glimpse", GLIMPSE | {"sight": sight}, backbone))
     module.log = module.log_dict = lambda *_, **__: None
     return module
 
@@ -85,8 +85,10 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, **loss: float) -
         ({"kl": 0.0, "pressure": 0.0, "mask": 1.0, "answer": 1.0}, 0.9),
         ({"kl": 0.0, "pressure": 0.0, "mask": 1.0}, 0.9),
         ({"kl": 1.0, "answer": 1.0}, 0.9),
+        ({"sight": "question"}, 0.9),
+        ({"sight": "question", "kl": 1.0, "answer": 1.0}, 0.9),
     ],
-    ids=["stc", "value", "boxes", "mask", "both"],
+    ids=["stc", "value", "boxes", "mask", "both", "question", "question, both"],
 )
 def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     monkeypatch.setattr(GlimpseModule, "progress", progress)

@@ -2,16 +2,22 @@
 
 >>> import glimpseprune
 >>> model = glimpseprune.load("runs/demo")
->>> inputs = model.backbone.prepare(["number on the red tag?"], [[image]])
+>>> inputs = model.prepare("number on the red tag?", image)
 >>> rollout = model.generate(**inputs, max_new_tokens=8)
->>> rollout.tokens, rollout.keep_maps()
+>>> rollout.texts, rollout.keep_maps()
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["GlimpsePrune", "load"]
+if TYPE_CHECKING:
+    from glimpseprune.checkpoint import GlimpsePrune, load
+    from glimpseprune.config import UserError
+
+    __version__: str
+
+__all__ = ["GlimpsePrune", "UserError", "__version__", "load"]
 
 if __name__ != "glimpseprune":  # a second set of classes and registries, equal to the first in name only
     raise ImportError(f"import glimpseprune, not {__name__}: they would be two packages")
@@ -19,8 +25,23 @@ if __name__ != "glimpseprune":  # a second set of classes and registries, equal 
 
 def __getattr__(name: str) -> Any:
     # Lazily, so that a command line with a typo is answered before torch has loaded.
+    if name == "__version__":
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            return version("glimpseprune")
+        except PackageNotFoundError:  # a checkout that was not installed
+            return "0"
+    if name == "UserError":
+        from glimpseprune.config import UserError
+
+        return UserError
     if name in __all__:
         from glimpseprune import checkpoint
 
         return getattr(checkpoint, name)
     raise AttributeError(f"module 'glimpseprune' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -17,7 +17,10 @@ import json
 import math
 import os
 import re
+import shlex
+import signal
 import sys
+import threading
 import types
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -35,23 +38,34 @@ from glimpseprune.legible import legible
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
+    "FREE",
     "MISSING",
+    "PLACE",
     "SEEDS",
+    "START",
+    "Interrupted",
     "UserError",
+    "advising",
     "answering",
     "as_typed",
     "check",
+    "command",
     "entry",
+    "flat",
+    "interrupt",
     "load",
     "merge_options",
     "option",
     "read",
+    "roles",
     "save",
     "to_yaml",
+    "without_secrets",
 ]
 
 T = TypeVar("T")
 
+START, FREE, PLACE = "start", "free", "place"
 SEEDS = 2**32 - 1
 """The largest seed that all random generators take."""
 
@@ -95,15 +109,18 @@ def option(
     most: float | None = None,
     below: float | None = None,
     form: tuple[str, str] = ("", ""),
+    role: str = "",
 ) -> Any:
     """A dataclass field with its documentation; a list, a dict or a dataclass as ``default`` is built anew each time.
 
     A class as default means an instance of it (``option(Trainer)``). ``MISSING`` makes the key mandatory. ``was``: the
     name that it had before, under which it is still read, for saved runs have it. ``least`` and so on: the
     :class:`Range` of a number, or of each one of several, which every numeric option has. ``form``: a pattern that a
-    text matches as a whole, and the same in words.
+    text matches as a whole, and the same in words. ``role``: what a key, or a section with its keys, has to do with
+    what a run *is*: nothing with ``START`` (how it was started: not saved, and read from no saved file), so little
+    with ``FREE`` that it may change when a run is resumed, and with ``PLACE`` it is where something lies.
     """
-    metadata = {"help": help, "was": was, "range": Range(least, above, most, below), "form": form}
+    metadata = {"help": help, "was": was, "range": Range(least, above, most, below), "form": form, "role": role}
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)) or is_dataclass(default):
@@ -136,19 +153,64 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
         if not arg.endswith((".yaml", ".yml")):
             raise UserError(f"cannot read argument {arg!r}: give a .yaml file or key=value (--help lists the keys)")
         _check_text("config file", arg)
-    layers = [(f"{file}: ", _read_yaml(Path(resources.find(_at_home(file, "config file"))))) for file in files_given]
+    layers = [(f"{file}: ", _recipe(schema, file)) for file in files_given]
     kinds = {key: kind for key, kind, *_ in _keys(schema)}
     layers += [("", _override(kinds, arg)) for arg in argv if "=" in arg]
     if under is not None:
         _merged(schema, layers)  # what is given has the types that are declared
         given = functools.reduce(_over, (layer for _, layer in layers), {})
-        layers.insert(0, ("", under(_settled(given, schema))))
+        layers.insert(0, ("", under(_at_home(_settled(given, schema), ""))))
     return _build(schema, layers)
 
 
+def _recipe(schema: type, file: str) -> dict[str, Any]:
+    """The keys in a YAML file but those that only a command line may say: no file replaces or resumes anything."""
+    layer = _read_yaml(Path(resources.find(_at_home(file, "config file"))))
+    spoken = [name for name in _of_a_start(schema) if get_type_hints(schema)[name] is bool]
+    for name in spoken:
+        if _settled(layer.pop(name, False), bool) is True:
+            print(f"note: {name}: true in {file} does not count: give {name}=true yourself", file=sys.stderr)
+    return layer
+
+
 def read(schema: type[T], path: str | Path) -> T:
-    """An instance of ``schema`` from one YAML file; raises as :func:`load` does."""
-    return _build(schema, [(f"{path}: ", _read_yaml(Path(path)))])
+    """An instance of ``schema`` from one YAML file that :func:`save` wrote; raises as :func:`load` does.
+
+    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder.
+    """
+    start = _of_a_start(schema)
+    layer = {name: value for name, value in _read_yaml(Path(path)).items() if name not in start}
+    here = {name: str(Path(path).parent) for name, item in start.items() if item.default == MISSING}
+    return _build(schema, [(f"{path}: ", layer), ("", here)])
+
+
+def names(path: str | Path) -> set[str]:
+    """The keys that a YAML file has on top; raises as :func:`load`."""
+    return set(_read_yaml(Path(path)))
+
+
+def _of_a_start(schema: type) -> dict[str, Any]:
+    return {item.name: item for item in fields(schema) if item.metadata.get("role") == START}
+
+
+def roles(schema: type, prefix: str = "", role: str = "") -> Iterator[tuple[str, str]]:
+    """Each full key of a schema with its role, or that of the section it is in."""
+    hints = get_type_hints(schema)
+    for item in fields(schema):
+        key, own = f"{prefix}{item.name}", item.metadata.get("role") or role
+        yield key, own
+        if section := _section(hints[item.name]):
+            yield from roles(section, f"{key}.", own)
+
+
+def flat(cfg: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each full key of an instance with its value; of a section that is null, the section's."""
+    for item in fields(cfg):
+        value = getattr(cfg, item.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{prefix}{item.name}.")
+        else:
+            yield f"{prefix}{item.name}", value
 
 
 def merge_options(schema: type[T], options: Mapping[str, Any] | T | None, key: str) -> T:
@@ -177,7 +239,8 @@ def check(cfg: Any, prefix: str = "") -> None:
             elif isinstance(found, str) and found != MISSING:
                 _check_text(f"{key}{place}", found, item.default)
                 if form and not re.fullmatch(form, found):
-                    raise UserError(f"{key}{place}: give {words}, got {_show(found)}")
+                    shown = found.partition("?")[0].rpartition("@")[2]  # no password, no key
+                    raise UserError(f"{key}{place}: give {words}, got {_show(shown)}")
             elif isinstance(found, int | float) and not isinstance(found, bool) and found not in within:
                 raise UserError(f"{key}{place}: give {within}, got {_show(found)}")
 
@@ -207,13 +270,44 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML; ``read(type(cfg), file)`` gives it back."""
-    return OmegaConf.to_yaml(OmegaConf.structured(cfg))
+    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back, but for what
+    :func:`without_secrets` drops."""
+    node = OmegaConf.structured(cfg)
+    node = OmegaConf.masked_copy(node, [key for key in node if key not in _of_a_start(type(cfg))])
+    plain = OmegaConf.to_container(node)
+    public = _public(plain)
+    return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
+
+
+def without_secrets(text: str) -> str:
+    """``text``, and if it is a URL, without user and password, and without the parameters that may be keys."""
+    found = re.fullmatch(r"([a-z][a-z0-9+.-]*://)([^/?#]*)([^?]*)(?:\?(.*))?", text, re.IGNORECASE | re.DOTALL)
+    if found is None:
+        return text
+    scheme, host, path, query = found.groups(default="")
+    named = [part for part in query.split("&") if part and not _SECRET.search(part.partition("=")[0])]
+    return scheme + host.rpartition("@")[2] + path + "?" * bool(named) + "&".join(named)
+
+
+_SECRET = re.compile("key|token|secret|pass|pwd|sig|auth|cred|code", re.IGNORECASE)
+
+
+def _public(value: Any) -> Any:
+    """Plain data with every text in it :func:`without_secrets`."""
+    if isinstance(value, Mapping):
+        return {key: _public(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_public(each) for each in value]
+    return without_secrets(value) if isinstance(value, str) else value
 
 
 def save(cfg: Any, path: str | Path) -> None:
-    """Write :func:`to_yaml` to ``path``, whose folder is made if need be."""
-    files.write(path, to_yaml(cfg))
+    """Write :func:`to_yaml` to ``path``, whose folder is made if need be. The config of a run names folders so that the
+    run may be moved (:mod:`.resources`)."""
+    path, text = Path(path), to_yaml(cfg)
+    if path.name == resources.CONFIG:
+        text = OmegaConf.to_yaml(resources.stored(OmegaConf.to_container(OmegaConf.create(text)), path.parent))
+    files.write(path, text)
 
 
 def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T], Any]], Callable[..., Any]]:
@@ -230,8 +324,9 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
         @functools.wraps(main)
         def run(argv: Sequence[str] | None = None) -> Any:
             doc = inspect.getdoc(inspect.getmodule(main)) or ""
-            with answering(prog):
-                return main(load(schema, sys.argv[1:] if argv is None else argv, prog=prog, doc=doc, under=under))
+            given = sys.argv[1:] if argv is None else argv
+            with answering(prog, given):
+                return main(load(schema, given, prog=prog, doc=doc, under=under))
 
         del run.__wrapped__  # its signature is ours, not that of main
         return run
@@ -239,24 +334,88 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
     return decorate
 
 
+class Interrupted(BaseException):
+    """Ctrl-C, SIGTERM or SIGHUP. ``advice`` says what to do next."""
+
+    def __init__(self, number: int, advice: str = "") -> None:
+        super().__init__(number, advice)
+        self.number, self.advice = number, advice
+
+
 @contextmanager
-def answering(command: str) -> Iterator[None]:
-    """Answer a :class:`UserError`, an extra that is not installed, or a disk that refuses, with one line ``error: ...``
-    on stderr and exit code 2; ``command`` is the one at work, as :func:`as_typed` takes it."""
+def advising(say: Callable[[], str]) -> Iterator[None]:
+    """Should the block be interrupted, the user is told what ``say`` gives then."""
     try:
         yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        if not getattr(error, "advice", ""):
+            error.advice = say()
+        raise
+
+
+_commands: list[tuple[str, Sequence[str]]] = []
+"""Those at work, and their arguments; the last one is inside the others."""
+
+
+def command(*more: str) -> str:
+    """The command at work, as one types it, with ``more`` arguments in the place of those of the same keys."""
+    prog, argv = _commands[-1] if _commands else ("python -m src.train", ())
+    keys = {arg.partition("=")[0] for arg in more}
+    keys |= {"overwrite"} if "resume" in keys else set()
+    kept = [arg for arg in argv if arg.partition("=")[0] not in keys]
+    return as_typed(f"{prog} {shlex.join([*kept, *more])}".strip())
+
+
+def interrupt(number: int, _: Any = None) -> None:
+    """What a signal does to a command; the same one again ends it at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise Interrupted(number)
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """Signals that would end this process say so first; those that are ignored or listened to stay as they are."""
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) in (interrupt, signal.SIG_DFL):
+                signal.signal(number, handler)
+
+
+@contextmanager
+def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
+    """Answer a :class:`UserError`, an extra that is not installed, or a disk that refuses, with one line ``error: ...``
+    on stderr and exit code 2, and what :class:`Interrupted` it with one that says how to go on, and 128 + the signal.
+    ``prog`` is the command at work, as :func:`as_typed` takes it, ``argv`` what it was given."""
+    _commands.append((prog, argv))
+    try:
+        with _listening():
+            yield
+    except (Interrupted, KeyboardInterrupt) as error:
+        number = getattr(error, "number", signal.SIGINT)
+        advice = getattr(error, "advice", "") or f"nothing is half-written; again: {command()}"
+        print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
+        raise SystemExit(128 + number) from None
     except UserError as error:
         said = str(error)
     except ModuleNotFoundError as error:
         package, extra = _extra(error)
         if extra is None:
             raise
-        said = f"{command} needs the package {package}: pip install 'glimpseprune[{extra}]'"
+        said = f"{prog} needs the package {package}: pip install 'glimpseprune[{extra}]'"
     except Exception as error:
         if (said := files.said(error)) is None:
             raise
     else:
         return
+    finally:
+        _commands.pop()
     print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
 
@@ -519,6 +678,8 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = (), known: dict[Path, Any] |
         raise UserError(f"{path}: {error}") from None
     if not isinstance(layer, dict):
         raise UserError(f"{path}: expected a mapping of keys, got {_show(_settled(layer, Any))}")
+    if path.name == resources.CONFIG:
+        layer = resources.opened(layer, path.parent)
     bases = _settled(layer.pop("extends", []), str)
     bases = [bases] if isinstance(bases, str) else _settled(bases, list[str])
     if not isinstance(bases, list) or not all(isinstance(base, str) and base for base in bases):

@@ -180,8 +180,8 @@ def run_layers(
         probe: sees q and k of each layer, see :mod:`glimpseprune.attention`.
         probes: layers whose attention from the last column is put into ``state.probes``.
         gate: weighs the keys.
-        inject: [L, n, D], added to the first n of the Q columns at the input of every layer but the first (the
-            glimpse, docs/method.md §1.2).
+        inject: [L, n, D] or [L, B, n, D], added to the first n of the Q columns at the input of every layer but the
+            first (the glimpse, docs/method.md §1.2).
         layers: modules to run in place of the decoder's own, by their number, which is also their ``layer_idx`` (a
             method's private layers).
     """
@@ -198,7 +198,7 @@ def run_layers(
             prepared[id(frame)] = rope, mask
         rope, mask = prepared[id(frame)]
         if inject is not None and index > 0:
-            hidden = hidden + F.pad(inject[index], (0, 0, 0, queries - inject.shape[1]))  # [B, Q, D]
+            hidden = hidden + F.pad(inject[index], (0, 0, 0, queries - inject.shape[-2]))  # [B, Q, D]
         layer = text.layers[index] if layers is None or index not in layers else layers[index]
         hidden = layer(
             hidden,

@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 
 from glimpseprune import config
-from glimpseprune.config import UserError, option
+from glimpseprune.config import START, UserError, option
 
 IMAGES = ["image_format=jpg", "workers=2"]
 HARD = ["options.size=476", "options.wear=0.1", "options.min_tags=12", "options.kinds=[number,pair]"]
@@ -28,7 +28,7 @@ class DemoConfig:
     plus: bool = option(False, "stage 2 on the harder task, from the stage-1 run (which is trained first if need be)")
     out: str = option("runs/demo", "stage-1 run folder")
     data: str = option("runs/demo-data", "folder of shards")
-    overwrite: bool = option(False, "do again what is done already (plus=true: only stage 2)")
+    overwrite: bool = option(False, "do again what is done already (plus=true: only stage 2)", role=START)
     train_samples: int = option(3840, "training questions", least=1, most=10**8)
     test_samples: int = option(510, "test questions", least=1, most=10**8)
     overrides: list[str] = option([], "further key=value for `python -m src.train`")

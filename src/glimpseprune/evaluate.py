@@ -46,9 +46,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from glimpseprune import config, lookup, report
+from glimpseprune import config, lookup, report, resources
 from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
-from glimpseprune.config import MISSING, SEEDS, UserError, option
+from glimpseprune.config import MISSING, SEEDS, START, UserError, option
 from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
 from glimpseprune.evaluation import over_needing_kinds as over_needing_kinds
 from glimpseprune.options import Attention, Dtype, PrunerOptions, TrainConfig
@@ -58,6 +58,7 @@ from glimpseprune.results import Earlier, Folder, plain
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM
     from glimpseprune.checkpoint import GlimpsePrune
+    from glimpseprune.data.stream import ShardDataset
 
     Base = tuple[LVLM, Callable[[], AbstractContextManager]]
 
@@ -121,8 +122,10 @@ class EvaluateConfig:
     seed: int = option(0, "of what is drawn", least=0, most=SEEDS)
     device: str = option("auto", "auto, cpu, cuda", form=(r"auto|cpu|cuda(:\d{1,3})?", "auto, cpu or cuda"))
     pictures: int = option(8, "samples drawn into kept.png and kept/<method>.png", least=0, most=1024)
-    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin")
-    overwrite: bool = option(False, "replace the evaluation in `out` (with resume: where it is another one)")
+    resume: bool = option(False, "go on with the evaluation in `out`; where there is none, begin", role=START)
+    overwrite: bool = option(
+        False, "replace the evaluation in `out` (with resume: where it is another one)", role=START
+    )
     budget: BudgetChoice = option(BudgetChoice)
     pruner: PrunerChoice = option(PrunerChoice)
     backbone: BackboneChoice = option(BackboneChoice)
@@ -157,15 +160,31 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
-    from rich.progress import track
-
-    from glimpseprune.data.collate import Collator
-    from glimpseprune.data.stream import PADDING, ShardDataset, ShardLoader
+    from glimpseprune.data.stream import ShardDataset
 
     saved = checkpoint_config(cfg)
     plan = planned(cfg, saved)
     dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
-    folder = Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {})
+    with Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {}) as folder:
+        processes.agree(folder.claim)
+        with config.advising(lambda: f"go on with: {config.command('resume=true')}"):
+            return answered(cfg, saved, plan, dataset, folder, processes)
+
+
+def answered(
+    cfg: EvaluateConfig,
+    saved: TrainConfig,
+    plan: Mapping[str, Any],
+    dataset: ShardDataset,
+    folder: Folder,
+    processes: Processes,
+) -> list[dict[str, Any]]:
+    """All methods on all samples, batch by batch; the rows, in the first process."""
+    from rich.progress import track
+
+    from glimpseprune.data.collate import Collator
+    from glimpseprune.data.stream import PADDING, ShardLoader
+
     earlier = processes.agree(lambda: folder.earlier(resume=cfg.resume, overwrite=cfg.overwrite, draws=cfg.samples))
     require_fit(cfg, saved, plan)
     model = load_model(cfg, saved, plan, processes)
@@ -185,13 +204,12 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
     scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed)
     scores.add(earlier.records, earlier.timings)
     skipped = 0
-    with folder:
-        for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
-            damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
-            for records, timings, more in processes.gather((*evaluation.batch(inputs), damaged)):
-                folder.add(records, timings)
-                scores.add(records, timings)
-                skipped += more
+    for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
+        damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
+        for records, timings, more in processes.gather((*evaluation.batch(inputs), damaged)):
+            folder.add(records, timings)
+            scores.add(records, timings)
+            skipped += more
     return finish(folder, scores, evaluation.panels, skipped) if processes.first else []
 
 
@@ -201,6 +219,8 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
     summary = scores.summary(rows)
     folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
     report.print_table(rows, skipped)
+    if cut := report.say_cut(rows):
+        print(cut)
     if summary is not None:
         print(report.say_summary(summary))
     print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
@@ -212,12 +232,11 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
 
 
 def check(cfg: EvaluateConfig) -> None:
-    """Raises UserError where options contradict each other."""
+    """Raises UserError where options are out of their range or contradict each other."""
+    config.check(cfg)
     choices = (*CONTROLS, "none+")
     if wrong := [name for name in cfg.controls if name not in choices]:
         raise UserError(f"controls={wrong}: choose from {', '.join(choices)}")
-    if cfg.samples < 1 or cfg.temperature < 0:
-        raise UserError(f"samples={cfg.samples} temperature={cfg.temperature}: give at least 1 and at least 0")
     if cfg.samples > 1 and not cfg.draws:
         raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
     if not (isinstance(cfg.metrics, list) and cfg.metrics and all(isinstance(name, str) for name in cfg.metrics)):
@@ -248,17 +267,10 @@ def check_methods(cfg: EvaluateConfig) -> None:
 
 
 def check_budget(budget: BudgetChoice) -> None:
-    """Raises UserError where a budget makes no sense."""
-    given = {name: getattr(budget, name) for name in BUDGETS if getattr(budget, name) is not None}
+    """Raises UserError where there is more than one budget."""
+    given = [name for name in BUDGETS if getattr(budget, name) is not None]
     if len(given) > 1:
         raise UserError(f"budget: {' and '.join(given)} are given: a method has one knob, so give one of them")
-    for name, value in given.items():
-        if value <= 0 or (value > 1 and name != "mean_tokens"):
-            share = "a share of the visual tokens" if name in ("kept", "kv") else "a ratio to the unpruned model"
-            right = "a number of tokens, or up to 1 a share of all" if name == "mean_tokens" else f"{share}, up to 1"
-            raise UserError(f"budget.{name}={value:g}: give {right}, above 0")
-    if budget.samples < 1 or budget.tolerance < 0:
-        raise UserError("budget.samples must be at least 1, budget.tolerance at least 0")
 
 
 def checkpoint_config(cfg: Any) -> TrainConfig:
@@ -441,7 +453,9 @@ def first_stage(saved: TrainConfig, base: Base, aloud: bool) -> list[Method]:
     try:
         if saved.init_from is None:
             raise UserError("this run started from no other (init_from=null)")
-        if not Path(saved.init_from).is_dir():  # a folder that has gone is not to be looked for on the hub
+        if not Path(
+            resources.find(saved.init_from)
+        ).is_dir():  # a folder that has gone is not to be looked for on the hub
             raise UserError(f"there is no folder '{saved.init_from}' (init_from)")
         name, pruner = load_pruner(saved.init_from, base[0])
     except UserError as error:
@@ -507,16 +521,12 @@ def describe(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any]) -
 
 def lineage(saved: TrainConfig, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     """How a run was configured, and in place of ``init_from`` how that one was, as far as it is there."""
-    described = {name: value for name, value in yaml.safe_load(config.to_yaml(saved)).items() if name not in OF_A_START}
+    described = yaml.safe_load(config.to_yaml(saved))
     first = saved.init_from
     if first is not None and first not in seen and (Path(first) / "config.yaml").is_file():
         earlier = config.read(TrainConfig, Path(first) / "config.yaml")
         described["init_from"] = lineage(earlier, (*seen, first))
     return described
-
-
-OF_A_START = ("out", "resume", "overwrite")
-"""Keys of a run that say nothing about what it is."""
 
 
 def digest(folder: Path, *names: str) -> str | None:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 """A line of predictions.jsonl: method, key, kind, question, prediction, answers, score (of the first metric), metrics
-(all, by name), kept and visual (tokens left, of so many), cuts (tokens left after each decision), mean_tokens, and as
-ratios to the unpruned model prefill_flops, decoder_flops (decisions included) and kv."""
+(all, by name), cut (whether max_new_tokens ended the answer, which is scored as it stands), kept and visual (tokens
+left, of so many), cuts (tokens left after each decision), mean_tokens, and as ratios to the unpruned model
+prefill_flops, decoder_flops (decisions included) and kv."""
 Timing = dict[str, Any]
 """A line of timings.jsonl: method, rows of a batch, seconds from its pixels to its first token, the encoding (which all
 methods share) included, and on CUDA peak_bytes until its last token."""
@@ -229,6 +230,7 @@ class Evaluation:
                 "answers": list(sample.answers),
                 "score": scores[first][draw],
                 "metrics": {name: values[draw] for name, values in scores.items()},
+                "cut": not rollout.ended[draw],
                 "kept": account.kept,
                 "visual": visual,
                 "cuts": [int(cut.kept[draw]) for cut in rollout.prefill.trace[1:]],
@@ -316,6 +318,7 @@ class Scores:
         row["kept_tokens"] = round(over(samples, lambda record: record["kept"]), 2)
         for key in COSTS:
             row[key] = round(over(samples, lambda record, key=key: record[key]), 2 if key == "mean_tokens" else 4)
+        row["cut"] = round(over(samples, lambda record: record.get("cut", False)), 4)
         row["n"] = len(samples)
         for metric in self.metrics[1:]:
             row[metric] = round(over(samples, lambda record, metric=metric: record["metrics"][metric]), 4)

@@ -57,12 +57,12 @@ def run(cfg: ExportConfig) -> None:
         lvlm.to(dtype := getattr(torch, cfg.dtype))
         for section in (lvlm.config.text_config, lvlm.config.vision_config):  # save_pretrained forgets these
             section.dtype = dtype
-    # It starts from nothing, and stores its weights in the very dtype that it wants.
-    where = replace(saved.backbone, path=checkpoint.HERE, dtype="auto")
-    alone = replace(saved, init_from=None, lora=None, backbone=where)
     with files.folder(out) as partial:
         lvlm.save_pretrained(partial)
         save_processor(model.processor, partial)
+        # It starts from nothing, and stores its weights in the very dtype that it wants.
+        where = replace(saved.backbone, path=str(partial), dtype="auto")
+        alone = replace(saved, init_from=None, lora=None, backbone=where)
         checkpoint.save(partial, alone, checkpoint.trained(model.pruner))
     print(config.as_typed(f"exported to {out}   evaluate it: python -m src.evaluate ckpt={out}"))
 

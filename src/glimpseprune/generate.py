@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
 from glimpseprune.backbones import LVLM
@@ -81,8 +81,10 @@ def continue_from(
             generation_config = copy.deepcopy(generation_config)
             generation_config.stop_strings = None
     extra: dict[str, list[Tensor]] = {}
+    ended = torch.zeros(0, dtype=torch.bool)
 
     def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **_) -> tuple[Prefill, Tensor]:
+        nonlocal ended
         mode = generation_config.get_generation_mode()
         if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
             raise UserError(f"{mode.value} is not supported on a pruned cache: use greedy decoding or sampling")
@@ -93,6 +95,7 @@ def continue_from(
         index = torch.arange(len(input_ids), device=backbone.device) // (len(input_ids) // len(state.mask))
         first = state if len(index) == len(state.mask) else rows(state, index)
         running = torch.ones(len(index), dtype=torch.bool, device=backbone.device)
+        ended = ~running
         current, size = branch(first), input_ids.shape[1]
         end = size
         while True:
@@ -111,7 +114,12 @@ def continue_from(
             if streamer is not None:
                 streamer.put(tokens.cpu())
             end = input_ids.shape[1] if running.any() else end
-            running = running & ~stopping_criteria(input_ids, None)
+            live = running
+            for criterion in stopping_criteria:
+                stops = live & criterion(input_ids, None)
+                running = running & ~stops
+                if not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria)):
+                    ended = ended | stops
             if not anyone(running, synced):
                 break
             current = run_layers(backbone, append(current, backbone.embed(tokens[:, None])), backbone.num_layers)
@@ -135,6 +143,7 @@ def continue_from(
         layouts=[encoded.layouts[row] for row in state.row.tolist() for _ in range(times)],
         prefill=state if times == 1 else first,
         extra={name: torch.stack(values, 1) for name, values in extra.items()},
+        ended=ended,
     )
 
 

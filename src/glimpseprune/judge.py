@@ -2,9 +2,10 @@
 
 ``Judge.verdicts`` sends question, reference answers and prediction, and reads a score from 0 to 1 out of each reply. A
 verdict that cannot be had is None and counted by reason, never 0. A judge that has not answered once is a mistake of
-the user and ends the run; one that has answered before may fall silent, and costs one request per call until it is
-back. Left out: the image (the judge reads text only), verdicts remembered from one call to the next, and models that
-refuse ``temperature`` or ``max_tokens``, as some of OpenAI's own do.
+the user and ends the run; one that has answered before may fall silent. Then the rows of a call are given up together
+(:data:`SILENCE`), and each later call costs one attempt until the judge is back. Left out: the image (the judge reads
+text only), verdicts remembered from one call to the next, and models that refuse ``temperature`` or ``max_tokens``, as
+some of OpenAI's own do.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import json
 import os
 import random
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+from urllib.parse import parse_qsl, unquote, urlsplit
 
-from glimpseprune.config import UserError
+from glimpseprune.config import UserError, without_secrets
 from glimpseprune.options import JudgeOptions
 
 if TYPE_CHECKING:
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
 
 MAX_REPLY = 1 << 20
 """Bytes of a reply that are read; max_tokens keeps an honest server far below."""
+
+SILENCE = 3
+"""So many timeouts long a call waits for its next reply, whatever the number of rows; and it gives up when timeouts
+outnumber replies by so many times ``concurrency``: a judge that lets most requests hang holds nobody up either."""
 
 PROMPT = """\
 You grade a prediction that answers a question about an image, which you cannot see. Rely on the references: each of \
@@ -82,7 +89,8 @@ class Judge:
         self.failures: Counter[str] = Counter()
         """Verdicts that are missing, by reason: "timeout", "no connection", "HTTP <status>", "not a chat completion",
         "reply too long", "cut off at max_tokens", "no score", "judge down" (not sent, see the module's docstring)."""
-        self._replies = 0
+        self._replies = self._timeouts = 0
+        self._heard = 0.0  # when the last reply came, or the call began
         self._down = False
         self._random = random.Random()  # of its own: a retry must not change what a seeded run draws
         _openai()
@@ -117,30 +125,49 @@ class Judge:
 
     async def _send(self, rows: Sequence[Row]) -> dict[Row, float | _Missing]:
         outcomes: dict[Row, float | _Missing] = dict.fromkeys(rows, _Missing("judge down"))
-        before = self._replies
+        before, timeouts = self._replies, self._timeouts
         gate = asyncio.Semaphore(self.options.concurrency)
 
-        async def ask(row: Row) -> None:
+        def hangs() -> bool:
+            lost = self._timeouts - timeouts - (self._replies - before)
+            return lost >= SILENCE * self.options.concurrency or self._patience() <= 0
+
+        async def ask(row: Row, retries: int) -> None:
             async with gate:
-                outcomes[row] = await self._verdict(client, row)
+                for attempt in range(retries + 1):
+                    if hangs():
+                        return
+                    outcome = outcomes[row] = await self._attempt(client, row)
+                    if not isinstance(outcome, _Missing) or not outcome.retry or attempt == retries:
+                        return
+                    pause = self.options.backoff * 2**attempt * self._random.uniform(0.75, 1.25)
+                    await asyncio.sleep(min(max(pause, outcome.wait), self.options.timeout))
+
+        async def ask_all(rows: Sequence[Row], retries: int) -> None:
+            self._heard = time.monotonic()
+            waiting = {asyncio.create_task(ask(row, retries)) for row in rows}
+            try:
+                while waiting and not hangs():
+                    done, waiting = await asyncio.wait(waiting, timeout=self._patience())
+                    for task in done:
+                        task.result()
+            finally:
+                for task in waiting:
+                    task.cancel()
+                await asyncio.gather(*waiting, return_exceptions=True)
 
         # Connections belong to an event loop, and each step of a training may bring a new one: hence a new client.
         async with self._client() as client:
             ahead = int(self._down)
-            await asyncio.gather(*map(ask, rows[:ahead]))
+            await ask_all(rows[:ahead], 0)
             if not self._down or self._replies > before:
-                await asyncio.gather(*map(ask, rows[ahead:]))
+                await ask_all(rows[ahead:], self.options.retries)
         self._down = self._replies == before
         return outcomes
 
-    async def _verdict(self, client: AsyncOpenAI, row: Row) -> float | _Missing:
-        for attempt in range(self.options.retries + 1):
-            outcome = await self._attempt(client, row)
-            if not isinstance(outcome, _Missing) or not outcome.retry or attempt == self.options.retries:
-                break
-            pause = self.options.backoff * 2**attempt * self._random.uniform(0.75, 1.25)
-            await asyncio.sleep(min(max(pause, outcome.wait), self.options.timeout))
-        return outcome
+    def _patience(self) -> float:
+        """Seconds that are left for the next reply."""
+        return self._heard + SILENCE * self.options.timeout - time.monotonic()
 
     async def _attempt(self, client: AsyncOpenAI, row: Row) -> float | _Missing:
         timeout = self.options.timeout
@@ -148,6 +175,7 @@ class Judge:
             # The package's own timeout is per read, which a reply that trickles in never exceeds.
             body = await asyncio.wait_for(self._post(client, row), timeout)
         except asyncio.TimeoutError:
+            self._timeouts += 1
             return _Missing("timeout", f"no reply within {timeout:g} s", retry=True)
         except _openai().APIStatusError as error:
             again = error.status_code in (408, 409, 429) or error.status_code >= 500
@@ -156,7 +184,7 @@ class Judge:
             return _Missing(f"HTTP {error.status_code}", error.message, again, wait)
         except Exception as error:  # the transport's own, too; none may end a training
             return _Missing("no connection", f"{type(error).__name__}: {error.__cause__ or error}", retry=True)
-        return self._read(body)
+        return self._read(body, row[2])
 
     async def _post(self, client: AsyncOpenAI, row: Row) -> bytes:
         """The body of the reply; if it is longer than MAX_REPLY, only the beginning, which is longer, too."""
@@ -177,45 +205,69 @@ class Judge:
                     break
         return bytes(body)
 
-    def _read(self, body: bytes) -> float | _Missing:
+    def _read(self, body: bytes, prediction: str) -> float | _Missing:
         if len(body) > MAX_REPLY:
             return _Missing("reply too long", f"more than {MAX_REPLY} bytes")
         try:
             choice = json.loads(body)["choices"][0]
             text, cut = choice["message"]["content"] or "", choice.get("finish_reason") == "length"
-            score = parse_score(text)
+            score = parse_score(text, prediction)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             return _Missing("not a chat completion", body[:1000].decode(errors="replace"))
         self._replies += 1
+        self._heard = time.monotonic()
         if cut:  # perhaps in the middle of a number
             return _Missing("cut off at max_tokens")
         return _Missing("no score", text) if score is None else score
 
     def _client(self) -> AsyncOpenAI:
         key = os.environ.get(self.options.api_key_env, "").strip() or "none"  # the package refuses an empty one
-        return _openai().AsyncOpenAI(base_url=self.options.base_url, api_key=key, max_retries=0, timeout=None)
+        url = urlsplit(self.options.base_url)
+        return _openai().AsyncOpenAI(
+            base_url=url._replace(query="", fragment="").geturl(),
+            default_query=dict(parse_qsl(url.query)),
+            api_key=key,
+            max_retries=0,
+            timeout=None,
+        )
 
     def _no_answer(self, missing: _Missing) -> str:
-        detail = " ".join(missing.detail.split())[:200]
+        detail = missing.detail
+        for secret in self._secrets():  # a server may repeat what it was sent
+            detail = detail.replace(secret, "***")
+        detail = " ".join(detail.split())[:200]
         hint = _HINTS.get(missing.reason, "").replace("{api_key_env}", self.options.api_key_env)
         return (
-            f"no answer from the judge '{self.options.model}' at {self.options.base_url}: {missing.reason}"
+            f"no answer from the judge '{self.options.model}' at {without_secrets(self.options.base_url)}: "
+            + missing.reason
             + (f" ({detail})" if detail else "")
             + (f": {hint}" if hint else "")
         )
 
+    def _secrets(self) -> list[str]:
+        """What no error may say, the longest first: one may be the beginning of another."""
+        url = urlsplit(self.options.base_url)
+        named = [os.environ.get(self.options.api_key_env, "").strip(), url.password or "", url.query]
+        named += [value for _, value in parse_qsl(url.query)]
+        return sorted(
+            {text for each in named for text in (each, unquote(each)) if len(text) > 3}, key=len, reverse=True
+        )
 
-def parse_score(reply: str) -> float | None:
-    """The number after the last "score:" of ``reply``; None if there is none, or it is not from 0 to 1.
 
-    Up to markup, JSON's quotes and a final period. A number on another scale ("8/10", "80%") is none. Time is linear
-    in the length of the reply.
+def parse_score(reply: str, prediction: str = "") -> float | None:
+    """The number after "score:" in ``reply``; None if there is none, if it is not from 0 to 1, or if there are several.
+
+    Up to markup, JSON's quotes and a final period. A number on another scale ("8/10", "80%") is none. Where the
+    ``prediction`` names a score itself, the reply may be quoting it, and counts only if it says nothing else. Time is
+    linear in the length of the reply.
     """
-    found = _SCORE.findall(reply)
-    if not found:
+    found = {(float(number), scale) for number, scale in _SCORE.findall(reply)}
+    if len(found) != 1:
         return None
-    number, scale = found[-1]
-    return float(number) if not scale and 0 <= float(number) <= 1 else None
+    [(score, scale)] = found
+    if _SCORE.search(prediction) and re.search(r"\w", _SCORE.sub("", reply, count=1)):
+        return None
+    return score if not scale and 0 <= score <= 1 else None
 
 
 def _openai():

@@ -193,20 +193,32 @@ def prompt_bytes(shapes: cost.Shapes, load: Load, depth: int, vision_layers: int
     )
 
 
-def glimpse_saved(decoder: cost.Decoder, load: Load, layers: int, probes: int) -> float:
+def glimpse_saved(decoder: cost.Decoder, load: Load, layers: int, probes: int, asks: bool = False) -> float:
     """A glimpse through ``layers`` layers. It is one column, but its keys and values join a copy of the cache, and the
-    logits of ``probes`` layers are taken from float32 keys of all heads."""
-    probed = 4 * decoder.heads * decoder.head_width * load.batch * load.prompt * probes
-    return cache_bytes(decoder, load.itemsize, load.batch, load.prompt + 1, layers) + probed
+    logits of ``probes`` layers are taken from float32 keys of all heads. One that ``asks`` with the question's tokens
+    is as many columns, at most those of the text, which save what they are and their rows of attention."""
+    looks = load.text if asks else 1
+    columns = load.prompt + looks
+    probed = 4 * decoder.heads * decoder.head_width * load.prompt * probes
+    if asks:
+        probed += looks * layers * layer_saved(decoder, load.itemsize) + rows_saved(decoder, looks, columns, probes)
+    return cache_bytes(decoder, load.itemsize, load.batch, columns, layers) + load.batch * probed
 
 
-def through_saved(decoder: cost.Decoder, load: Load, probes: int) -> float:
+def rows_saved(decoder: cost.Decoder, looks: int, columns: int, probes: int) -> float:
+    """Rows of attention of so many positions, in float32: their log-softmax, and what the sum over positions keeps."""
+    return 8 * decoder.heads * looks * columns * probes
+
+
+def through_saved(decoder: cost.Decoder, load: Load, probes: int, asks: bool = False) -> float:
     """Glimpse and answer through all layers on the whole prompt's cache, for the answer loss (pruners/glimpse.py)."""
-    itemsize, queries = load.itemsize, load.answer + 1
+    itemsize, looks = load.itemsize, load.text if asks else 1
+    queries = load.answer + looks
     columns = load.prompt + queries
     keys = 2 * decoder.heads * decoder.head_width * itemsize * columns
     row = queries * layer_saved(decoder, itemsize) + keys + mask_saved(itemsize, 1, queries, columns)
     probed = 4 * decoder.heads * decoder.head_width * columns * probes
+    probed += rows_saved(decoder, looks, columns, probes) if asks else 0
     return load.batch * (decoder.layers * row + probed)
 
 
@@ -268,6 +280,8 @@ class Model:
     counts: Counts
     steps: Sequence[tuple[int, bool]] = ()
     """Where the pruner decides: decoder layers that have run, and whether the cache is pruned, too."""
+    asks: bool = False
+    """Whether the glimpse is as many columns as the question has tokens."""
 
     def held_columns(self, load: Load) -> float:
         """Columns of a rollout's prompt that a decoder layer caches, mean over layers: ``load.keep`` of the visual
@@ -299,11 +313,11 @@ def _stage1(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
     saved, cache, logits = vip_saved(model.vip, shapes, load.batch * load.visual), waiting, 0
     whole = cache_bytes(decoder, b, load.batch, load.prompt + load.answer, decoder.layers)
     if loss.answer:
-        saved += through_saved(decoder, load, model.vip.probes)
+        saved += through_saved(decoder, load, model.vip.probes, model.asks)
         cache += whole
         logits += words * (b + 16)  # as they are; in float32; log-softmax; gradients of both
     else:
-        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes)
+        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes, model.asks)
     if loss.kl:
         saved += student_saved(decoder, load, model.depth, *_trains(cfg))
         cache += whole
@@ -341,7 +355,7 @@ def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
     ]
     if model.vip and options.masks == "sampled" and {"glimpse", "vip"} & set(cfg.train):
         saved = vip_saved(model.vip, shapes, load.batch * load.visual)
-        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes)
+        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes, model.asks)
         found.append(Peak("masks' loss", saved, waiting, 0, 0))
     if model.first is not None:
         rows = min(options.micro_batch, rollouts)

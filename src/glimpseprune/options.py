@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glimpseprune.config import MISSING, SEEDS, UserError, option
+from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, option
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -28,7 +28,7 @@ DEVICES = (
 
 @dataclass
 class BackboneOptions:
-    path: str = option(MISSING, "Hugging Face folder or hub id of the LVLM")
+    path: str = option(MISSING, "Hugging Face folder or hub id of the LVLM", role=PLACE)
     dtype: Dtype = option("auto", "weights; auto: as stored")
     attention: Attention = option("sdpa", "attention backend")
     min_pixels: int | None = option(
@@ -51,12 +51,14 @@ class PrunerOptions:
 
 @dataclass
 class DataOptions:
-    path: str = option(MISSING, "folder of shards, as `python -m src.prepare` writes it")
-    prepare: dict[str, Any] | None = option(None, "what `python -m src.prepare` is given if `path` is not there")
+    path: str = option(MISSING, "folder of shards, as `python -m src.prepare` writes it", role=PLACE)
+    prepare: dict[str, Any] | None = option(
+        None, "what `python -m src.prepare` is given if `path` is not there", role=FREE
+    )
     batch_size: int = option(16, "samples per device and step", least=1, most=65536)
     val_samples: int = option(128, "samples per validation", least=1, most=10**9)
-    workers: int = option(1, "loader processes per device", least=0, most=256)
-    verify: bool = option(False, "check the shards' hashes before the start")
+    workers: int = option(1, "loader processes per device", least=0, most=256, role=FREE)
+    verify: bool = option(False, "check the shards' hashes before the start", role=FREE)
 
 
 @dataclass
@@ -128,7 +130,7 @@ class GRPOOptions:
     )
     zero_variance: Literal["skip", "resample"] = option("skip", "what happens to groups whose rewards are all equal")
     resample_tries: int = option(2, "how often such a group is rolled out again", least=0, most=100)
-    micro_batch: int = option(32, "rollouts per backward pass", least=1, most=65536)
+    micro_batch: int = option(32, "rollouts per backward pass", least=1, most=65536, role=FREE)
 
     def __post_init__(self) -> None:
         if self.num_masks and self.num_generations % self.num_masks:
@@ -139,18 +141,29 @@ class GRPOOptions:
 class JudgeOptions:
     base_url: str = option(
         MISSING,
-        "an OpenAI-compatible server, such as http://localhost:8000/v1",
+        "an OpenAI-compatible server, such as http://localhost:8000/v1; a password or key in it is not saved",
         form=(r"https?://\S+", "an address that begins with http:// or https://"),
+        role=FREE,
     )
     model: str = option(MISSING, "model name, as the server knows it")
-    api_key_env: str = option("OPENAI_API_KEY", "environment variable that holds the key, if the server wants one")
-    concurrency: int = option(16, "requests under way at the same time", least=1, most=1024)
-    timeout: float = option(
-        60.0, "seconds per request, from its start to the last byte of the reply", above=0, most=3600
+    api_key_env: str = option(
+        "OPENAI_API_KEY", "environment variable that holds the key, if the server wants one", role=FREE
     )
-    retries: int = option(3, "further attempts after 429, 5xx, a timeout or a lost connection", least=0, most=100)
-    backoff: float = option(0.5, "seconds before the first further attempt, doubled each time", least=0, most=600)
+    concurrency: int = option(16, "requests under way at the same time", least=1, most=1024, role=FREE)
+    timeout: float = option(
+        60.0, "seconds per request, from its start to the last byte of the reply", above=0, most=3600, role=FREE
+    )
+    retries: int = option(
+        3, "further attempts after 429, 5xx, a timeout or a lost connection", least=0, most=100, role=FREE
+    )
+    backoff: float = option(
+        0.5, "seconds before the first further attempt, doubled each time", least=0, most=600, role=FREE
+    )
     max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict", least=1, most=65536)
+
+    def __post_init__(self) -> None:
+        if not self.api_key_env.isidentifier():  # most likely the key itself, which must not be told
+            raise UserError("the judge's api_key_env must be the name of an environment variable, such as JUDGE_KEY")
 
 
 @dataclass
@@ -199,6 +212,20 @@ class WatchOptions:
     stall_minutes: float = option(
         30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never", least=0, most=1e5
     )
+    overlap: float | None = option(
+        0.1,
+        "stage 1: say so when val/mask_overlap stays above this under the whole pressure; null = never",
+        least=0,
+        most=1,
+        role=FREE,
+    )
+    restarts: int = option(
+        0,
+        "stage 1: and begin anew with other weights, at most so many times, all steps again",
+        least=0,
+        most=100,
+        role=FREE,
+    )
 
 
 @dataclass
@@ -219,28 +246,39 @@ class OptimOptions:
 class TrainerOptions:
     """Passed to Lightning's Trainer."""
 
-    max_steps: int = option(1000, "optimiser steps", least=1, most=10**8)
-    accelerator: Accelerator = option("auto", "what trains; auto: a GPU where there is one")
-    devices: str = option("auto", "devices per node (under srun: one per task)", form=DEVICES)
-    nodes: int = option(1, "nodes (under srun: those of the job)", least=1, most=4096)
-    strategy: str = option("auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed")
+    max_steps: int = option(1000, "optimiser steps", least=1, most=10**8, role=FREE)
+    accelerator: Accelerator = option("auto", "what trains; auto: a GPU where there is one", role=FREE)
+    devices: str = option("auto", "devices per node (under srun: one per task)", form=DEVICES, role=FREE)
+    nodes: int = option(1, "nodes (under srun: those of the job)", least=1, most=4096, role=FREE)
+    strategy: str = option(
+        "auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed", role=FREE
+    )
     precision: Precision = option("32-true", "Lightning's precision")
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)
-    val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8)
-    log_every: int = option(10, "optimiser steps between log lines", least=1, most=10**8)
-    logger: list[str] = option(["tensorboard"], f"what curves go to, beside metrics.jsonl, of {LOGGERS}")
+    val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8, role=FREE)
+    log_every: int = option(10, "optimiser steps between log lines", least=1, most=10**8, role=FREE)
+    logger: list[str] = option(["tensorboard"], f"what curves go to, beside metrics.jsonl, of {LOGGERS}", role=FREE)
     last_checkpoints: int = option(
-        2, "how many of the last checkpoints stay, beside the best", was="keep_checkpoints", least=1, most=10**6
+        2,
+        "how many of the last checkpoints stay, beside the best",
+        was="keep_checkpoints",
+        least=1,
+        most=10**6,
+        role=FREE,
     )
 
 
 @dataclass
 class TrainConfig:
     stage: str = option("glimpse", "what to train: a file of training/ that defines `Stage`")
-    out: str = option(MISSING, "run folder")
-    init_from: str | None = option(None, "run folder or published folder whose glimpse and VIP to start from")
-    resume: bool = option(False, "continue the run in `out` from its last checkpoint (a requeued job does so unasked)")
-    overwrite: bool = option(False, "replace the run in `out`")
+    out: str = option(MISSING, "run folder", role=START)
+    init_from: str | None = option(
+        None, "run folder or published folder whose glimpse and VIP to start from", role=PLACE
+    )
+    resume: bool = option(
+        False, "continue the run in `out` from its last checkpoint (a requeued job does so unasked)", role=START
+    )
+    overwrite: bool = option(False, "replace the run in `out`", role=START)
     seed: int = option(0, "seed of initialisation, data order and dropout", least=0, most=SEEDS)
     backbone: BackboneOptions = option(BackboneOptions)
     pruner: PrunerOptions = option(PrunerOptions)
@@ -252,8 +290,8 @@ class TrainConfig:
     loss: LossOptions = option(LossOptions)
     grpo: GRPOOptions = option(GRPOOptions)
     rewards: RewardOptions = option(RewardOptions)
-    guard: GuardOptions = option(GuardOptions)
-    watch: WatchOptions = option(WatchOptions)
+    guard: GuardOptions = option(GuardOptions, role=FREE)
+    watch: WatchOptions = option(WatchOptions, role=FREE)
     optim: OptimOptions = option(OptimOptions)
     trainer: TrainerOptions = option(TrainerOptions)
 

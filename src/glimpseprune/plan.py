@@ -104,7 +104,8 @@ def describe(stage: StageModule) -> Model:
     probed = max(getattr(pruner, "probe_layers", ()), default=-1) + 1
     steps = [(stop.depth, stop.prune_cache) for stop in pruner.stops]
     first, vip = min(trained, default=None), cost.Vip.of(pruner)
-    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps)
+    asks = getattr(getattr(pruner, "options", None), "sight", None) == "question"
+    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps, asks)
 
 
 def visual_tokens(architecture: Any, options: BackboneOptions, image: str) -> int:
@@ -163,7 +164,8 @@ def compare(cfg: PlanConfig, model: Model, load: Load) -> list[Row]:
 
 def number_of_gpus(cfg: PlanConfig) -> int:
     devices = cfg.trainer.devices
-    return cfg.trainer.nodes * (int(devices) if devices.isdigit() else 1) if cfg.gpus is None else cfg.gpus
+    count = int(devices) if devices.isdigit() else devices.strip(",").count(",") + 1  # auto: 1
+    return cfg.trainer.nodes * count if cfg.gpus is None else cfg.gpus
 
 
 def load_of(cfg: PlanConfig, architecture: Any, itemsize: int) -> Load:
@@ -249,16 +251,6 @@ def _under(given: Mapping[str, Any]) -> dict[str, Any]:
 
 @config.entry(PlanConfig, _under)
 def main(cfg: PlanConfig) -> None:
-    for key in ("gpu_memory", "text"):
-        if getattr(cfg, key) <= 0:
-            raise UserError(f"{key}={getattr(cfg, key)}: it must be above 0")
-    if not 0 <= cfg.keep <= 1:
-        raise UserError(f"keep={cfg.keep}: give a fraction from 0 to 1")
-    if number_of_gpus(cfg) < 1 or cfg.data.batch_size < 1:
-        raise UserError("gpus (trainer.nodes, trainer.devices) and data.batch_size must be at least 1")
-    for key in ("num_generations", "micro_batch", "max_completion_length"):
-        if getattr(cfg.grpo, key) < 1:
-            raise UserError(f"grpo.{key}={getattr(cfg.grpo, key)}: it must be at least 1")
     cfg.backbone.path = resources.find(cfg.backbone.path)
     found = architecture(cfg.backbone.path)
     stage = skeleton(cfg, found)

@@ -7,13 +7,12 @@ use. Nothing is loaded: whether weights fit, and whether there is enough memory 
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from glimpseprune import config, resources, training
+from glimpseprune import config, hub, resources, training
 from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards
 from glimpseprune.evaluate import EvaluateConfig
@@ -22,6 +21,7 @@ from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import described, make_missing
 from glimpseprune.results import require_room
 from glimpseprune.train import inherited, last_checkpoint
+from glimpseprune.weights import require_files
 
 
 @dataclass
@@ -69,7 +69,7 @@ def evaluate(cfg: EvaluateCheck) -> None:
     if saved is not None and saved.is_file():
         saved = config.read(TrainConfig, saved)
         path = path or saved.data.path
-        backbone = backbone or (cfg.ckpt if saved.backbone.path == "." else saved.backbone.path)
+        backbone = backbone or saved.backbone.path
     if path is not None:
         Shards(path, cfg.data.split)
     if backbone is not None:
@@ -84,37 +84,23 @@ def evaluate(cfg: EvaluateCheck) -> None:
 
 def check_weights(path: str, key: str) -> Path:
     """The folder with the weights of an LVLM, all of them; ``path`` is a folder or a hub id that was downloaded."""
-    folder = _folder(path, key)
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        if missing := [name for name in files if not (folder / name).is_file()]:
-            raise UserError(f"{key}={path}: {len(missing)} of {len(files)} files are missing in {folder}: {missing[0]}")
-    elif not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
-        raise UserError(f"{key}={path}: there are no weights in {folder} (model.safetensors)")
+    try:
+        folder = hub.folder(path, download=False)
+        require_files(folder)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {error}") from None
     return folder
 
 
 def check_checkpoint(path: str, key: str) -> None:
     """A run folder or a published folder with its weights."""
-    folder = _folder(path, key)
-    weights = ("trainable.safetensors", "new_modules_gp.pt")
-    if not any((folder / name).is_file() for name in weights):
-        raise UserError(f"{key}={path} holds no weights: neither {weights[0]} (a run folder) nor {weights[1]}")
-
-
-def _folder(path: str, key: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    if (folder := Path(resources.find(path))).is_dir():
-        return folder
     try:
-        return Path(snapshot_download(path, local_files_only=True))
-    except Exception:  # not in the cache, or no name that the hub could know
-        raise UserError(
-            f"{key}={path}: there is no such folder, and it was not downloaded; "
-            f"if it is a hub id: `hf download {path}` where there is a network"
-        ) from None
+        folder = hub.folder(path, download=False)
+    except UserError as error:
+        raise UserError(f"{key}={path}: {error}") from None
+    names = (resources.TRAINABLE, hub.PUBLISHED)
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{key}={path} holds no weights: neither {names[0]} (a run folder) nor {names[1]}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

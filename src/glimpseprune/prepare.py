@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -25,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from glimpseprune import config, files, lookup
-from glimpseprune.config import UserError, option
+from glimpseprune import config, files, lookup, processes
+from glimpseprune.config import START, UserError, option
 from glimpseprune.data import shards
 from glimpseprune.legible import legible
 from glimpseprune.types import Sample
@@ -46,7 +48,7 @@ class PrepareConfig:
         100, "invalid samples of a split that are left out; one more ends it", least=0, most=10**9
     )
     workers: int = option(1, "processes; the result does not depend on it", least=1, most=256)
-    overwrite: bool = option(False, "replace a folder of shards that is already there")
+    overwrite: bool = option(False, "replace a folder of shards that is already there", role=START)
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
 
 
@@ -113,20 +115,28 @@ def write_split(job: Job, workers: int, report: Callable[..., None] = lambda com
         return shards.close_up(job.folder, job.split, job.write(0, 1, ticking, lambda: next(invalid)))
     context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
     total, invalid = context.Value("q", 0), context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(total, invalid)) as pool:
+    sharing = (os.getpid(), total, invalid)
+    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=sharing) as pool:
         running = {pool.submit(_work, job, part, workers) for part in range(workers)}
         entries: list[dict[str, Any]] = []
-        while running:
-            finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
-            report(completed=total.value)
-            for future in finished:
-                entries += future.result()
+        try:
+            while running:
+                finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
+                report(completed=total.value)
+                for future in finished:
+                    entries += future.result()
+        except BaseException:
+            for process in list((pool._processes or {}).values()):  # or the pool would wait until they are done
+                process.kill()
+            raise
     return shards.close_up(job.folder, job.split, sorted(entries, key=lambda entry: entry["name"]))
 
 
-def _share(*counters: Any) -> None:
+def _share(parent: int, *counters: Any) -> None:
     global _counters
     _counters = counters
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    processes.serve(parent)
 
 
 def _work(job: Job, part: int, parts: int) -> list[dict[str, Any]]:
@@ -144,6 +154,7 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
     Raises:
         UserError: unknown source, split or option, a folder that must not be replaced, too many invalid samples.
     """
+    config.check(cfg)
     source = lookup.find(SOURCES, cfg.source)
     options = config.merge_options(source.Options, cfg.options, "options")
     splits = list(dict.fromkeys(source.splits if cfg.splits is None else cfg.splits))
@@ -151,10 +162,6 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
         raise UserError(f"splits is empty: choose from {', '.join(source.splits)}")
     for split in splits:
         lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
-    for name in ("shard_size", "workers", "limit"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise UserError(f"{name} is {value}: it must be at least 1")
     out = files.resolved(cfg.out)
     _check_free(out, cfg.overwrite)
     bar = (

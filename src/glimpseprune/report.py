@@ -25,7 +25,7 @@ from glimpseprune.results import KEPT, PREDICTIONS, Evaluated, read, read_lines
 
 KEYS = set(
     "method kind accuracy accuracy_ci relative difference difference_ci kept kept_tokens mean_tokens prefill_flops "
-    "decoder_flops kv n pass_at_k k time_to_first_token peak_bytes".split()
+    "decoder_flops kv cut n pass_at_k k time_to_first_token peak_bytes".split()
 )
 """Of a row of scores.json; another one is a metric."""
 CONTROLS = ("none", "none+", "random", "oracle", "zero")
@@ -147,6 +147,12 @@ def print_table(rows: Sequence[Mapping[str, Any]], skipped: int = 0) -> None:
             table.add_row(*(Text(legible(cell, 200)) for cell in row))  # no markup: it comes from data
         table.add_section()
     Console(width=Console(width=999).measure(table).maximum).print(table)  # as wide as it is, wherever it goes
+
+
+def say_cut(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line on answers that max_new_tokens ended; empty where there are none."""
+    shares = [f"{row['method']} {row['cut']:.1%}" for row in rows if row["kind"] == "all" and row.get("cut")]
+    return f"cut at max_new_tokens, and scored as they stand: {', '.join(shares)} of the answers" if shares else ""
 
 
 def say_summary(summary: Mapping[str, Any]) -> str:

@@ -10,6 +10,12 @@ has a parameter ``client`` is given the :class:`~glimpseprune.judge.Judge`. Per 
 - NaN (``MISSING``): there should be a number and there is none, such as the verdict of a judge that failed. The whole
   rollout has to leave its group, for a reward without one of its parts cannot be compared.
 
+Neither is silent: a warning says once per reward and reason why there was no value.
+
+``truncated`` says which answers were cut at the token limit. A metric scores those as they stand, in training,
+validation and evaluation alike (a reference that is met before the limit is met); a reward may think otherwise, as
+``format`` does.
+
 Left out: the reward for pruning (it is about tokens kept, not about a text; training adds it) and choosing rewards by
 data set (a function can, from ``samples``).
 """
@@ -19,10 +25,12 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+import warnings
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -46,6 +54,7 @@ class Scores:
     """What R rollouts earned from F rewards, on the CPU."""
 
     values: Tensor  # [R, F] NaN where not applicable or missing
+    applies: Tensor  # [R, F] bool: False where a reward gave None
     total: Tensor  # [R] weighted sum over the applicable; NaN where not valid, lest a part be taken for the whole
     valid: Tensor  # [R] bool: no value is missing, at least one applies; rewards of weight 0 have no say
 
@@ -64,6 +73,8 @@ class Rewards:
     functions: Mapping[str, Reward]
     weights: Mapping[str, float]
     judge: Judge | None = None
+    told: set[tuple[str, str]] = field(default_factory=set)
+    """Rewards and reasons for which the warning has been given."""
 
     def __post_init__(self) -> None:
         if set(self.functions) != set(self.weights):
@@ -84,6 +95,7 @@ class Rewards:
             UserError: a reward raised, or did not return one finite number, NaN or None per completion.
         """
         columns: dict[str, list[float | None]] = dict.fromkeys(self.functions, [])  # in their order
+        failures = Counter(self.judge.failures) if self.judge else Counter()
         slow = [name for name, function in self.functions.items() if inspect.iscoroutinefunction(function)]
 
         async def wait_for(name: str) -> None:
@@ -99,7 +111,36 @@ class Rewards:
                     columns[name] = _column(function(completions, **fields), len(completions))
         if slow:
             _run(gather())
+        failures = Counter(self.judge.failures) - failures if self.judge else failures
+        for name, column in columns.items():
+            self._explain(name, column, fields.get("answers"), failures)
         return self._scores(list(columns.values()))
+
+    def _explain(
+        self, name: str, column: list[float | None], answers: Sequence[Any] | None, failures: Counter[str]
+    ) -> None:
+        """Warn, once per reason, about values that reward ``name`` did not give; ``failures`` of the judge."""
+        function = getattr(self.functions[name], "func", None)
+        reasons: Counter[str] = Counter()
+        for row, value in enumerate(column):
+            if value is None and answers is not None and not answers[row]:
+                reasons["there is no reference answer"] += 1
+            elif value is None and function is _from_metric:
+                reasons["by it even the reference answer would score 0"] += 1
+            elif value is None:
+                reasons["it returned None"] += 1
+            elif math.isnan(value) and function is not judge:
+                reasons["it returned NaN"] += 1
+        if function is judge:
+            reasons |= {f"no verdict, {reason}": count for reason, count in failures.items()}
+        for reason, count in reasons.items():
+            if (name, reason) not in self.told:
+                self.told.add((name, reason))
+                warnings.warn(
+                    f"reward '{name}' gave no value for {count} of {len(column)} answers: {reason} "
+                    "(said once; train/rewards/*/none and */missing count)",
+                    stacklevel=3,
+                )
 
     def _scores(self, columns: list[list[float | None]]) -> Scores:
         """``columns``: F lists of R."""
@@ -110,7 +151,7 @@ class Rewards:
         counted = applies & (weights != 0)  # [R, F]
         valid = counted.any(1) & ~(counted & values.isnan()).any(1)  # [R]
         total = (values * weights).masked_fill(~counted, 0).sum(1).masked_fill(~valid, math.nan)  # [R]
-        return Scores(values, total, valid)
+        return Scores(values, applies, total, valid)
 
 
 def build(weights: Mapping[str, float], judge: JudgeOptions | None = None) -> Rewards:

@@ -22,6 +22,11 @@ def shape(parameter: Tensor) -> torch.Size:
     return parameter.ds_shape if is_split(parameter) else parameter.shape
 
 
+def own(parameter: Tensor) -> Tensor:
+    """What of it this process holds."""
+    return parameter.ds_tensor if is_split(parameter) else parameter
+
+
 def whole(parameter: Tensor) -> Tensor:
     """All of a tensor, in full precision if it trains; all processes must ask for it at once."""
     if parameter.requires_grad and (hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")):

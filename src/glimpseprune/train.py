@@ -9,19 +9,16 @@ ckpt=<out>``) and started from (``init_from=<out>``).
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from glimpseprune import config, files, resources, training
+from glimpseprune import config, files, processes, resources, runs, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
-
-JOB = "slurm-job"
-"""File of a run folder: number of the SLURM job that wrote it last."""
 
 
 def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -32,8 +29,6 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"init_from={given['init_from']} is no run folder, which would say what backbone it has")
         return {}
     saved = config.read(TrainConfig, source)
-    if saved.backbone.path == "." and source.with_name("config.json").is_file():
-        saved.backbone.path = str(source.parent)  # an export, whose model lies beside it
     pruner = given.get("pruner", {}).get("name", saved.pruner.name) == saved.pruner.name
     return {
         "backbone": vars(saved.backbone),
@@ -46,8 +41,17 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
 @config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
     training.require(cfg.stage)
+    with runs.Run(cfg.out) if is_first_process() else nullcontext() as run:
+        fit(cfg, run)
+
+
+def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
+    """Train; ``run`` is the folder, in the process that takes care of it."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        processes.end_with(os.getppid())  # the first process on this machine, or torchrun
     last = last_checkpoint(cfg)
-    if is_first_process():
+    if run is not None:
+        run.claim()
         make_missing(cfg.data.path, cfg.data.prepare)
 
     import lightning as L
@@ -57,8 +61,10 @@ def main(cfg: TrainConfig) -> None:
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
     from glimpseprune.running import slurm, strategies
-    from glimpseprune.running.callbacks import GuardRails, RunFolder
+    from glimpseprune.running.astray import Astray
+    from glimpseprune.running.callbacks import Begin, GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
+    from glimpseprune.running.interrupts import Interrupts
     from glimpseprune.running.logs import Journal, loggers, quiet
     from glimpseprune.running.nonfinite import StopOnNonFinite
     from glimpseprune.running.stalls import Stall
@@ -101,6 +107,9 @@ def main(cfg: TrainConfig) -> None:
             "train: updates of weights in half precision would be rounded away: give backbone.dtype=float32 "
             "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
         )
+    astray = Astray(cfg, strategy)
+    if last is not None:
+        require_same(cfg, last, len(devices) * placement["num_nodes"])
     checkpoints = Checkpoints(out, cfg.trainer.last_checkpoints, stage.best)
     # What was logged after the checkpoint comes again: TensorBoard is told to forget it.
     again = None if last is None else torch.load(last, mmap=True, weights_only=True)["global_step"] + 1
@@ -121,33 +130,33 @@ def main(cfg: TrainConfig) -> None:
         enable_model_summary=False,
         logger=loggers(cfg.trainer.logger, out, again),
         callbacks=[
+            Begin(cfg, run, anew=last is None),  # first of all
+            astray,
             Throughput(cfg.watch, cfg.trainer.log_every),
             Journal(out, cfg.trainer.max_steps, cfg.trainer.log_every),
             StopOnNonFinite(out, cfg.watch),
             *([] if cfg.stage != "grpo" else [GuardRails(cfg.guard)]),
             RunFolder(cfg),
             checkpoints,
-            *([slurm.Requeue(checkpoints)] if slurm.launched() else []),
+            slurm.Requeue(checkpoints) if slurm.launched() else Interrupts(checkpoints),
             *([Stall(out / "heartbeats", cfg.watch.stall_minutes)] if cfg.watch.stall_minutes else []),
         ],
     )
     L.seed_everything(cfg.seed, workers=True)
     with strategies.splitting(trainer):
         model = checkpoint.load(
-            cfg.init_from, backbone=cfg.backbone, pruner=cfg.pruner, lora=cfg.lora, device=strategies.mine(devices)
+            cfg.init_from,
+            backbone=cfg.backbone,
+            pruner=cfg.pruner,
+            lora=cfg.lora,
+            device=strategies.mine(devices),
+            fresh=True,
         )
     data.collate = Collator(model.backbone)
     module = stage(cfg, model.backbone, model.pruner)
     if cfg.lora is not None and cfg.lora.first_layer is None:
         cfg.lora.first_layer = module.depth  # where they are, whatever pruner loads them
 
-    if is_first_process():
-        if last is None and out.is_dir():
-            shutil.rmtree(out)  # only now, when nothing that the user wrote can be wrong any more
-        out.mkdir(parents=True, exist_ok=True)
-        if "SLURM_JOB_ID" in os.environ:
-            files.write(out / JOB, os.environ["SLURM_JOB_ID"])
-        config.save(cfg, out / checkpoint.CONFIG)
     trainer.fit(module, datamodule=data, ckpt_path=last, weights_only=True)
     if data.damaged:
         print(f"{sum(data.damaged.values())} damaged samples were replaced: {dict(data.damaged.most_common(5))}")
@@ -164,7 +173,7 @@ def is_first_process() -> bool:
 
 def last_checkpoint(cfg: TrainConfig) -> Path | None:
     """The checkpoint to resume from, if any; UserError where two runs would mix in one folder. Changes nothing."""
-    out = Path(cfg.out)
+    out = files.resolved(cfg.out)
     again = _is_own_work(out)
     if again or cfg.resume:
         from glimpseprune.running.checkpoints import newest
@@ -172,16 +181,39 @@ def last_checkpoint(cfg: TrainConfig) -> Path | None:
         if (last := newest(out)) is not None:
             return last
     if cfg.resume:
-        raise UserError(f"resume=true, but '{out}' has no checkpoint (in {out / 'checkpoints'})")
-    if out.is_dir() and any(out.iterdir()) and is_first_process() and not again:
+        begin = "" if runs.is_empty(out) else ", and overwrite=true"
+        raise UserError(
+            f"resume=true, but '{out}' has no checkpoint (in {out / 'checkpoints'}): start without it{begin}"
+        )
+    if is_first_process() and not again and not runs.is_empty(out):
         if not cfg.overwrite:
             raise UserError(f"out={out} is not empty: give resume=true, overwrite=true, or another folder")
-        if not (out / "config.yaml").is_file():
-            raise UserError(f"out={out} is not a run folder: overwrite=true would delete what is not ours")
+        runs.require_ours(out, TrainConfig)
     return None
+
+
+def require_same(cfg: TrainConfig, last: Path, processes: int) -> None:
+    """Raise UserError where the run whose checkpoint ``last`` is would go on as another one."""
+    from glimpseprune import checkpoint
+    from glimpseprune.running.checkpoints import entry
+
+    out = last.parents[1]
+    if not (out / checkpoint.CONFIG).is_file():
+        return
+    saved = checkpoint.read_config(out)
+    world = entry(last).get("world", processes)
+    was, is_ = (c.data.batch_size * c.trainer.accumulate * n for c, n in ((saved, world), (cfg, processes)))
+    if was != is_:
+        raise UserError(
+            f"resume=true: a step was of {was} samples (data.batch_size={saved.data.batch_size} x trainer.accumulate="
+            f"{saved.trainer.accumulate} x {world} processes), would be of {is_}: give data.batch_size and "
+            f"trainer.accumulate that come to the same on {processes}"
+        )
+    saved.data.batch_size, saved.trainer.accumulate = cfg.data.batch_size, cfg.trainer.accumulate
+    runs.require_same(saved, cfg, out)
 
 
 def _is_own_work(out: Path) -> bool:
     """Whether SLURM has started this job again (a requeue, a dead node), and ``out`` is what it wrote before."""
-    job, file = os.environ.get("SLURM_JOB_ID"), out / JOB
+    job, file = os.environ.get("SLURM_JOB_ID"), out / runs.JOB
     return os.environ.get("SLURM_RESTART_COUNT", "0") != "0" and file.is_file() and file.read_text() == job

@@ -290,6 +290,9 @@ class Rollout:
     layouts: list[list[Layout]]
     prefill: Prefill
     extra: dict[str, Any] = field(default_factory=dict)
+    ended: Tensor | None = None  # [B] bool, False where an answer was cut at the greatest length or time
+    texts: list[str] = field(default_factory=list)
+    """The answers, where a model with a processor gave them."""
 
     def keep_maps(self) -> list[list[Tensor]]:
         """Per row, per image: bool [rows, cols], ready to be laid over the image."""

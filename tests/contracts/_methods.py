@@ -113,15 +113,24 @@ class Merging(Stages):
 
 
 class Twice(glimpse.Pruner):
-    """A glimpse after the first layer, and another at what is left, after the third, with a predictor of its own."""
+    """A glimpse after the first layer, and another at what is left, after the third, with a predictor of its own and
+    with the question's tokens."""
 
     def __init__(self, backbone: LVLM, options: glimpse.Options) -> None:
         super().__init__(backbone, options)
-        self.later = glimpse.Pruner(backbone, replace(options, prune_layer=2, probe_layers=(1, 2)))
+        later = replace(options, prune_layer=2, probe_layers=(1, 2), sight="question", probe="log_softmax")
+        self.later = glimpse.Pruner(backbone, later)
         self.stops += self.later.stops
 
     def decide(self, view: View) -> Decision:
         return super().decide(view) if view.stop == self.stops[0] else self.later.decide(view)
+
+
+@dataclass
+class Asking(glimpse.Options):
+    """The glimpse whose positions are the question's tokens."""
+
+    sight: str = option("question", "what looks")
 
 
 class Private(Stages):
@@ -209,6 +218,7 @@ def method(pruner: type, options: type = Fraction, **rest: Any) -> SimpleNamespa
 
 
 METHODS = {
+    "asking": method(glimpse.Pruner, Asking, to_budget=glimpse.to_budget),
     "coarse": method(Coarse),
     "merging": method(Merging, to_budget=to_keep),
     "mixed": method(Mixed, to_budget=to_keep),

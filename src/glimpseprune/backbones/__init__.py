@@ -19,7 +19,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
+from glimpseprune import hub
 from glimpseprune.backbones._lvlm import LVLM
+from glimpseprune.backbones._lvlm import dtype_of as dtype_of
 from glimpseprune.backbones._lvlm import require_attention as require_attention
 from glimpseprune.config import UserError
 from glimpseprune.cost import Shapes
@@ -34,16 +36,21 @@ def load(path: str | Path, **kwargs: Any) -> LVLM:
     """The backbone in a folder (or hub repository) ``path``; ``kwargs`` go to the ``load`` of its class.
 
     Raises:
-        UserError: nothing there, or no file in this folder knows its model type.
+        UserError: nothing there, no file in this folder knows its model type, or as ``load`` of its class.
     """
-    return _module_for(_config(path), path).Backbone.load(path, **kwargs)
+    kind = _module_for(_config(hub.folder(path, hub.SMALL)), path).Backbone
+    return kind.load(hub.folder(path), **kwargs)
 
 
 def architecture(path: str | Path) -> PreTrainedConfig:
     """The Hugging Face config of the backbone in a folder or hub repository ``path``; raises as :func:`load`."""
-    _module_for(_config(path), path)
-    config = AutoConfig.from_pretrained(path)
-    if config.dtype is None and (files := sorted(Path(path).glob("*.safetensors"))):
+    folder = hub.folder(path, hub.SMALL)
+    _module_for(_config(folder), path)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:  # whatever a value of it leads to
+        raise UserError(f"'{path}': config.json does not describe a model: {_line(error)}") from error
+    if config.dtype is None and (files := sorted(folder.glob("*.safetensors"))):
         with safe_open(files[0], "pt") as weights:  # where from_pretrained looks, too
             config.dtype = weights.get_tensor(next(iter(weights.keys()))).dtype
     return config
@@ -55,13 +62,13 @@ def skeleton(architecture: PreTrainedConfig, dtype: str = "auto") -> LVLM:
     Raises:
         UserError: no backbone knows this model type, or no such ``dtype``.
     """
-    found = (architecture.dtype or torch.float32) if dtype == "auto" else dtype
-    found = getattr(torch, found, None) if isinstance(found, str) else found
-    if found not in (torch.float32, torch.bfloat16, torch.float16):
-        raise UserError(f"backbone.dtype={dtype}: give auto, float32, bfloat16 or float16")
+    found = dtype_of(dtype)
+    found = dtype_of(architecture.dtype or "float32") if found == "auto" else found
     kind = _module_of(architecture).Backbone
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(architecture, dtype=found, attn_implementation="sdpa")
+        model = AutoModelForImageTextToText.from_config(
+            architecture, dtype=getattr(torch, found), attn_implementation="sdpa"
+        )
         return kind(model.requires_grad_(False).eval())
 
 
@@ -101,18 +108,18 @@ def _module_for(config: Mapping[str, Any], path: str | Path) -> ModuleType:
     raise UserError(f"'{path}' is a '{kind}' model, which no backbone knows (there are {', '.join(known)})")
 
 
-def _config(path: str | Path) -> dict[str, Any]:
+def _config(folder: Path) -> dict[str, Any]:
     said = "expected a folder with config.json, or the id of a hub repository"
     try:
-        config = PreTrainedConfig.get_config_dict(str(path))[0] if _is_there(str(path)) else {}
-    except (OSError, ValueError) as error:
-        config, said = {}, str(error).strip().splitlines()[0]
+        config = PreTrainedConfig.get_config_dict(str(folder))[0] if (folder / "config.json").is_file() else {}
+    except Exception as error:  # what is no JSON, or not of the kind that it should be
+        config, said = {}, f"config.json: {_line(error)}"
     if not config:
-        raise UserError(f"no checkpoint at '{path}': {said}")
+        raise UserError(f"no checkpoint at '{folder}': {said}")
+    if config.get("quantization_config"):
+        raise UserError(f"'{folder}' is quantised, which is not supported: take the model in bfloat16 or float16")
     return config
 
 
-def _is_there(path: str) -> bool:
-    # A hub id has exactly one slash, and nothing of that name lies here.
-    is_hub_id = path.count("/") == 1 and path[0] not in "/.~" and not Path(path).exists()
-    return is_hub_id or (Path(path) / "config.json").is_file()
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

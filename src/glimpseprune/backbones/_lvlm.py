@@ -8,9 +8,11 @@ the decoder, matrix shapes, published sizes, and a tiny random model for the tes
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -22,11 +24,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from glimpseprune import attention, cost
+from glimpseprune import attention, cost, weights
+from glimpseprune.backbones import _asked
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.images import shown
-from glimpseprune.types import Encoded, Grid, Layout, Needs
+from glimpseprune.types import Encoded, Layout, Needs
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -98,18 +103,35 @@ class LVLM(ABC):
         """A frozen model in eval mode, and its processor. Pixel bounds are per image (None: the checkpoint's own).
 
         Raises:
-            UserError: unknown attention backend, or flash-attn not installed; no processor there; a tensor of the
-                model is in no file.
+            UserError: unknown dtype or attention backend, or flash-attn not installed; no processor there; files that
+                are damaged; tensors that are in no file, have no place in the model, or another shape, NaN or Inf.
         """
         require_attention(attn, device)
-        processor = cls.load_processor(path, min_pixels, max_pixels)
+        dtype = dtype_of(dtype)
+        try:
+            processor = cls.load_processor(path, min_pixels, max_pixels)
+        except UserError:
+            raise
+        except Exception as error:  # a tokenizer raises what it likes
+            raise UserError(f"no processor in '{path}': {type(error).__name__}: {error}".splitlines()[0]) from error
         if not processor.chat_template:
             raise UserError(f"the tokenizer in '{path}' has no chat template (chat_template.jinja)")
-        model, info = cls.model_class.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn, device_map=destination(device), output_loading_info=True
-        )
-        if missing := sorted(info["missing_keys"]):  # transformers would leave them random, and warn
-            raise UserError(f"the checkpoint in '{path}' lacks {len(missing)} tensors, such as {missing[0]}")
+        weights.require_files(path)
+        try:
+            with silent("transformers.modeling_utils"):  # its report of what is refused below
+                model, info = cls.model_class.from_pretrained(
+                    path,
+                    dtype=dtype,
+                    attn_implementation=attn,
+                    device_map=destination(device),
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
+        except (ValueError, TypeError, OSError) as error:
+            raise UserError(f"'{path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        require_complete(info, path)
+        weights.require_good(model.named_parameters(), str(path))
         return cls(model.to(device).eval().requires_grad_(False), processor)
 
     @classmethod
@@ -275,28 +297,32 @@ class LVLM(ABC):
             raise UserError(f"{left} more images than the prompts have places for")
         return result
 
-    def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
-        """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""
-        return [[grid for layout in row for grid in layout.grids] for row in self.layouts(prompt)]
-
-    def prepare(
-        self, questions: Sequence[str], images: Sequence[Sequence[Any]], system: str | None = None
-    ) -> dict[str, Tensor]:
-        """Chat template, tokenizer and image processor: one prompt per question, its images (PIL) first, left-padded.
+    def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
+        """Chat template, tokenizer and image processor: one prompt per question, its images first, left-padded.
 
         Ids are made here and not by the processor, which looks for image tokens in the finished text, where those that
         a question quotes are the same: what a question or a system prompt says is text, never a special token.
 
+        Args:
+            questions: a text, or one per prompt.
+            images: of one question, an image or a list of them; of several, a list of these. An image is a PIL image, a
+                path, an array or a tensor (:mod:`._asked`).
+            system: system prompt of all of them.
+
         Raises:
-            UserError: a question without an image, or a checkpoint folder without tokenizer and image processor.
+            UserError: a question without an image, numbers that do not match, what is no text or no image, an image
+                that the processor refuses; or a checkpoint folder without tokenizer and image processor.
         """
         if self.processor is None:
             raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
-        for row, (_, pictures) in enumerate(zip(questions, images, strict=True)):
-            if not pictures:
-                raise UserError(f"prompt {row} has no image: every prompt needs at least one")
+        questions, images = _asked.rows(questions, images)
         flat = [shown(picture).convert("RGB") for pictures in images for picture in pictures]
-        seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
+        try:
+            seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
+        except ValueError as error:  # such as an image that is too narrow
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in flat[:4])
+            said = (str(error).splitlines() or ["it raises a ValueError"])[0]
+            raise UserError(f"the processor refuses images of {sizes}{', ...' * (len(flat) > 4)}: {said}") from error
         places = iter([layout.places for layout in self.image_layouts(seen)])
         rows = []
         for ids, pictures in zip(self._token_ids(questions, list(map(len, images)), system), images):
@@ -379,6 +405,51 @@ def destination(device: str | torch.device) -> dict[str, Any] | None:
     """``device_map`` of a model that is read from its files straight to ``device``, never as a whole into the memory of
     the CPU; None where DeepSpeed ZeRO-3 splits it between processes instead."""
     return None if is_deepspeed_zero3_enabled() else {"": device}
+
+
+def dtype_of(name: str | torch.dtype) -> str:
+    """``auto``, or a type of weights as torch calls it.
+
+    Raises:
+        UserError: there is no such type.
+    """
+    found = str(name).removeprefix("torch.")
+    if found not in DTYPES:
+        raise UserError(f"backbone.dtype={found}: give {', '.join(DTYPES[:-1])} or {DTYPES[-1]}")
+    return found
+
+
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """While it lasts, the logger ``name`` says nothing but errors. Its level stays, by which transformers decides what
+    else to check."""
+    logger = logging.getLogger(name)
+
+    def grave(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(grave)
+    try:
+        yield
+    finally:
+        logger.removeFilter(grave)
+
+
+def require_complete(info: Mapping[str, Any], path: str | Path) -> None:
+    """Raise UserError where a model and its files do not hold the same tensors. transformers, whose loading ``info``
+    says so, would leave what is missing random, and only warn."""
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"the checkpoint in '{path}' lacks {len(missing)} tensors, such as {missing[0]}")
+    if wrong := sorted(info["mismatched_keys"], key=lambda found: found[0]):
+        name, there, wanted = wrong[0]
+        raise UserError(
+            f"the checkpoint in '{path}': tensor '{name}' is {list(there)}, but its config.json says {list(wanted)}"
+        )
+    if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(weights.DERIVED)):
+        raise UserError(
+            f"the checkpoint in '{path}' has {len(more)} tensors that the model of its config.json does not, such as "
+            f"{more[0]}"
+        )
 
 
 def require_attention(name: str, device: str | torch.device) -> None:

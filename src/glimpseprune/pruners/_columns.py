@@ -11,21 +11,9 @@ from glimpseprune.config import UserError
 from glimpseprune.decoder import View
 
 
-def depth_after(layer: int, num_layers: int, key: str = "pruner.options.prune_layer") -> int:
-    """Decoder layers that have run after ``layer`` (0-based). Beyond the last means after it.
-
-    Raises:
-        UserError: ``layer`` is negative other than -1 (before the first layer).
-    """
-    if layer < -1:
-        raise UserError(f"{key}={layer}: give 0 to {num_layers - 1}, or -1 to prune before the first layer")
+def depth_after(layer: int, num_layers: int) -> int:
+    """Decoder layers that have run after ``layer`` (0-based; -1: before the first). Beyond the last means after it."""
     return min(layer + 1, num_layers)
-
-
-def require_fraction(value: float, key: str) -> None:
-    """Raises UserError unless 0 <= ``value`` <= 1."""
-    if not 0 <= value <= 1:
-        raise UserError(f"pruner.options.{key}={value}: give a fraction from 0 to 1")
 
 
 def require_minimum(min_keep: int, count: int) -> None:

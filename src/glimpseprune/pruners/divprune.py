@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.config import UserError, option
+from glimpseprune.config import option
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, require_minimum
 from glimpseprune.pruners._cosine import cosines, directions
 from glimpseprune.types import Decision, Needs, Stop
 
@@ -53,9 +53,6 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep_ratio, "keep_ratio")
-        if options.count is not None and options.count < 0:
-            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep_ratio")
         self.options = options
         self.stops = (Stop(0, renumber=options.renumber),)
 

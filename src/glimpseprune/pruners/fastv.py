@@ -25,7 +25,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import row_flops
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum, top
+from glimpseprune.pruners._columns import at_columns, require_minimum, top
 from glimpseprune.types import Decision, Needs, Stop
 
 
@@ -46,12 +46,9 @@ class Options:
 class Pruner(nn.Module):
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep_ratio, "keep_ratio")
         last = backbone.num_layers - 1
         if not 1 <= options.layer <= last:
             raise UserError(f"pruner.options.layer={options.layer}: give 1 to {last}, to look in one and spare another")
-        if options.count is not None and options.count < 0:
-            raise UserError(f"pruner.options.count={options.count}: give a number of tokens, or null for keep_ratio")
         self.options = options
         self.stops = (Stop(options.layer, prune_cache=False),)
         self.needs = Needs(probes=(options.layer - 1,))

@@ -1,9 +1,11 @@
 """GlimpsePrune: one learned glimpse token looks at the frozen prompt, a predictor turns its gaze into a keep mask.
 
 docs/method.md §1.2 to §1.5, checked against HVision-NKU/GlimpsePrune@091a3d5. The glimpse is exactly one decode step on
-a fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Left out of the published code:
-several glimpse tokens, glimpse embeddings for some layers only, and its alternative predictors (no published
-checkpoint uses them; importing one says so).
+a fork of the prompt's cache, so nothing else ever sees it and there is nothing to crop. Ours is the choice of what
+looks (``sight``, docs/method.md §1.9): the published single position, or one for every token of the question, with the
+same weights. Left out of the published code: several glimpse tokens that are the same for every question, glimpse
+embeddings for some layers only, and its alternative predictors (no published checkpoint uses them; importing one says
+so).
 """
 
 from __future__ import annotations
@@ -13,19 +15,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from glimpseprune import attention
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
 from glimpseprune.decoder import View, append, branch, run_layers
-from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
 from glimpseprune.sharded import whole
 from glimpseprune.types import Decision, Needs, Stop
 from glimpseprune.vip import VIP, window_ids
 
 PROBES = ("logits", "log_softmax")
+SIGHTS = ("one", "question")
 PUBLISHED = {
     "reduce_layer": "prune_layer",
     "selected_layers": "probe_layers",
@@ -65,6 +70,7 @@ class Options:
     cond_width: int = option(512, "width of the condition inside the predictor", least=1, most=65536)
     num_heads: int = option(4, "heads of the predictor", least=1, most=1024)
     dropout: float = option(0.1, "dropout on the glimpse vectors in training", least=0, below=1)
+    sight: str = option("one", "what looks: one position, as published, or question: one for each of its tokens")
     probe: str = option("logits", "what the predictor sees of a row of attention: logits (raw) or log_softmax")
     windowed: bool = option(
         False, "the predictor attends within the vision tower's windows, not whole images", was="window"
@@ -78,7 +84,8 @@ class Options:
 
 
 class Glimpse(nn.Module):
-    """The glimpse's vectors e_i = norm(W E_i + b), one per decoder layer."""
+    """The glimpse's vectors, one per decoder layer: e_i = norm(W E_i + b), or of a token x of the question
+    e_i(x) = norm(W (E_i + x / rms(x)) + b)."""
 
     def __init__(self, layers: int, width: int, eps: float, dropout: float) -> None:
         super().__init__()
@@ -87,8 +94,13 @@ class Glimpse(nn.Module):
         self.norm = nn.RMSNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self) -> Tensor:
-        return self.dropout(self.norm(self.proj(self.embeddings).to(self.embeddings.dtype)))  # [L, 1, D]
+    def forward(self, tokens: Tensor | None = None) -> Tensor:
+        """[L, 1, D]; for ``tokens`` [B, T, D], embeddings of the question's, [L, B, T, D]."""
+        raw = self.proj(self.embeddings)  # [L, 1, D]
+        if tokens is not None:
+            tokens = F.rms_norm(tokens.float(), tokens.shape[-1:]).to(self.proj.weight.dtype)
+            raw = raw[:, None] + F.linear(tokens, self.proj.weight)  # [L, B, T, D]
+        return self.dropout(self.norm(raw.to(self.embeddings.dtype)))
 
     @torch.no_grad()
     def imitate(self, embedding: Tensor) -> None:
@@ -97,10 +109,16 @@ class Glimpse(nn.Module):
         A copy of the prompt's last token looks where that token looks, which is where the answer is about to be read.
         """
         scale = embedding.pow(2).mean().sqrt()
+        self.repeat(scale)
+        self.embeddings.copy_((embedding / scale).expand_as(self.embeddings))
+
+    @torch.no_grad()
+    def repeat(self, scale: Tensor) -> None:
+        """Start as copies of the question's tokens, whose embeddings have this root mean square."""
         nn.init.eye_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
+        nn.init.zeros_(self.embeddings)
         self.norm.weight.fill_(scale)
-        self.embeddings.copy_((embedding / scale).expand_as(self.embeddings))
 
 
 class Pruner(nn.Module):
@@ -117,6 +135,9 @@ class Pruner(nn.Module):
         self.glimpse = Glimpse(backbone.num_layers, backbone.hidden_size, backbone.norm_eps, options.dropout)
         if options.init_token is not None:
             self.glimpse.imitate(token_embedding(backbone, options.init_token))
+        if options.sight == "question":
+            table = whole(backbone.text_model.embed_tokens.weight)
+            self.glimpse.repeat(torch.linalg.vector_norm(table, dtype=torch.float32) / table.numel() ** 0.5)
         try:
             self.vip = VIP(
                 len(self.probe_layers) * backbone.num_heads,
@@ -143,8 +164,11 @@ class Pruner(nn.Module):
         """Per row [B]: the glimpse through the probed layers, its logits once more, the predictor on every image."""
         shapes, vip, probed = view.backbone.shapes, Vip.of(self), max(self.probe_layers) + 1
         columns = view.state.mask.sum(1)  # [B]
-        glimpse = probed * layer_flops(shapes.decoder, 1, columns)
-        glimpse += row_flops(shapes.decoder, columns + 1, len(set(self.probe_layers)))
+        looks = self.looks(view.encoded.input_ids, view.encoded.mask, view.backbone)[view.state.row]  # [B]
+        glimpse = probed * layer_flops(shapes.decoder, looks, columns)
+        glimpse += row_flops(shapes.decoder, columns + looks, len(set(self.probe_layers)) * looks)
+        if self.options.sight == "question":
+            glimpse += 2 * shapes.decoder.width**2 * looks  # W on its tokens
         predictor = [vip_flops(vip, shapes, segments) for segments in self.segments(view)]
         return glimpse + torch.tensor(predictor, device=columns.device)
 
@@ -167,8 +191,7 @@ class Pruner(nn.Module):
 
     def probe(self, view: View) -> Tensor:
         """What the glimpse sees of each visual token: [N, probe layers x H], layer-major."""
-        vectors = self.glimpse().to(view.state.hidden.dtype)  # [L, 1, D]
-        return self._run(view, vectors, vectors[0].expand(len(view.state.mask), -1, -1), max(self.probe_layers) + 1)[0]
+        return self._run(view, max(self.probe_layers) + 1)[0]
 
     def with_answer(self, view: View, answer_ids: Tensor, answer_mask: Tensor) -> tuple[Tensor, Tensor]:
         """The glimpse and, behind it, the answer, in one pass: what the published recipe's answer loss is taken from.
@@ -183,31 +206,54 @@ class Pruner(nn.Module):
         Returns:
             Keep logits as :meth:`all_logits`, and next-token logits [B, T, vocabulary] for ``answer_ids``.
         """
-        backbone, vectors = view.backbone, self.glimpse().to(view.state.hidden.dtype)  # [L, 1, D]
-        first = vectors[0].expand(len(answer_ids), -1, -1)  # [B, 1, D]
-        embeds = torch.cat([first, backbone.embed(answer_ids)], 1)  # [B, 1 + T, D]
-        mask = torch.cat([torch.ones_like(answer_mask[:, :1]), answer_mask], 1)  # [B, 1 + T]
-        probe, hidden = self._run(view, vectors, embeds, backbone.num_layers, mask)
-        return self._predict(view, probe), backbone.logits(hidden[:, :-1])
+        probe, hidden = self._run(view, view.backbone.num_layers, answer_ids, answer_mask)
+        return self._predict(view, probe), view.backbone.logits(hidden[:, -1 - answer_ids.shape[1] : -1])
+
+    def looks(self, input_ids: Tensor, mask: Tensor, backbone: LVLM) -> Tensor:
+        """How many positions look at each prompt [B, S], [B]."""
+        if self.options.sight == "one":
+            return torch.ones_like(input_ids[:, 0])
+        return question(input_ids, mask, backbone.image_token_id).sum(1)
+
+    def _vectors(self, view: View) -> tuple[Tensor, Tensor]:
+        """Those of the positions that look, [L, B, n, D], and which of them are no (left) padding, bool [B, n]."""
+        state, encoded = view.state, view.encoded
+        if self.options.sight == "one":
+            alone = torch.ones_like(state.mask[:, :1])
+            return self.glimpse()[:, None].expand(-1, len(alone), -1, -1).to(state.hidden.dtype), alone
+        asked = question(encoded.input_ids, encoded.mask, view.backbone.image_token_id)[state.row]  # [B, S]
+        tokens = [embeds[own] for embeds, own in zip(encoded.embeds[state.row], asked)]  # [n, D] each
+        tokens = pad_sequence(tokens, batch_first=True, padding_side="left")  # [B, n, D]
+        places = torch.arange(tokens.shape[1], 0, -1, device=asked.device)
+        return self.glimpse(tokens).to(state.hidden.dtype), places <= asked.sum(1, keepdim=True)
 
     def _run(
-        self, view: View, vectors: Tensor, embeds: Tensor, stop: int, mask: Tensor | None = None
+        self, view: View, stop: int, answer_ids: Tensor | None = None, answer_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Append ``embeds``, the glimpse first, on a fork, to depth ``stop``. Its probe and the last hidden states."""
-        size = view.state.mask.shape[1]
+        """Append the glimpse, and an answer, on a fork, to depth ``stop``. Its probe and the last hidden states."""
+        vectors, looking = self._vectors(view)
+        embeds, mask, size, looks = vectors[0], looking, view.state.mask.shape[1], looking.shape[1]
+        if answer_ids is not None:
+            embeds = torch.cat([embeds, view.backbone.embed(answer_ids)], 1)  # [B, n + T, D]
+            mask = torch.cat([mask, answer_mask], 1)  # [B, n + T]
+        state = append(branch(view.state), embeds, mask)
+        # As published over the whole key row: an answer behind the glimpse counts in the sum, though the glimpse does
+        # not attend to it. Only what is of the glimpse itself is seen in its order.
+        later = torch.ones(looks, looks, dtype=torch.bool, device=looking.device).triu(1)
+        later = F.pad(later, (size, embeds.shape[1] - looks))  # [n, S + n + T]
         seen: dict[int, Tensor] = {}
 
         def see(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
             if layer not in self.probe_layers:
                 return
-            row = attention.logits(query[:, :, :1], key, scaling)[:, :, 0]  # [B, H, S + 1 + T]
+            rows = attention.logits(query[:, :, :looks], key, scaling)  # [B, H, n, S + n + T]
             if self.options.probe == "log_softmax":
-                # As published over the whole key row: an answer behind the glimpse counts in the sum, though the
-                # glimpse does not attend to it.
-                row = row.masked_fill(~state.mask[:, None], torch.finfo(row.dtype).min).log_softmax(-1)
-            seen[layer] = row[..., :size].transpose(1, 2)[view.state.visual]  # [N, H]
+                visible = state.mask[:, None] & ~later  # [B, n, S + n + T]
+                rows = rows.masked_fill(~visible[:, None], torch.finfo(rows.dtype).min).log_softmax(-1)
+            rows = rows[..., :size].masked_fill(~looking[:, None, :, None], -torch.inf)
+            row = rows.logsumexp(2) - looking.sum(1).float().log()[:, None, None]  # [B, H, S]
+            seen[layer] = row.transpose(1, 2)[view.state.visual]  # [N, H]
 
-        state = append(branch(view.state), embeds, mask)
         state = run_layers(view.backbone, state, stop, probe=see, inject=vectors)
         return torch.cat([seen[layer] for layer in self.probe_layers], -1), state.hidden
 
@@ -218,6 +264,16 @@ class Pruner(nn.Module):
         logits = self.vip(probe, states, grids, self.window, *left).float()  # [outputs, N]
         cap = self.options.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def question(input_ids: Tensor, mask: Tensor, image_token: int) -> Tensor:
+    """The tokens of each prompt's question, bool [B, S]: all that come behind its last image, the turn's end and the
+    answer's beginning with them; images come first in a prompt. Never none: the last token, where an image is last."""
+    images = (input_ids == image_token) & mask
+    ahead = images.long().flip(1).cumsum(1).flip(1)  # [B, S] images' tokens here or later
+    order = mask.long().cumsum(1)
+    last = order == order[:, -1:]
+    return mask & ((ahead == 0) | (last & images))
 
 
 def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, float]:
@@ -311,9 +367,12 @@ def _check(options: Options, backbone: LVLM) -> None:
     last = min(options.prune_layer, backbone.num_layers - 1)
     if wrong := [layer for layer in options.probe_layers if not 0 <= layer <= last]:
         raise UserError(f"{where}probe_layers={wrong}: the glimpse runs through layers 0 to {last} (prune_layer)")
-    if options.probe not in PROBES:
-        raise UserError(f"{where}probe='{options.probe}': choices are {', '.join(PROBES)}")
+    for name, choices in (("probe", PROBES), ("sight", SIGHTS)):
+        if (given := getattr(options, name)) not in choices:
+            raise UserError(f"{where}{name}='{given}': choices are {', '.join(choices)}")
+    if options.sight == "question" and options.init_token is not None:
+        raise UserError(
+            f"{where}init_token: with {where}sight=question the glimpse starts as the question; leave it out"
+        )
     if options.windowed and backbone.window is None:
         raise UserError(f"{where}windowed=true: this backbone's vision tower has no windows")
-    if options.max_keep is not None:
-        require_fraction(options.max_keep, "max_keep")

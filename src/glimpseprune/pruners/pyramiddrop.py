@@ -26,7 +26,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import peek_flops
 from glimpseprune.decoder import View, peek
-from glimpseprune.pruners._columns import at_columns, require_fraction, require_minimum, top
+from glimpseprune.pruners._columns import at_columns, require_minimum, top
 from glimpseprune.types import Decision, Needs, Stop
 
 
@@ -54,8 +54,6 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        for fraction in options.keep_ratio:
-            require_fraction(fraction, "keep_ratio")
         if list(options.keep_ratio) != sorted(options.keep_ratio, reverse=True):
             raise UserError(
                 f"pruner.options.keep_ratio={list(options.keep_ratio)}: fractions of the first number never rise"

@@ -15,7 +15,7 @@ from torch import nn
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import SEEDS, option
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, depth_after, require_fraction, require_minimum
+from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
 from glimpseprune.types import Cut, Decision, Needs, Stop
 
 
@@ -36,7 +36,6 @@ class Pruner(nn.Module):
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        require_fraction(options.keep_ratio, "keep_ratio")
         self.options = options
         self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
         self.counts: list[Sequence[int]] | None = None

@@ -36,10 +36,10 @@ import torch
 from torch import Tensor, nn
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.config import UserError, option
+from glimpseprune.config import option
 from glimpseprune.cost import attention_flops
 from glimpseprune.decoder import View
-from glimpseprune.pruners._columns import at_columns, require_fraction, top
+from glimpseprune.pruners._columns import at_columns, top
 from glimpseprune.pruners._cosine import cosines, directions
 from glimpseprune.types import Decision, Needs, Stop
 
@@ -71,10 +71,6 @@ class Options:
 class Pruner(nn.Module):
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()
-        for name in ("dominant", "contextual"):
-            require_fraction(getattr(options, name), name)
-            if (count := getattr(options, f"{name}_count")) is not None and count < 0:
-                raise UserError(f"pruner.options.{name}_count={count}: give a number of tokens, or null for {name}")
         self.options = options
         self.stops = (Stop(0, renumber=options.renumber),)
         wanted = backbone.feature_layer if options.layer is None else options.layer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,31 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from glimpseprune import checkpoint
+from glimpseprune import checkpoint, config, files, runs
 from glimpseprune.config import UserError
 from glimpseprune.options import GuardOptions, TrainConfig
 from glimpseprune.sharded import gathered
+
+
+class Begin(L.Callback):
+    """When the first step is done: the run takes the folder, in which until then the one before is whole.
+
+    ``run``: in the process that takes care of the folder; ``anew``: whether what is there is another run.
+    """
+
+    def __init__(self, cfg: Any, run: runs.Run | None, anew: bool):
+        self.cfg, self.run, self.anew = cfg, run, anew
+        self.first = 0
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if self.run is not None and not self.run.begun and trainer.global_step > self.first:
+            self.run.begin(self.anew)
+            if "SLURM_JOB_ID" in os.environ:
+                files.write(self.run.out / runs.JOB, os.environ["SLURM_JOB_ID"])
+            config.save(self.cfg, self.run.out / runs.CONFIG)
 
 
 class RunFolder(L.Callback):

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning as L
 
-from glimpseprune import files
+from glimpseprune import files, runs
 from glimpseprune.checkpoint import CONFIG, TRAINABLE
 from glimpseprune.config import UserError
 from glimpseprune.running.callbacks import collapsed
@@ -48,6 +48,11 @@ def newest(out: str | Path) -> Path | None:
     if index:
         raise UserError(f"all {len(index)} checkpoints in {folder} are damaged: start again with overwrite=true")
     return None
+
+
+def entry(file: Path) -> dict[str, Any]:
+    """What the index says of a checkpoint: ``step``, ``world`` (processes that wrote it) and so on."""
+    return _read(file.parent).get(file.name, {})
 
 
 class Checkpoints(L.Callback):
@@ -85,13 +90,14 @@ class Checkpoints(L.Callback):
         # One process writes; all take part, for weights may be spread over them.
         with files.whole(file) if trainer.is_global_zero else nullcontext(file) as partial:
             trainer.save_checkpoint(partial, weights_only=False)
-            entry = {"step": trainer.global_step, "world": trainer.world_size}
+            found = {"step": trainer.global_step, "world": trainer.world_size}
             if trainer.is_global_zero:
-                entry = {"sha256": _hash(partial)} | entry
+                found = {"sha256": _hash(partial)} | found
         if trainer.is_global_zero:
             # Later ones are damaged, or we would have gone on from them.
             earlier = {old: there for old, there in _read(self.folder).items() if old < name}
-            self._write(earlier | {name: entry | ({} if score is None else {"score": score})})
+            self._write(earlier | {name: found | ({} if score is None else {"score": score})})
+            runs.drop(self.out)
         trainer.strategy.barrier()
         return file
 

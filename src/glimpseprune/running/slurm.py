@@ -15,8 +15,7 @@ import lightning as L
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
-from glimpseprune.running.checkpoints import Checkpoints
-from glimpseprune.running.logs import flush
+from glimpseprune.running.interrupts import Interrupts
 from glimpseprune.running.strategies import leave
 
 EXIT_CODE = 75
@@ -35,17 +34,11 @@ def placement() -> dict[str, Any]:
     return {"num_nodes": nodes, "devices": tasks // nodes, "plugins": [SLURMEnvironment(auto_requeue=False)]}
 
 
-class Requeue(L.Callback):
+class Requeue(Interrupts):
     """On SIGUSR1, whichever rank it reaches: write a checkpoint after the step, put the job back in the queue, stop.
 
-    It stops where the next batch would begin, so that what belongs to the step is logged, and a validation that is due
-    still takes place: the signal must come earlier than the time limit by more than one of them.
+    The signal must come earlier than the time limit by more than a validation.
     """
-
-    def __init__(self, checkpoints: Checkpoints):
-        self.checkpoints = checkpoints
-        self.told, self.saved = False, None
-        self.step = 0
 
     def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         signal.signal(signal.SIGUSR1, self.listen)
@@ -55,7 +48,7 @@ class Requeue(L.Callback):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
     def listen(self, *_: Any) -> None:
-        self.told = True
+        self.told = signal.SIGUSR1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         # SIGTERM (a requeue, a dead node, scancel) may end us at once: what is unsaved is lost anyway, and the handler
@@ -63,15 +56,7 @@ class Requeue(L.Callback):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.step = trainer.global_step
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        stepped, self.step = trainer.global_step > self.step, trainer.global_step  # else gradients are accumulating
-        if stepped and self.step < trainer.max_steps and trainer.strategy.reduce_boolean_decision(self.told, all=False):
-            self.saved = self.checkpoints.save(trainer)
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if self.saved is None:
-            return
-        flush(trainer)
+    def stop(self, trainer: L.Trainer) -> None:
         rank_zero_info(f"SIGUSR1: stopped after step {self.step}, saved {self.saved}")
         if trainer.is_global_zero:
             requeue()

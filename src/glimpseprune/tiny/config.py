@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from glimpseprune.config import SEEDS, UserError, option
+from glimpseprune.config import SEEDS, START, UserError, option
 from glimpseprune.options import Accelerator, Precision
 
 
@@ -59,7 +59,7 @@ class TinyConfig:
 @dataclass
 class PretrainConfig:
     seed: int = option(0, "seed of weights and scenes", least=0, most=SEEDS)
-    out: str = option("runs/pretrain", "run folder; the model is saved in <out>/model")
+    out: str = option("runs/pretrain", "run folder; the model is saved in <out>/model", role=START)
     model: TinyConfig = field(default_factory=TinyConfig)
     lessons: list[Lesson] = field(
         default_factory=lambda: [
@@ -90,7 +90,8 @@ class PretrainConfig:
     workers: int = option(1, "processes that draw scenes", least=0, most=256)
     precision: Precision = option("32-true", "Lightning's; bf16-mixed where the CPU or GPU computes in bf16")
     accelerator: Accelerator = option("auto", "what trains; auto: a GPU where there is one")
-    resume: str | None = option(None, "checkpoint to continue from, e.g. <out>/checkpoints/last.ckpt")
+    resume: str | None = option(None, "checkpoint to continue from, e.g. <out>/checkpoints/last.ckpt", role=START)
+    overwrite: bool = option(False, "replace the pretraining in `out`", role=START)
 
     def __post_init__(self) -> None:
         if not self.lessons:

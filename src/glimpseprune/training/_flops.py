@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops, vip_flops
+from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops, row_flops, vip_flops
 from glimpseprune.options import LossOptions
 from glimpseprune.types import Layout
 from glimpseprune.vip import window_ids
@@ -36,10 +36,15 @@ class Work:
     """Layers that the glimpse runs through."""
     loss: LossOptions
     decoder_trains: bool = False
+    asks: bool = False
+    """Whether the glimpse is made of the question's tokens."""
 
 
-def of_sample(work: Work, text: int, layouts: Sequence[Layout], answer: int, estimator: str = "stc") -> float:
-    """FLOPs of one sample in a step: ``text`` tokens, images, ``answer`` tokens (end of turn included)."""
+def of_sample(
+    work: Work, text: int, layouts: Sequence[Layout], answer: int, estimator: str = "stc", looks: int = 1
+) -> float:
+    """FLOPs of one sample in a step: ``text`` tokens, images, ``answer`` tokens (end of turn included), and so many
+    positions of the glimpse."""
     shapes, loss, depth, layers = work.shapes, work.loss, work.depth, work.shapes.decoder.layers
     visual = sum(layout.count for layout in layouts)
     prompt = text + visual
@@ -48,11 +53,18 @@ def of_sample(work: Work, text: int, layouts: Sequence[Layout], answer: int, est
     head = answer * parts.lm_head
     weights = 2 if work.decoder_trains else 1
     total = parts.tower + parts.projector + _run(work, depth, prompt) + 3 * vip_flops(work.vip, shapes, segments)
+    behind = answer if loss.answer else 0
+    total += 3 * row_flops(shapes.decoder, prompt + looks + behind, work.vip.probes * looks)
+    if work.asks:
+        total += 2 * 2 * shapes.decoder.width**2 * looks  # W on the tokens, which need no gradient
     if loss.answer:  # the glimpse with the answer behind it, through every layer
         total += _run(work, layers - depth, prompt)
-        total += _run(work, layers, answer + 1, prompt, weights=weights) + 2 * head
-    else:
-        total += _run(work, work.probed, 1, prompt, weights=weights)
+        total += _run(work, layers, answer + looks, prompt, weights=weights) + 2 * head
+    else:  # of the last layer nothing behind queries and keys is used
+        decoder = shapes.decoder
+        probed = 2 * decoder.width * (decoder.heads + decoder.kv_heads) * decoder.head_width * looks
+        total += _run(work, work.probed - 1, looks, prompt, weights=weights)
+        total += _run(work, 1, looks, prompt) + weights * probed
     if loss.kl:
         follow, whole = answer - 1, prompt + answer - 1
         total += _run(work, depth, follow, prompt) + _run(work, layers - depth, whole) + head  # the teacher

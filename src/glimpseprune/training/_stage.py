@@ -38,6 +38,7 @@ class StageModule(L.LightningModule):
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
         self.unpruned = pruners.build("none", {}, backbone)
+        self.origin = 0  # the step at which the training began, or began anew
         self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
         self.pictured: list[Inputs] = []
         self.sums: dict[str, tuple[float, int]] = {}
@@ -123,7 +124,7 @@ class StageModule(L.LightningModule):
     @property
     def progress(self) -> float:
         """Fraction of the optimiser steps that are done."""
-        return self.global_step / self.config.trainer.max_steps
+        return (self.global_step - self.origin) / self.config.trainer.max_steps
 
     # ----------------------------------------------------------------------------------------------- validation
 
@@ -187,8 +188,9 @@ class StageModule(L.LightningModule):
             for board in boards:
                 board.log_image("answers/kept", [np.asarray(grid(panels))], step=self.global_step)
 
-    def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None) -> Rollout:
-        """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference)."""
+    def answers(self, inputs: Inputs, pruner: nn.Module, length: int | None = None, **options: Any) -> Rollout:
+        """Greedy answers to a batch, at most ``length`` tokens (default: those of the longest reference); ``options``
+        of :func:`.generate.generate`."""
         length = inputs.answer_ids.shape[1] if length is None else length
         return generate(
             self.backbone,
@@ -197,6 +199,7 @@ class StageModule(L.LightningModule):
             targets=inputs.targets,
             synced=self.is_sharded,
             max_new_tokens=length,
+            **options,
         )
 
     @property

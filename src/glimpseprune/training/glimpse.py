@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -126,15 +127,25 @@ class GlimpseModule(StageModule):
     def flops(self, inputs: Inputs) -> float:
         """As :mod:`.flops` counts them."""
         vip, trains = Vip.of(self.pruner), "decoder" in self.config.train
-        probed = max(self.pruner.probe_layers) + 1
-        work = flops.Work(self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains)
-        columns = inputs.prompt["attention_mask"].sum(1).tolist()
-        answers = inputs.answer_mask.sum(1).tolist()
+        probed, asks = max(self.pruner.probe_layers) + 1, self.pruner.options.sight == "question"
+        work = flops.Work(
+            self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains, asks
+        )
+        ids, mask = inputs.prompt["input_ids"], inputs.prompt["attention_mask"].bool()
+        rows = zip(mask.sum(1), self.backbone.layouts(inputs.prompt), inputs.answer_mask.sum(1))
         total = 0.0
-        for length, layouts, answer in zip(columns, self.backbone.layouts(inputs.prompt), answers):
-            visual = sum(layout.count for layout in layouts)
-            total += flops.of_sample(work, length - visual, layouts, answer, self.estimator)
+        for (length, layouts, answer), looks in zip(rows, self.pruner.looks(ids, mask, self.backbone)):
+            text = int(length) - sum(layout.count for layout in layouts)
+            total += flops.of_sample(work, text, layouts, int(answer), self.estimator, int(looks))
         return total
+
+    def begin_anew(self, number: int) -> None:
+        """What trains of the pruner gets weights of an untrained one, others for each ``number``; on all ranks the
+        same."""
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, number)).generate_state(1, np.uint64)[0]))
+        fresh = type(self.pruner)(self.backbone, self.pruner.options)
+        trained = {name: x for name, x in fresh.state_dict().items() if name.partition(".")[0] in self.config.train}
+        self.pruner.load_state_dict(trained, strict=False)
 
     # ----------------------------------------------------------------------------------------------- validation
 

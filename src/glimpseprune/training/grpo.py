@@ -53,7 +53,8 @@ class Actions:
     ended: Tensor  # [R] bool, False where the answer was cut
     empty: Tensor  # [R] bool, True where there is nothing to read in it
     pruned: Tensor  # [R] fraction of the visual tokens that was pruned
-    values: Tensor  # [R, F] each reward function, NaN where it does not apply
+    values: Tensor  # [R, F] each reward function, NaN where it does not apply or is missing
+    applies: Tensor  # [R, F] bool
     reward: Tensor  # [R]
     valid: Tensor  # [R] bool, False where a verdict is missing
 
@@ -82,7 +83,7 @@ class Batch:
 class GRPOModule(StageModule):
     """Group-relative policy optimisation; names of options and metrics are TRL's."""
 
-    scores = ("score", "keep_ratio", "box_iou", "box_recall", "mask_overlap")
+    scores = ("score", "clipped_ratio", "keep_ratio", "box_iou", "box_recall", "mask_overlap")
     best = ("val/reward", "max")
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
@@ -104,15 +105,8 @@ class GRPOModule(StageModule):
         self.said: list[tuple[str, ...]] = []
         if config.grpo.beta and (config.lora is None or {"decoder", "vision"} & set(config.train)):
             raise UserError("grpo.beta > 0 compares with the policy without adapters: train=[lora, ...], or beta=0")
-        for name in ("temperature", "mask_temperature", "micro_batch", "max_completion_length", "num_iterations"):
-            if not (value := getattr(config.grpo, name)) > 0:
-                raise UserError(f"grpo.{name}={value}: it must be above 0")
-        rollouts, masks = config.grpo.num_generations, config.grpo.num_masks
-        if rollouts < 2:
-            raise UserError(f"grpo.num_generations={rollouts}: a group has at least 2 rollouts")
-        if masks is not None and (masks < 1 or rollouts % masks):
-            raise UserError(f"grpo.num_masks={masks}: it must divide grpo.num_generations={rollouts}")
-        self.answers_per_mask = rollouts // (masks or rollouts)
+        rollouts = config.grpo.num_generations
+        self.answers_per_mask = rollouts // (config.grpo.num_masks or rollouts)
 
     @cached_property
     def ends(self) -> list[int]:
@@ -190,9 +184,9 @@ class GRPOModule(StageModule):
             kinds=[row.kind for row in rows],
             truncated=(~ended).tolist(),
         )
-        task, valid, values = (
-            x.to(self.device) for x in (scores.total, scores.valid, scores.values)
-        )  # [R], [R], [R, F]
+        task, valid, values, applies = (
+            x.to(self.device) for x in (scores.total, scores.valid, scores.values, scores.applies)
+        )  # [R], [R], [R, F], [R, F]
         reward = task + self.pruning_reward(pruned, task)  # [R]
         self.said = [
             (row.question, text, row.answers[0], f"{1 - p:.1%}", f"{r:.3f}")
@@ -200,7 +194,7 @@ class GRPOModule(StageModule):
         ]
         empty = torch.tensor([not text.strip() for text in texts], device=self.device)  # [R]
         return Actions(
-            index, keep, keep_log_probs, tokens, log_probs, mask, ended, empty, pruned, values, reward, valid
+            index, keep, keep_log_probs, tokens, log_probs, mask, ended, empty, pruned, values, applies, reward, valid
         )  # fmt: skip
 
     def pruning_reward(self, pruned: Tensor, task: Tensor, ramped: bool = True) -> Tensor:
@@ -412,8 +406,10 @@ class GRPOModule(StageModule):
             "completions/empty_ratio": actions.empty.float().mean(),
             "keep_ratio/sampled": 1 - actions.pruned.mean(),
         }
-        for name, column in zip(self.rewards.functions, actions.values.unbind(1)):
+        for name, column, applies in zip(self.rewards.functions, actions.values.unbind(1), actions.applies.unbind(1)):
             known = column[~column.isnan()]
+            metrics[f"rewards/{name}/none"] = (~applies).float().mean()
+            metrics[f"rewards/{name}/missing"] = (applies & column.isnan()).float().mean()
             if len(known):
                 metrics[f"rewards/{name}/mean"] = known.mean()
                 metrics[f"rewards/{name}/std"] = known.std() if len(known) > 1 else torch.zeros(())
@@ -430,8 +426,9 @@ class GRPOModule(StageModule):
 
     @torch.no_grad()
     def validation_step(self, inputs: Inputs, index: int) -> None:
-        """Greedy masks and greedy answers, as at inference."""
-        rollout = self.answers(inputs, self.greedy, self.config.grpo.max_completion_length)
+        """Greedy masks and greedy answers, as at inference; they end, and are cut, where those of the training are."""
+        length, ends = self.config.grpo.max_completion_length, self.ends
+        rollout = self.answers(inputs, self.greedy, length, **({"eos_token_id": ends} if ends else {}))
         samples = inputs.samples
         scores = self.rewards(
             self.texts(rollout),
@@ -439,11 +436,12 @@ class GRPOModule(StageModule):
             answers=[sample.answers for sample in samples],
             questions=[sample.question for sample in samples],
             kinds=[sample.kind for sample in samples],
-            truncated=[False] * len(samples),
+            truncated=(~rollout.ended).tolist(),
         )
         real = torch.tensor([not sample.stands_in for sample in samples])
         values = {
             "score": scores.total[scores.valid & real],
+            "clipped_ratio": (~rollout.ended).float().cpu()[real],
             "keep_ratio": torch.stack([keep.float().mean() for keep in rollout.keep]).cpu()[real],
         }
         targets = self.targets(inputs, rollout.layouts)

@@ -82,6 +82,20 @@ class Options:
     )
     seed: int = option(0, "seed of the scenes; every split has its own stream", least=0, most=SEEDS)
 
+    def __post_init__(self) -> None:
+        if self.size % 28:
+            raise UserError(f"options.size={self.size}: give a multiple of 28")
+        room = (self.size // (TAG_WIDTH + 16)) * (self.size // (TAG_HEIGHT + 16))
+        if not self.min_tags <= self.max_tags <= room:
+            raise UserError(
+                f"options.min_tags={self.min_tags} options.max_tags={self.max_tags}: give no more as min_tags than as "
+                f"max_tags; an image of {self.size} px has room for {room}"
+            )
+        if not self.kinds or set(self.kinds) - set(KINDS):
+            raise UserError(f"options.kinds={self.kinds}: choose from {', '.join(KINDS)}")
+        if unknown := set(self.count) - set(splits):
+            raise UserError(f"options.count.{min(unknown)}: the splits are {', '.join(splits)}")
+
 
 @dataclass
 class Scene:
@@ -251,33 +265,11 @@ def ask(rng: np.random.Generator, view: Scene, kind: str, count: int) -> list[Qu
     return out
 
 
-def check(options: Options) -> None:
-    """Raise UserError where the options cannot be drawn."""
-    if options.size % 28 or not 112 <= options.size <= MAX_SIZE:
-        raise UserError(f"options.size is {options.size}: it must be a multiple of 28 between 112 and {MAX_SIZE}")
-    if not 2 <= options.min_tags <= options.max_tags <= len(NAMES):
-        raise UserError(
-            f"options.min_tags={options.min_tags}, options.max_tags={options.max_tags}: "
-            f"they must satisfy 2 <= min_tags <= max_tags <= {len(NAMES)}"
-        )
-    room = (options.size // (TAG_WIDTH + 16)) * (options.size // (TAG_HEIGHT + 16))
-    if options.max_tags > room:
-        raise UserError(f"options.max_tags={options.max_tags}: an image of {options.size} px has room for {room} tags")
-    unknown = [kind for kind in options.kinds if kind not in KINDS]
-    if unknown or not options.kinds:
-        raise UserError(f"options.kinds is {options.kinds}: choose from {', '.join(KINDS)}")
-    if not 0 <= options.wear <= 1:
-        raise UserError(f"options.wear is {options.wear}: give 0 to 1")
-    if options.questions < 1:
-        raise UserError(f"options.questions is {options.questions}: at least 1 question per image")
-
-
 def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
     """The questions ``start`` to ``stop`` of a split, always the same ones for the same options.
 
     Every scene has its own random stream (seed, split, scene number), so a slice costs no more than its length.
     """
-    check(options)
     total = options.count.get(split, 0)
     stop = total if stop is None else min(stop, total)
     for index in range(start // options.questions, -(-stop // options.questions)):
