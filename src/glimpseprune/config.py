@@ -34,6 +34,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glimpseprune import files, notation, resources
+from glimpseprune.legible import legible
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
@@ -408,7 +409,7 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except UserError as error:
-        said = " ".join(str(error).splitlines())
+        said = str(error)
     except ModuleNotFoundError as error:
         package, extra = _extra(error)
         if extra is None:
@@ -417,12 +418,11 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:
         if (said := files.said(error)) is None:
             raise
-        said = " ".join(said.splitlines())
     else:
         return
     finally:
         _commands.pop()
-    print("error:", as_typed(said), file=sys.stderr)
+    print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
 
 
