@@ -335,6 +335,7 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
                 return main(load(schema, given, prog=prog, doc=doc, under=under))
 
         del run.__wrapped__  # its signature is ours, not that of main
+        run.schema = schema
         return run
 
     return decorate
