@@ -182,17 +182,28 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
 def read(schema: type[T], path: str | Path) -> T:
     """An instance of ``schema`` from one YAML file that :func:`save` wrote; raises as :func:`load` does.
 
-    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder.
+    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder, where
+    the file does not name another, by a relative path.
     """
     start = _of_a_start(schema)
-    layer = {name: value for name, value in _read_yaml(Path(path)).items() if name not in start}
+    layer = {
+        name: value
+        for name, value in _read_yaml(Path(path)).items()
+        if name not in start or _travels(start[name], value)
+    }
     here = {name: str(Path(path).parent) for name, item in start.items() if item.default == MISSING}
-    return _build(schema, [(f"{path}: ", layer), ("", here)])
+    return _build(schema, [("", here), (f"{path}: ", layer)])
 
 
 def names(path: str | Path) -> set[str]:
     """The keys that a YAML file has on top; raises as :func:`load`."""
     return set(_read_yaml(Path(path)))
+
+
+def _travels(item: Any, value: Any) -> bool:
+    """Whether what a start said is saved: a mandatory path that is relative, and means something elsewhere, too."""
+    text = str(getattr(value, "text", value))
+    return item.default == MISSING and not text.startswith(("/", "~"))
 
 
 def _of_a_start(schema: type) -> dict[str, Any]:
@@ -276,10 +287,12 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back, but for what
-    :func:`without_secrets` drops."""
+    """A dataclass instance as YAML, without keys of a ``START`` (but a relative ``out``); ``read(type(cfg), file)``
+    gives it back, but for what :func:`without_secrets` drops."""
     node = OmegaConf.structured(cfg)
-    node = OmegaConf.masked_copy(node, [key for key in node if key not in _of_a_start(type(cfg))])
+    start = _of_a_start(type(cfg))
+    said = [key for key in node if key not in start or _travels(start[key], getattr(cfg, key))]
+    node = OmegaConf.masked_copy(node, said)
     plain = OmegaConf.to_container(node)
     public = _public(plain)
     return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
