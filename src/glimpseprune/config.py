@@ -34,6 +34,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glimpseprune import files, notation, resources
+from glimpseprune.legible import legible
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
@@ -184,17 +185,28 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
 def read(schema: type[T], path: str | Path) -> T:
     """An instance of ``schema`` from one YAML file that :func:`save` wrote; raises as :func:`load` does.
 
-    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder.
+    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder, where
+    the file does not name another, by a relative path.
     """
     start = _of_a_start(schema)
-    layer = {name: value for name, value in _read_yaml(Path(path)).items() if name not in start}
+    layer = {
+        name: value
+        for name, value in _read_yaml(Path(path)).items()
+        if name not in start or _travels(start[name], value)
+    }
     here = {name: str(Path(path).parent) for name, item in start.items() if item.default == MISSING}
-    return _build(schema, [(f"{path}: ", layer), ("", here)])
+    return _build(schema, [("", here), (f"{path}: ", layer)])
 
 
 def names(path: str | Path) -> set[str]:
     """The keys that a YAML file has on top; raises as :func:`load`."""
     return set(_read_yaml(Path(path)))
+
+
+def _travels(item: Any, value: Any) -> bool:
+    """Whether what a start said is saved: a mandatory path that is relative, and means something elsewhere, too."""
+    text = str(getattr(value, "text", value))
+    return item.default == MISSING and not text.startswith(("/", "~"))
 
 
 def _of_a_start(schema: type) -> dict[str, Any]:
@@ -278,10 +290,12 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back, but for what
-    :func:`without_secrets` drops."""
+    """A dataclass instance as YAML, without keys of a ``START`` (but a relative ``out``); ``read(type(cfg), file)``
+    gives it back, but for what :func:`without_secrets` drops."""
     node = OmegaConf.structured(cfg)
-    node = OmegaConf.masked_copy(node, [key for key in node if key not in _of_a_start(type(cfg))])
+    start = _of_a_start(type(cfg))
+    said = [key for key in node if key not in start or _travels(start[key], getattr(cfg, key))]
+    node = OmegaConf.masked_copy(node, said)
     plain = OmegaConf.to_container(node)
     public = _public(plain)
     return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
@@ -337,6 +351,7 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
                 return main(load(schema, given, prog=prog, doc=doc, under=under))
 
         del run.__wrapped__  # its signature is ours, not that of main
+        run.schema = schema
         return run
 
     return decorate
@@ -411,7 +426,7 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except UserError as error:
-        said = " ".join(str(error).splitlines())
+        said = str(error)
     except ModuleNotFoundError as error:
         package, extra = _extra(error)
         if extra is None:
@@ -420,12 +435,11 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:
         if (said := files.said(error)) is None:
             raise
-        said = " ".join(said.splitlines())
     else:
         return
     finally:
         _commands.pop()
-    print("error:", as_typed(said), file=sys.stderr)
+    print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
 
 
