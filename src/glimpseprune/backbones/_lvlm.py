@@ -29,7 +29,8 @@ from glimpseprune.backbones import _asked
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.images import shown
-from glimpseprune.types import Encoded, Layout, Needs
+from glimpseprune.legible import surrogate
+from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -297,6 +298,10 @@ class LVLM(ABC):
             raise UserError(f"{left} more images than the prompts have places for")
         return result
 
+    def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
+        """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""
+        return [[grid for layout in row for grid in layout.grids] for row in self.layouts(prompt)]
+
     def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
         """Chat template, tokenizer and image processor: one prompt per question, its images first, left-padded.
 
@@ -316,6 +321,9 @@ class LVLM(ABC):
         if self.processor is None:
             raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
         questions, images = _asked.rows(questions, images)
+        for name, text in (("system prompt", system or ""), *(("question", question) for question in questions)):
+            if half := surrogate(text):
+                raise UserError(f"a {name} holds {half}, half of a surrogate pair")
         flat = [shown(picture).convert("RGB") for pictures in images for picture in pictures]
         try:
             seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
@@ -356,7 +364,8 @@ class LVLM(ABC):
     def _specials(self) -> re.Pattern[str]:
         """Any special token of the tokenizer, as a group."""
         tokens = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
+        known = sorted(filter(None, tokens), key=len, reverse=True)  # of two that begin alike, the longer one
+        return re.compile(f"({'|'.join(map(re.escape, known)) or '(?!)'})")
 
     def _quoting(self, question: str, pictures: int, system: str | None) -> list[int]:
         """As :meth:`_token_ids`, of texts that hold special tokens: only those of the template are what they look like.
