@@ -9,8 +9,8 @@ any sample by its index, so a position is a number, and a damaged sample is a :c
 Shards are not trusted. Nothing is unpacked to disk and no name in a tar is ever a path; there are no pickles; sizes of
 members and of decoded images, alone and together, are bounded before they are read or decoded; the json must have the
 right types. What is refused when reading is refused when writing (:func:`check`, and the bounds below). The json of a
-sample ends in checksums of its members and of itself, which are compared whenever the sample is read (1 to 3% of the time
-that decoding takes); shards from before there were any are read without. Pixels are stored as :mod:`..images` shows
+sample ends in checksums of its members and of itself, which are compared whenever the sample is read (1 to 3% of the
+time that it takes); shards from before there were any are read without. Pixels are stored as :mod:`..images` shows
 them: upright, on white, in 8 bits. Left out: compressed tars and remote addresses, which cannot be read by index.
 """
 
