@@ -29,7 +29,7 @@ from glimpseprune.backbones import _asked
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.images import shown
-from glimpseprune.types import Encoded, Layout, Needs
+from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -296,6 +296,10 @@ class LVLM(ABC):
         if left := len(list(images)):
             raise UserError(f"{left} more images than the prompts have places for")
         return result
+
+    def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
+        """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""
+        return [[grid for layout in row for grid in layout.grids] for row in self.layouts(prompt)]
 
     def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
         """Chat template, tokenizer and image processor: one prompt per question, its images first, left-padded.
