@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -189,6 +190,9 @@ def test_run_folder_holds_what_it_promises(world):
     kept = json.loads((run / "checkpoints" / "checkpoints.json").read_text())
     assert min((entry["score"], entry["step"]) for entry in kept.values())[1] == best
     assert checkpoint.load(run / "best").name == "glimpse"
+    for folder in (run, run / "best"):  # whose paths are relative to it
+        said = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (folder / said["data"]["path"]).resolve() == Path(world["data"]).resolve()
 
 
 def test_tensorboard_has_pictures(world):
