@@ -1,6 +1,12 @@
 """Who one is among the processes of torchrun or srun, and what they tell each other."""
 
 import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -70,3 +76,40 @@ def test_two_gather_agree_and_fail_together(capfd):
     assert found == [(0, [10, 11], 20), (1, [], 20)]
     assert [process.exitcode for process in both] == [1, 2]  # the first tells what is wrong, the other ends silently
     assert capfd.readouterr().err.count("UserError: no") == 1
+
+
+def test_a_worker_ends_with_its_parent_even_if_that_is_killed(tmp_path):
+    """And takes no notice of Ctrl-C, which a terminal sends to both."""
+    code = """
+import os, pathlib, signal, sys, time
+from glimpseprune import processes
+parent = os.getpid()
+if not os.fork():
+    processes.serve(parent)
+    os.kill(os.getpid(), signal.SIGINT)
+    pathlib.Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(60)
+time.sleep(60)
+"""
+    file = tmp_path / "worker"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(file)], env=os.environ | {"PYTHONPATH": ":".join(sys.path)}
+    )
+    wait_for(lambda: file.is_file() and file.read_text())
+    parent.kill()
+    parent.wait()
+    wait_for(lambda: not alive(int(file.read_text())))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+def wait_for(true: Callable[[], object], seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -152,7 +152,18 @@ def test_a_link_stays_and_its_folder_is_used(out, tmp_path):
     with runs.Run(tmp_path / "link") as run:
         run.claim()
         run.begin(anew=True)
-    assert (tmp_path / "link").is_symlink() and held(out) and not (out / runs.WEIGHTS).exists()
+        fill(out, "new", runs.INDEX)
+    assert (tmp_path / "link").is_symlink() and held(out) == {runs.INDEX: "new"}
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_puts_the_one_before_back_itself(out):
+    before = held(out)
+    with pytest.raises(ZeroDivisionError), runs.Run(out) as run:
+        run.claim()
+        run.begin(anew=True)
+        fill(out, "new", runs.CONFIG, "bad-batch-1-rank0.json")
+        raise ZeroDivisionError
+    assert held(out) == before | {"bad-batch-1-rank0.json": "new"}
 
 
 # ------------------------------------------------------------------------------------------------------------- resume

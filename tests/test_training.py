@@ -396,11 +396,15 @@ def test_bad_input_is_one_line_and_exit_code_two(world, capsys, tmp_path):
 
 
 def test_a_typo_does_not_cost_the_run_it_would_overwrite(world, capsys, tmp_path):
-    (tmp_path / "config.yaml").write_text("precious")
+    """Nor what was found out only when the model had been loaded, or in the first step."""
+    (tmp_path / "config.yaml").write_text("stage: glimpse\n")
+    (tmp_path / "trainable.safetensors").write_text("precious")
     args = [*world["args"], f"out={tmp_path}", "overwrite=true"]
     assert "threshold" in fails(train.main, [*args, "pruner.options.thresold=0.4"], capsys)
     assert "choices are glimpse, grpo" in fails(train.main, [*args, "stage=pretrain"], capsys)
-    assert (tmp_path / "config.yaml").read_text() == "precious"
+    assert "too few" in fails(train.main, [*args, "data.batch_size=1000"], capsys, after_loading=True)
+    assert (tmp_path / "trainable.safetensors").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "trainable.safetensors"]
 
 
 def test_checkpoint_of_another_backbone_names_the_tensor(world, capsys, tmp_path):

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, resources, sharded
+from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, sharded
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
@@ -56,7 +57,7 @@ class GlimpsePrune:
     @property
     def options(self) -> dict[str, Any]:
         """Those of the pruner."""
-        return dict(vars(self.pruner.options))
+        return dict(vars(self.pruner.options)) if hasattr(self.pruner, "options") else {}  # "none" has none
 
     def __repr__(self) -> str:
         kind = type(self.backbone).__module__.rpartition(".")[2]
@@ -203,10 +204,12 @@ def load(
     if adapters is not None:
         from glimpseprune.lora import inject, is_adapter
 
+        found = [int(re.search(r"\blayers\.(\d+)\.", name)[1]) for name in tuned if is_adapter(name)]
+        if found and adapters.first_layer is None:  # where they are, whatever pruner is asked for
+            adapters = replace(adapters, first_layer=min(found))
         inject(model, adapters, module.stops[0].depth if module.stops else 0)
         wanted = {name for name, _ in model.model.named_parameters() if is_adapter(name)}
-        given = any(map(is_adapter, tuned))
-        if (missing := sorted(wanted - set(tuned))) and (given or not fresh):
+        if (missing := sorted(wanted - set(tuned))) and (found or not fresh):
             raise UserError(f"{_called(ckpt)}: tensor '{LVLM_PREFIX}{missing[0]}' of an adapter is missing (lora)")
     if tuned:
         restore_lvlm(model, tuned, str(ckpt))
@@ -357,9 +360,8 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
     folder = Path(folder)
     config.save(cfg, folder / CONFIG)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    said = {"pruner": cfg.pruner.name, "backbone": cfg.backbone.path} | resources.places(asdict(cfg))
     with files.whole(folder / TRAINABLE) as partial:
-        save_file(weights, partial, metadata=said)
+        save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
 
 
 def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:

@@ -34,6 +34,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glimpseprune import files, notation, resources
+from glimpseprune.legible import legible
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
@@ -159,7 +160,13 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
         _merged(schema, layers)  # what is given has the types that are declared
         given = functools.reduce(_over, (layer for _, layer in layers), {})
         layers.insert(0, ("", under(_at_home(_settled(given, schema), ""))))
-    return _build(schema, layers)
+    made = _build(schema, layers)
+    if any("out" in layer for _, layer in layers):
+        try:
+            files.require_folder(made.out)
+        except OSError as error:
+            raise UserError(f"out: {files.said(error)}") from None
+    return made
 
 
 def _recipe(schema: type, file: str) -> dict[str, Any]:
@@ -328,6 +335,7 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
                 return main(load(schema, given, prog=prog, doc=doc, under=under))
 
         del run.__wrapped__  # its signature is ours, not that of main
+        run.schema = schema
         return run
 
     return decorate
@@ -402,7 +410,7 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except UserError as error:
-        said = " ".join(str(error).splitlines())
+        said = str(error)
     except ModuleNotFoundError as error:
         package, extra = _extra(error)
         if extra is None:
@@ -411,12 +419,11 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:
         if (said := files.said(error)) is None:
             raise
-        said = " ".join(said.splitlines())
     else:
         return
     finally:
         _commands.pop()
-    print("error:", as_typed(said), file=sys.stderr)
+    print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -589,7 +596,7 @@ def _leaves(
         name = renamed.get(name, name)
         key = f"{prefix}{name}"
         if name not in hints:
-            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints))}")
+            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints), renamed)}")
         section = _section(hints[name])
         if section and isinstance(value, Mapping):
             yield key, hints[name], {}  # opens a section that is null by default
@@ -631,7 +638,7 @@ def _section(kind: Any) -> type | None:
     return found[0] if found and get_origin(kind) in (None, Union, types.UnionType) else None
 
 
-def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
+def _suggest(root: type, top: str, key: str, siblings: list[str], renamed: Mapping[str, str]) -> str:
     parent, _, name = key.rpartition(".")
     everywhere: dict[str, str] = {}  # the first key of each name
     for known, *_ in _keys(root):
@@ -640,11 +647,11 @@ def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
     def close(names: Iterable[str], cutoff: float) -> list[str]:  # of names, without their sections, to this one
         return difflib.get_close_matches(name, names, 1, cutoff)
 
-    def here(name: str) -> str:
-        return f"{parent}.{name}" if parent else name
+    def here(cutoff: float) -> list[str]:
+        return [f"{parent}.{renamed.get(x, x)}".removeprefix(".") for x in close([*siblings, *renamed], cutoff)]
 
-    near = [here(x) for x in close(siblings, 0.8)] + [everywhere[x] for x in everywhere if x == name]
-    near += [here(x) for x in close(siblings, 0.6)] + [everywhere[x] for x in close(everywhere, 0.8)]
+    near = here(0.8) + [everywhere[x] for x in everywhere if x == name]
+    near += here(0.6) + [everywhere[x] for x in close(everywhere, 0.8)]
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
 
 

@@ -53,10 +53,22 @@ def whole(path: str | Path, sync: bool = True) -> Iterator[Path]:
         yield partial
         settle(partial, mode, sync)
         os.replace(partial, path)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):
             partial.unlink()
-        raise _named(error, path) from error
+        with naming(path):
+            raise
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have an error of the disk in the block name the file ``path``."""
+    try:
+        yield
+    except Exception as error:
+        if (named := _named(error, path)) is error:
+            raise
+        raise named from error
 
 
 def settle(file: Path, mode: int, sync: bool = True) -> None:
@@ -98,11 +110,21 @@ def growing(path: str | Path, start: str = "") -> IO[str]:
     """A text stream that goes on growing under the name ``path`` once ``start``, with which it begins, is written."""
     path = resolved(path)
     partial = path.with_name(path.name + PARTIAL)
-    opened = open(partial, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
-    opened.write(start)
-    opened.flush()
-    os.replace(partial, path)
+    with naming(path):
+        opened = open(partial, "w", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115 (kept open)
+        opened.write(start)
+        opened.flush()
+        os.replace(partial, path)
     return opened
+
+
+def require_folder(path: str | Path) -> None:
+    """Raises OSError where no folder could be made, or written to, at ``path``. Changes nothing."""
+    place = resolved(path)
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
 @contextmanager
@@ -138,10 +160,11 @@ def folder(path: str | Path) -> Iterator[Path]:
                 os.replace(path, old)
                 os.replace(partial, path)
                 remove(old)
-        except BaseException as error:
+        except BaseException:
             with suppress(OSError):
                 remove(partial)
-            raise _named(error, path) from error
+            with naming(path):
+                raise
 
 
 # -------------------------------------------------------------------------------------------------- one at a time

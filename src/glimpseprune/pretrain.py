@@ -6,22 +6,51 @@ import json
 import time
 from pathlib import Path
 
-from glimpseprune import config, files
+from glimpseprune import config, files, runs
+from glimpseprune.config import UserError
 from glimpseprune.tiny.config import PretrainConfig
 
 
 @config.entry(PretrainConfig)
 def main(cfg: PretrainConfig) -> None:
+    from glimpseprune.running import strategies
+
+    strategies.devices(cfg.accelerator, 1)
+    with runs.Run(cfg.out) as run:
+        require_room(cfg, run.out)
+        run.claim()
+        with config.advising(lambda: advice(run.out)):
+            fit(cfg, run)
+
+
+def require_room(cfg: PretrainConfig, out: Path) -> None:
+    """Raise UserError where another run is, or no checkpoint to go on from."""
+    if cfg.resume is not None and not Path(cfg.resume).is_file():
+        raise UserError(f"resume={cfg.resume}: there is no such checkpoint, as <out>/checkpoints/last.ckpt is")
+    if runs.is_empty(out):
+        return
+    if cfg.resume is None and not cfg.overwrite:
+        raise UserError(
+            f"out={out} is not empty: give another folder, overwrite=true, or resume={out}/checkpoints/last.ckpt"
+        )
+    runs.require_ours(out, PretrainConfig)
+
+
+def advice(out: Path) -> str:
+    last = out / "checkpoints" / "last.ckpt"
+    return f"go on with: {config.command(f'resume={last}')}" if last.is_file() else ""
+
+
+def fit(cfg: PretrainConfig, run: runs.Run) -> None:
     """Train a tiny Qwen2.5-VL from scratch on the tags data and save it as a Hugging Face folder."""
     import lightning as L
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.loggers import TensorBoardLogger
 
+    from glimpseprune.running.callbacks import Begin
     from glimpseprune.tiny.module import PretrainModule
 
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
-    config.save(cfg, out / "config.yaml")
+    out = run.out
     L.seed_everything(cfg.seed, workers=True)
     module = PretrainModule(cfg)
     trainer = L.Trainer(
@@ -33,7 +62,8 @@ def main(cfg: PretrainConfig) -> None:
         num_sanity_val_steps=0,
         log_every_n_steps=10,
         callbacks=[
-            ModelCheckpoint(out / "checkpoints", every_n_train_steps=cfg.val_every, save_top_k=0, save_last=True)
+            Begin(cfg, run, anew=cfg.resume is None),
+            ModelCheckpoint(out / "checkpoints", every_n_train_steps=cfg.val_every, save_top_k=0, save_last=True),
         ],
         logger=TensorBoardLogger(out, name=None, version="tensorboard"),
     )
@@ -42,6 +72,7 @@ def main(cfg: PretrainConfig) -> None:
     trainer.validate(module, verbose=False)
     seconds = {"wall": round(time.perf_counter() - began, 1), "cpu": round(time.process_time() - cpu, 1)}
     files.write_json(out / "curve.json", {"seconds": seconds, "curve": module.curve}, indent=1)
-    module.save(str(out / "model"))
+    with files.folder(out / "model") as partial:
+        module.save(str(partial))
     print(json.dumps(module.curve[-1], indent=1))
     print(f"model saved in {out / 'model'} ({seconds['cpu']} CPU-s)")

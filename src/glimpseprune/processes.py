@@ -5,8 +5,12 @@ For commands that share work without sharing weights, such as an evaluation. Tra
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +23,31 @@ T = TypeVar("T")
 
 PATIENCE = timedelta(hours=2)
 """For which the others are waited for. A launcher ends all processes where one has failed."""
+
+
+def end_with(parent: int) -> None:
+    """Have this process, which the main thread of ``parent`` has started, end with it, however that ends."""
+    try:
+        asked = ctypes.CDLL(None).prctl(1, signal.SIGKILL) == 0  # PR_SET_PDEATHSIG, of Linux
+    except (OSError, AttributeError):
+        asked = False
+    if not asked:
+        threading.Thread(target=_watch, args=[parent], daemon=True).start()
+    if os.getppid() != parent:
+        os._exit(1)
+
+
+def serve(parent: int, _: int = 0) -> None:
+    """As :func:`end_with`, for a worker: Ctrl-C reaches all processes of a terminal, and is the parent's affair."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    end_with(parent)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,17 @@
 """The folder of an evaluation: written batch by batch, gone on with after a kill, never replaced unasked, read again.
 
-It holds ``evaluation.yaml`` (what was asked for), ``predictions.jsonl`` and ``timings.jsonl``, which grow by lines, and
-in the end ``scores.json``, ``summary.json``, ``kept.png`` and ``kept/<method>.png``. A folder without scores.json is an
-evaluation that has not finished. One process writes.
+It holds ``evaluation.yaml`` (what was asked for), ``predictions.jsonl`` and ``timings.jsonl``, ``scores.json``,
+``summary.json``, ``kept.png`` and ``kept/<method>.png``. Until all of it is there it grows in ``unfinished/``, by
+lines, and what was in the folder before stays. A folder without scores.json is an evaluation that has not finished. One
+process writes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -19,7 +22,8 @@ from glimpseprune import files
 from glimpseprune.config import UserError
 
 SCORES, PREDICTIONS, TIMINGS, SUMMARY = "scores.json", "predictions.jsonl", "timings.jsonl", "summary.json"
-DESCRIPTION, KEPT = "evaluation.yaml", "kept"
+DESCRIPTION, KEPT, UNFINISHED = "evaluation.yaml", "kept", "unfinished"
+LOCK = ".evaluation.lock"
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -44,7 +48,7 @@ def read(folder: str | Path) -> Evaluated:
     """
     folder = Path(folder)
     if not (folder / SCORES).is_file():
-        unfinished = (folder / PREDICTIONS).is_file()
+        unfinished = any((folder / name).is_file() for name in (PREDICTIONS, f"{UNFINISHED}/{PREDICTIONS}"))
         said = "the evaluation has not finished: go on with resume=true" if unfinished else "no evaluation is there"
         raise UserError(f"{folder}: there is no {SCORES}: {said}")
     summary, description = (folder / name for name in (SUMMARY, DESCRIPTION))
@@ -88,13 +92,41 @@ class Earlier:
 
 
 class Folder:
-    """Where an evaluation is written. What was there before stays until the first batch is done; every file is written
-    as a whole, but those that grow by lines, whose last one may be torn when this is killed."""
+    """Where an evaluation is written, as a context: by one process at a time.
+
+    It grows in ``unfinished/``, and takes the place of what was there before when it is done; killed on the way, it is
+    gone on with from there. Every file is written as a whole, but those that grow by lines, whose last one may be torn.
+    """
 
     def __init__(self, out: Path, description: dict[str, Any]) -> None:
-        self.out, self.description = out, description
+        self.out, self.description = files.resolved(out), description
+        self.work = self.out / UNFINISHED
         self.kept = Earlier()
         self.streams: dict[str, IO[str]] = {}
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for stream in self.streams.values():
+            stream.close()
+        self.stack.close()
+
+    def claim(self) -> None:
+        """Be the only one at work here.
+
+        Raises:
+            UserError: another process is.
+        """
+        made = not self.out.exists()
+        self.out.mkdir(parents=True, exist_ok=True)
+        if made:
+            self.stack.callback(lambda: any(self.out.iterdir()) or self.out.rmdir())
+        try:
+            self.stack.enter_context(files.lock(self.out, LOCK))
+        except files.Held as error:
+            raise UserError(error.strerror) from None
 
     def earlier(self, *, resume: bool, overwrite: bool, draws: int) -> Earlier:
         """What there is to go on from.
@@ -104,13 +136,18 @@ class Folder:
         """
         if not require_room(self.out, resume or overwrite) or not (resume and self._same(overwrite)):
             return self.kept
-        records = read_lines(self.out / PREDICTIONS)
+        records = read_lines(self._file(PREDICTIONS))
         if draws > 1 and records:  # the last sample may lack some of its draws
             last = records[-1]["method"], records[-1]["key"]
             records = [record for record in records if (record["method"], record["key"]) != last]
-        timings = read_lines(self.out / TIMINGS)
+        timings = read_lines(self._file(TIMINGS))
         self.kept = Earlier(records, timings, self._found().get("settings") or {})
         return self.kept
+
+    def _file(self, name: str) -> Path:
+        """Of the evaluation to go on with: the unfinished one if there is one, some of whose files may be in place."""
+        begun = (self.work / DESCRIPTION).is_file()  # made after the lines, and put in place after them
+        return self.work / name if begun and (self.work / name).is_file() else self.out / name
 
     def _same(self, overwrite: bool) -> bool:
         """Whether the evaluation that is there was asked for as this one is."""
@@ -123,44 +160,52 @@ class Folder:
         return not said
 
     def _found(self) -> dict[str, Any]:
-        file = self.out / DESCRIPTION
+        file = self._file(DESCRIPTION)
         return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
 
     def add(self, records: Sequence[dict], timings: Sequence[dict]) -> None:
-        """Write the lines of a batch; the first ones take the place of what was there."""
-        if not self.streams:
-            self._begin()
+        """Write the lines of a batch."""
+        self._begin()
         for name, lines in ((PREDICTIONS, records), (TIMINGS, timings)):
-            self.streams[name].write("".join(map(line, lines)))
-            self.streams[name].flush()
+            with files.naming(self.out / name):
+                self.streams[name].write("".join(map(line, lines)))
+                self.streams[name].flush()
 
     def _begin(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        if self.kept.settings is None:
-            pictures = ["kept.png", *(f"{KEPT}/{path.name}" for path in (self.out / KEPT).glob("*.png"))]
-            for name in (SCORES, SUMMARY, PREDICTIONS, TIMINGS, *pictures):
-                (self.out / name).unlink(missing_ok=True)
-        text = yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True)
-        files.write(self.out / DESCRIPTION, text)
+        if self.streams:
+            return
+        self.work.mkdir(exist_ok=True)
         for name, lines in ((PREDICTIONS, self.kept.records), (TIMINGS, self.kept.timings)):
-            self.streams[name] = files.growing(self.out / name, "".join(map(line, lines)))
+            self.streams[name] = files.growing(self.work / name, "".join(map(line, lines)))
+        files.write(self.work / DESCRIPTION, yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True))
 
     def finish(self, rows: list[dict[str, Any]], summary: Any, pictures: Mapping[str, bytes]) -> None:
-        """Write what the lines come to, and a picture per method; the first one's is also ``kept.png``."""
+        """Write what the lines come to, and a picture per method, of which the first one's is also ``kept.png``; then
+        put all of it in its place."""
+        self._begin()
         for place, (name, picture) in enumerate(pictures.items()):
-            files.write(self.out / KEPT / f"{name}.png", picture)
+            files.write(self.work / KEPT / f"{name}.png", picture)
             if place == 0:
-                files.write(self.out / "kept.png", picture)
+                files.write(self.work / "kept.png", picture)
         if summary is not None:
-            files.write_json(self.out / SUMMARY, summary, indent=1)
-        files.write_json(self.out / SCORES, rows, indent=1)
+            files.write_json(self.work / SUMMARY, summary, indent=1)
+        files.write_json(self.work / SCORES, rows, indent=1)
+        self.place()
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        for stream in self.streams.values():
-            stream.close()
+    def place(self) -> None:
+        """Without scores.json, which goes first and comes last, an evaluation has not finished, wherever this is
+        killed; it is gone on with from where its description is."""
+        for old in (SCORES, SUMMARY, "kept.png", *(f"{KEPT}/{path.name}" for path in (self.out / KEPT).glob("*.png"))):
+            files.remove(self.out / old)
+        (self.out / KEPT).mkdir(exist_ok=True)
+        for name in sorted(self.work.glob("kept/*.png")):
+            os.replace(name, self.out / KEPT / name.name)
+        for name in ("kept.png", SUMMARY, PREDICTIONS, TIMINGS, DESCRIPTION, SCORES):
+            if (self.work / name).is_file():
+                os.replace(self.work / name, self.out / name)
+        if not any((self.out / KEPT).iterdir()):
+            (self.out / KEPT).rmdir()
+        files.remove(self.work)
 
 
 def require_room(out: Path, allowed: bool) -> bool:
@@ -169,7 +214,8 @@ def require_room(out: Path, allowed: bool) -> bool:
     Raises:
         UserError: one is, and nothing is ``allowed`` to happen to it.
     """
-    there = [name for name in (SCORES, PREDICTIONS, DESCRIPTION) if (out / name).exists()]
+    names = (SCORES, PREDICTIONS, DESCRIPTION, f"{UNFINISHED}/{DESCRIPTION}")
+    there = [name for name in names if (out / name).exists()]
     if there and not allowed:
         raise UserError(
             f"an evaluation is in {out} already ({there[0]}): give another out=<folder>, overwrite=true, or "

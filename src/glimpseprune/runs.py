@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from glimpseprune.files import PARTIAL
 
 MARKER, ASIDE, LOCK = ".glimpseprune", ".replaced", ".lock"
 CONFIG, WEIGHTS, INDEX = "config.yaml", "trainable.safetensors", "checkpoints/checkpoints.json"
+CHECKPOINTS = (INDEX, "checkpoints/last.ckpt")
+"""Either is there as soon as a run can be gone on with."""
 JOB = "slurm-job"
 """File of a run folder: number of the SLURM job that wrote it last."""
 PASSING = (MARKER, LOCK, "heartbeats/*", "tensorboard/*", "csv/*", "wandb/*", JOB)
@@ -127,7 +129,7 @@ class Run:
     def __init__(self, out: str | Path) -> None:
         self.out = files.resolved(out)
         self.begun = False
-        self.old: list[str] = []
+        self.there: set[str] | None = None
         self.stack = ExitStack()
 
     def __enter__(self) -> Run:
@@ -140,17 +142,18 @@ class Run:
             self.stack.close()
             self._unmake()
             raise
-        self.there = set(inside(self.out))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if not self.begun:
-            for name in set(inside(self.out)) - self.there:
-                if matches(name, OWN) and not matches(name, REPORTS):
-                    files.remove(self.out / name)
-            _prune(self.out)
-        self.stack.close()
-        self._unmake()
+        try:
+            if self.begun:
+                restore(self.out)
+            elif self.there is not None:
+                new = [name for name in inside(self.out) if name not in self.there and matches(name, PASSING)]
+                _remove(self.out, [name for name in new if name != LOCK])
+        finally:
+            self.stack.close()
+            self._unmake()
 
     def _unmake(self) -> None:
         for folder in self.made:
@@ -159,12 +162,13 @@ class Run:
             folder.rmdir()
 
     def claim(self) -> None:
-        """Mark the folder as ours: from now on a run may be left in it."""
+        """What is in the folder is what may be replaced or gone on with; mark it as ours."""
+        self.there = set(inside(self.out))
         files.write_json(self.out / MARKER, {"format": 1})
 
     def begin(self, anew: bool) -> None:
         """The first step is done. ``anew``: what was there before is moved aside, for it is another run."""
-        if anew and not self.begun:
+        if anew and self.there is not None and not self.begun:
             aside(self.out, sorted(name for name in self.there if not matches(name, LIVE)))
         self.begun = True
 
@@ -178,7 +182,7 @@ def aside(out: Path, names: list[str]) -> None:
         target = out / ASIDE / "run" / name
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(out / name, target)
-    _prune(out)
+    _prune(out, names)
 
 
 def drop(out: Path) -> None:
@@ -192,14 +196,15 @@ def restore(out: Path) -> None:
     """Put a run back whose successor was ended before it had a checkpoint, or else finish deleting it."""
     listed, run = out / ASIDE / "files.json", out / ASIDE / "run"
     names = set(json.loads(listed.read_text(encoding="utf-8"))) if listed.is_file() else set()
+    names = {name for name in names if ".." not in Path(name).parts}
     waiting = {name for name in names if os.path.lexists(run / name)}
-    if (out / INDEX).is_file() and (INDEX in waiting or INDEX not in names):
+    if any((out / name).is_file() and (name in waiting or name not in names) for name in CHECKPOINTS):
         return drop(out)
     files.remove(out / f"{ASIDE}{PARTIAL}")
     if names:
-        for name in inside(out):  # of the new run
-            if matches(name, OWN) and not matches(name, (*LIVE, f"{ASIDE}/*")) and name not in names - waiting:
-                files.remove(out / name)
+        stay = (*LIVE, *REPORTS, f"{ASIDE}/*")
+        new = [name for name in inside(out) if name not in names - waiting and matches(name, OWN)]
+        _remove(out, [name for name in new if not matches(name, stay)])
         for name in sorted(waiting):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             os.replace(run / name, out / name)
@@ -208,8 +213,15 @@ def restore(out: Path) -> None:
     files.remove(out / ASIDE)
 
 
-def _prune(folder: Path) -> None:
-    """Remove folders in ``folder`` in which there is nothing."""
-    for root, *_ in os.walk(folder, topdown=False):
-        if root != str(folder) and not os.listdir(root):
-            os.rmdir(root)
+def _remove(out: Path, names: list[str]) -> None:
+    for name in names:
+        files.remove(out / name)
+    _prune(out, names)
+
+
+def _prune(out: Path, names: list[str]) -> None:
+    """Remove the folders in which these files were, if nothing is left in them."""
+    folders = {folder for name in names for folder in Path(name).parents if folder.parts}
+    for folder in sorted(folders, key=lambda folder: -len(folder.parts)):
+        with suppress(OSError):
+            (out / folder).rmdir()

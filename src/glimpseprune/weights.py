@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DERIVED = ("position_ids", "inv_freq")
+"""Ends of the names of what is in older files, but which a model makes by itself."""
 ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -44,7 +46,7 @@ def require_files(folder: str | Path) -> list[Path]:
         there = header(folder / name)
         if gone := sorted(promised - set(there)):
             raise UserError(f"{folder / name}: tensor '{gone[0]}' is not in it, though {INDEX} says so")
-        if odd := next((tensor for tensor, kind in there.items() if kind not in FLOATS), None):
+        if odd := next((x for x, kind in there.items() if kind not in FLOATS and not x.endswith(DERIVED)), None):
             raise UserError(
                 f"{folder / name}: tensor '{odd}' is {there[odd]}: quantised weights are not supported, take the model "
                 "in bfloat16 or float16"

@@ -57,6 +57,8 @@ def picture(image: Any, where: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, (str, PathLike)):
+        if str(image).startswith(("http://", "https://")):
+            raise UserError(f"{where}: '{image}' is an address on the web: download it, and give the file")
         return _opened(Path(image).expanduser() if str(image)[:2] == "~/" else Path(image), where)
     if isinstance(image, Tensor):
         array = image.detach().cpu()

@@ -239,7 +239,7 @@ def _checksums(data: bytes, meta: Mapping[str, Any]) -> Mapping[str, int] | None
 
 
 def write_shard(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | Exception],
     path: Path,
     *,
     image_format: str = "auto",
@@ -248,10 +248,11 @@ def write_shard(
 ) -> dict[str, Any] | None:
     """Write one tar; None, and no file, where there are no samples. ``tick`` is called after every sample.
 
-    ``leave_out(key and reason)`` is called for a sample that is invalid, which is then left out; without it, it ends
-    the writing. Returns the shard's entry in the manifest: name, count, bytes, sha256, and, for the caller to use up,
-    ``keys``, ``kinds`` (a count of each) and ``invalid`` (key and reason of those left out). A shard of which nothing
-    is left has a count of 0. The bytes depend on the samples alone.
+    ``leave_out(key and reason)`` is called for a sample that is invalid, or the exception that a source gives in place
+    of one that it could not read, which is then left out; without it, it ends the writing. Returns the shard's entry
+    in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys``, ``kinds`` (a count of each)
+    and ``invalid`` (key and reason of those left out). A shard of which nothing is left has a count of 0. The bytes
+    depend on the samples alone.
 
     Raises:
         UserError: an invalid sample, named by its key.
@@ -269,9 +270,11 @@ def write_shard(
     with files.stream(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
         for sample in chain([first], samples):
             try:
+                if isinstance(sample, Exception):
+                    raise sample
                 record = encode(sample, encoder)
             except Exception as error:  # whatever a decoder raises on what a source has found somewhere
-                key, reason = legible(getattr(sample, "key", sample), 100), legible(error or type(error).__name__, 300)
+                key, reason = legible(getattr(sample, "key", type(sample).__name__), 100), _reason(error)
                 if leave_out is None:
                     raise UserError(f"the source gave an invalid sample '{key}': {reason}") from error
                 invalid.append((key, reason))
@@ -284,6 +287,11 @@ def write_shard(
     size, sha256 = path.stat().st_size, _sha256(path)
     entry = {"name": path.name, "count": len(keys), "bytes": size, "sha256": sha256}
     return entry | {"keys": keys, "kinds": dict(kinds), "invalid": invalid}
+
+
+def _reason(error: Exception) -> str:
+    """One line, the same in every process."""
+    return legible(re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__, 300)
 
 
 def close_up(folder: Path, split: str, shards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,6 @@ reported once.
 from __future__ import annotations
 
 import os
-import threading
 import time
 import warnings
 from collections import Counter
@@ -35,6 +34,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from glimpseprune import processes
 from glimpseprune.config import UserError
 from glimpseprune.data.shards import Damage, Shards
 from glimpseprune.types import Sample
@@ -245,7 +245,7 @@ class ShardLoader:
             collate_fn=partial(_collate, self.collate),
             num_workers=self.workers,
             persistent_workers=self.workers > 0,
-            worker_init_fn=_start_worker,
+            worker_init_fn=partial(_start_worker, os.getpid()),
             # Forked workers share the collator's backbone; spawned ones would each be sent a copy of the model.
             multiprocessing_context="fork" if self.workers else None,
             generator=torch.Generator(),  # its own, or every new iterator would draw from the global one
@@ -270,16 +270,10 @@ def _collate(collate: Callable[[list[Sample]], Any], samples: list[Sample]) -> t
     return collate(samples), [sample.stands_in for sample in samples if sample.stands_in not in ("", PADDING)]
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(parent: int, _: int) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked after use, tokenizers would warn of a deadlock
-    threading.Thread(target=_end_with, args=[os.getppid()], daemon=True).start()
-
-
-def _end_with(parent: int) -> None:
-    """torch's workers end after their parent, too, unless a batch that nobody will read does not fit into the pipe."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
+    # torch's workers end after their parent, too, unless a batch that nobody will read does not fit into the pipe.
+    processes.serve(parent)
 
 
 def _next(batches: Iterator[Any]) -> Any:

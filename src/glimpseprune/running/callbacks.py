@@ -22,7 +22,7 @@ class Begin(L.Callback):
     ``run``: in the process that takes care of the folder; ``anew``: whether what is there is another run.
     """
 
-    def __init__(self, cfg: TrainConfig, run: runs.Run | None, anew: bool):
+    def __init__(self, cfg: Any, run: runs.Run | None, anew: bool):
         self.cfg, self.run, self.anew = cfg, run, anew
         self.first = 0
 

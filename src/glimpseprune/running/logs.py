@@ -27,6 +27,7 @@ from torch import Tensor
 
 from glimpseprune import files, sharded
 from glimpseprune.config import UserError
+from glimpseprune.legible import legible
 from glimpseprune.running.callbacks import collapsed
 
 METRICS = "metrics.jsonl"
@@ -81,7 +82,7 @@ class Board(TensorBoardLogger):
 
 def cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table, whatever a model said."""
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+    return html.escape(legible(text.replace("\n", " ")), quote=False).replace("|", "\\|")
 
 
 def loggers(names: Sequence[str], out: Path, again: int | None) -> list[Logger]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
+
 import lightning as L
 import numpy as np
 import torch
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from glimpseprune import processes
 from glimpseprune.data.sources import tags
 from glimpseprune.tiny.config import Lesson, PretrainConfig
 from glimpseprune.tiny.model import CELL, PATCH, build, image_processor, patchify
@@ -202,7 +206,8 @@ class PretrainModule(L.LightningModule):
         return self._loader(Curriculum([lesson], 1, "val"))
 
     def _loader(self, dataset: Curriculum) -> DataLoader:
-        return DataLoader(dataset, batch_size=None, num_workers=self.config.workers, persistent_workers=False)
+        own = partial(processes.serve, os.getpid())
+        return DataLoader(dataset, batch_size=None, num_workers=self.config.workers, worker_init_fn=own)
 
     def save(self, folder: str) -> None:
         """Write a normal Hugging Face folder: bfloat16 weights, configuration, tokenizer, image processor."""
