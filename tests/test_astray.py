@@ -76,7 +76,7 @@ def test_a_restart_and_a_resume_at_it(args, tmp_path, recwarn):
     said = [str(each.message) for each in recwarn if OVERLAP in str(each.message)]
     assert ["begins anew" in line for line in said] == [True, False] and "step 2:" in said[0] and "step 4:" in said[1]
     lines = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    rates = {line["step"]: line["lr-AdamW/vip"] for line in lines if "lr-AdamW/vip" in line}
+    rates = {line["step"]: line["lr/vip"] for line in lines if "lr/vip" in line}
     assert sorted(rates) == [1, 2, 3, 4, 5] and rates[3] == rates[1] and rates[4] == rates[2]  # warmed up once more
 
     shutil.copytree(whole, again)

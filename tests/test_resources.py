@@ -114,7 +114,7 @@ def test_a_run_names_its_folders_from_where_it_lies(tmp_path, monkeypatch):
     read = config.read(TrainConfig, run / "config.yaml")
     assert (read.backbone.path, read.data.path, read.init_from) == ("models/base", "data", "runs/first")
     again = config.load(TrainConfig, [str(run / "config.yaml"), "out=-"])  # the config of another training
-    assert again == read
+    assert (again.backbone, again.data, again.init_from) == (read.backbone, read.data, read.init_from)
     config.save(read, run / "config.yaml")
     assert yaml.safe_load((run / "config.yaml").read_text()) == said
 

@@ -160,7 +160,13 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
         _merged(schema, layers)  # what is given has the types that are declared
         given = functools.reduce(_over, (layer for _, layer in layers), {})
         layers.insert(0, ("", under(_at_home(_settled(given, schema), ""))))
-    return _build(schema, layers)
+    made = _build(schema, layers)
+    if any("out" in layer for _, layer in layers):
+        try:
+            files.require_folder(made.out)
+        except OSError as error:
+            raise UserError(f"out: {files.said(error)}") from None
+    return made
 
 
 def _recipe(schema: type, file: str) -> dict[str, Any]:
@@ -176,17 +182,28 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
 def read(schema: type[T], path: str | Path) -> T:
     """An instance of ``schema`` from one YAML file that :func:`save` wrote; raises as :func:`load` does.
 
-    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder.
+    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder, where
+    the file does not name another, by a relative path.
     """
     start = _of_a_start(schema)
-    layer = {name: value for name, value in _read_yaml(Path(path)).items() if name not in start}
+    layer = {
+        name: value
+        for name, value in _read_yaml(Path(path)).items()
+        if name not in start or _travels(start[name], value)
+    }
     here = {name: str(Path(path).parent) for name, item in start.items() if item.default == MISSING}
-    return _build(schema, [(f"{path}: ", layer), ("", here)])
+    return _build(schema, [("", here), (f"{path}: ", layer)])
 
 
 def names(path: str | Path) -> set[str]:
     """The keys that a YAML file has on top; raises as :func:`load`."""
     return set(_read_yaml(Path(path)))
+
+
+def _travels(item: Any, value: Any) -> bool:
+    """Whether what a start said is saved: a mandatory path that is relative, and means something elsewhere, too."""
+    text = str(getattr(value, "text", value))
+    return item.default == MISSING and not text.startswith(("/", "~"))
 
 
 def _of_a_start(schema: type) -> dict[str, Any]:
@@ -270,10 +287,12 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back, but for what
-    :func:`without_secrets` drops."""
+    """A dataclass instance as YAML, without keys of a ``START`` (but a relative ``out``); ``read(type(cfg), file)``
+    gives it back, but for what :func:`without_secrets` drops."""
     node = OmegaConf.structured(cfg)
-    node = OmegaConf.masked_copy(node, [key for key in node if key not in _of_a_start(type(cfg))])
+    start = _of_a_start(type(cfg))
+    said = [key for key in node if key not in start or _travels(start[key], getattr(cfg, key))]
+    node = OmegaConf.masked_copy(node, said)
     plain = OmegaConf.to_container(node)
     public = _public(plain)
     return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
@@ -329,6 +348,7 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
                 return main(load(schema, given, prog=prog, doc=doc, under=under))
 
         del run.__wrapped__  # its signature is ours, not that of main
+        run.schema = schema
         return run
 
     return decorate
@@ -589,7 +609,7 @@ def _leaves(
         name = renamed.get(name, name)
         key = f"{prefix}{name}"
         if name not in hints:
-            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints))}")
+            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints), renamed)}")
         section = _section(hints[name])
         if section and isinstance(value, Mapping):
             yield key, hints[name], {}  # opens a section that is null by default
@@ -631,7 +651,7 @@ def _section(kind: Any) -> type | None:
     return found[0] if found and get_origin(kind) in (None, Union, types.UnionType) else None
 
 
-def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
+def _suggest(root: type, top: str, key: str, siblings: list[str], renamed: Mapping[str, str]) -> str:
     parent, _, name = key.rpartition(".")
     everywhere: dict[str, str] = {}  # the first key of each name
     for known, *_ in _keys(root):
@@ -640,11 +660,11 @@ def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
     def close(names: Iterable[str], cutoff: float) -> list[str]:  # of names, without their sections, to this one
         return difflib.get_close_matches(name, names, 1, cutoff)
 
-    def here(name: str) -> str:
-        return f"{parent}.{name}" if parent else name
+    def here(cutoff: float) -> list[str]:
+        return [f"{parent}.{renamed.get(x, x)}".removeprefix(".") for x in close([*siblings, *renamed], cutoff)]
 
-    near = [here(x) for x in close(siblings, 0.8)] + [everywhere[x] for x in everywhere if x == name]
-    near += [here(x) for x in close(siblings, 0.6)] + [everywhere[x] for x in close(everywhere, 0.8)]
+    near = here(0.8) + [everywhere[x] for x in everywhere if x == name]
+    near += here(0.6) + [everywhere[x] for x in close(everywhere, 0.8)]
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
 
 

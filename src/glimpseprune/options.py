@@ -25,6 +25,11 @@ DEVICES = (
     "auto, a number of devices, or a list such as [2,3]",
 )
 
+STRATEGIES = (
+    r"auto|ddp|zero[123]|zero3_offload|.+\.json",
+    "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed",
+)
+
 
 @dataclass
 class BackboneOptions:
@@ -80,6 +85,10 @@ class LossOptions:
     )
     dice: float = option(1.0, "weight of dice within the mask loss", least=0, most=1e6)
     bce: float = option(0.1, "weight of binary cross-entropy within the mask loss", least=0, most=1e6)
+
+    def __post_init__(self) -> None:
+        if not (self.kl or self.pressure or self.mask or self.answer):
+            raise UserError("loss: kl, pressure, mask and answer are all 0: there is nothing to train for")
 
 
 @dataclass
@@ -251,7 +260,7 @@ class TrainerOptions:
     devices: str = option("auto", "devices per node (under srun: one per task)", form=DEVICES, role=FREE)
     nodes: int = option(1, "nodes (under srun: those of the job)", least=1, most=4096, role=FREE)
     strategy: str = option(
-        "auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed", role=FREE
+        "auto", "how processes share the work; a JSON file is for DeepSpeed", form=STRATEGIES, role=FREE
     )
     precision: Precision = option("32-true", "Lightning's precision")
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)

@@ -9,7 +9,7 @@ ckpt=<out>``) and started from (``init_from=<out>``).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,11 @@ from glimpseprune import config, files, processes, resources, runs, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
+from glimpseprune.types import Sample
+
+SAMPLES = 64
+"""Of the data, looked at for boxes before a training that goes by them."""
+INSTEAD = "give data with boxes, or conf/stage1.yaml, which needs none"
 
 
 def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +46,7 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
 @config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
     training.require(cfg.stage)
+    require_launcher(cfg)
     with runs.Run(cfg.out) if is_first_process() else nullcontext() as run:
         fit(cfg, run)
 
@@ -99,6 +105,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         deepspeed=find_spec("deepspeed") is not None,
         trained=sum(p.numel() for p in outline.trainable()),
     )
+    require_data(cfg, data.datasets["train"], len(devices) * placement["num_nodes"])
     strategy = strategies.build(name, cfg.optim.clip)
     weights = outline.backbone.lm_head.weight.dtype
     half = weights != torch.float32 or cfg.trainer.precision in ("bf16-true", "16-true")
@@ -163,6 +170,34 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     strategies.leave()
     if trainer.is_global_zero:
         print(config.as_typed(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}"))
+
+
+def require_launcher(cfg: TrainConfig) -> None:
+    """Raises UserError where a training on several nodes was started on this one only, and would wait for the others
+    for ever. Who starts them all tells each who is the first: srun, torchrun, a person."""
+    if cfg.trainer.nodes > 1 and not {"SLURM_STEP_ID", "MASTER_ADDR", "JSM_NAMESPACE_RANK"} & set(os.environ):
+        raise UserError(
+            f"trainer.nodes={cfg.trainer.nodes}: nobody starts the other nodes: use sbatch slurm/stage1.sh, or on each "
+            f"node torchrun --nnodes={cfg.trainer.nodes} --rdzv-endpoint=<first node>:29500 -m src.train ..."
+        )
+
+
+def require_data(cfg: TrainConfig, dataset: Sequence[Sample], processes: int) -> None:
+    """Raises UserError where the training samples are too few for a step, or have no boxes where the loss is about
+    boxes; some that have none are no part of it, and a line says how many."""
+    key, size = f"data.path={cfg.data.path}", cfg.data.batch_size
+    if len(dataset) < size * processes:
+        raise UserError(f"data.batch_size={size} on {processes} processes: {key} has {len(dataset)} training samples")
+    needs = f"loss.mask={cfg.loss.mask:g}" if cfg.stage == "glimpse" and cfg.loss.mask else ""
+    needs = "grpo.masks=boxes" if cfg.stage == "grpo" and cfg.grpo.masks == "boxes" else needs
+    if not needs:
+        return
+    looked = [dataset[index] for index in sorted({len(dataset) * part // SAMPLES for part in range(SAMPLES)})]
+    boxed = sum(sample.boxes is not None for sample in looked)
+    if not boxed:
+        raise UserError(f"{needs} goes by boxes, and none of {len(looked)} samples of {key} has any: {INSTEAD}")
+    if boxed < len(looked) and is_first_process():
+        print(f"note: {boxed} of {len(looked)} samples of {key} have boxes; {needs} says nothing about the others")
 
 
 def is_first_process() -> bool:

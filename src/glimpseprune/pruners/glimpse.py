@@ -278,7 +278,7 @@ def question(input_ids: Tensor, mask: Tensor, image_token: int) -> Tensor:
 
 def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, float]:
     """The tokens with the highest logits, whatever their probabilities."""
-    return {"threshold": -1.0, "max_keep": keep_ratio}
+    return {"threshold": 0.0, "max_keep": keep_ratio}
 
 
 def token_embedding(backbone: LVLM, token: str) -> Tensor:

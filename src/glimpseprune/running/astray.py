@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
+from glimpseprune.running.logs import Journal
 from glimpseprune.running.nonfinite import StopOnNonFinite
 from glimpseprune.running.strategies import Zero
 
@@ -74,7 +75,10 @@ class Astray(L.Callback):
         """All steps are still to come after a restart."""
         module.origin = self.origin
         if self.origin:
-            trainer.fit_loop.epoch_loop.max_steps = self.origin + self.config.trainer.max_steps
+            total = trainer.fit_loop.epoch_loop.max_steps = self.origin + self.config.trainer.max_steps
+            for callback in trainer.callbacks:
+                if isinstance(callback, Journal):
+                    callback.total = total
 
     def state_dict(self) -> dict[str, Any]:
         return {"high": self.high, "restarts": self.restarts, "origin": self.origin}

@@ -137,7 +137,7 @@ class Journal(L.Callback):
         due = self.seen == 0 or step // self.every > self.seen // self.every or step >= self.total
         values = rounded(trainer, ("train/", "perf/", "lr/"))
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, said=say(values))
+            self.bar.update(self.task, total=self.total, completed=step, said=say(values))
         if due:
             self.write({"step": step} | values)
             if self.bar is None:

@@ -111,8 +111,9 @@ class GlimpseModule(StageModule):
             terms["pressure"] = config.pressure * ramp, push
         targets = self.targets(inputs, shared.encoded.layouts)
         if config.mask:
-            boxed = losses.mask_loss(shared.logits, targets, counts, dice=config.dice, bce=config.bce)
-            terms["mask"] = config.mask, boxed
+            boxed = [sample.boxes is not None for sample in inputs.samples]
+            lies = losses.mask_loss(shared.logits, targets, counts, config.dice, config.bce, boxed=boxed)
+            terms["mask"] = config.mask, lies
         if config.answer:
             terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask) * share
         loss = sum(weight * value for weight, value in terms.values())
