@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import signal
 import warnings
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -189,6 +192,9 @@ def test_run_folder_holds_what_it_promises(world):
     kept = json.loads((run / "checkpoints" / "checkpoints.json").read_text())
     assert min((entry["score"], entry["step"]) for entry in kept.values())[1] == best
     assert checkpoint.load(run / "best").name == "glimpse"
+    for folder in (run, run / "best"):  # whose paths are relative to it
+        said = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (folder / said["data"]["path"]).resolve() == Path(world["data"]).resolve()
 
 
 def test_tensorboard_has_pictures(world):
@@ -257,6 +263,44 @@ def test_a_requeued_job_ends_as_if_never_interrupted(world, monkeypatch, tmp_pat
 
 def validations(run: str | Path) -> list[dict[str, float]]:
     return [line for line in read(run, "metrics.jsonl") if "val/loss" in line]
+
+
+def test_ctrl_c_saves_and_tells_the_line_that_resumes(world, monkeypatch, capsys):
+    out, step = f"{world['folder']}/interrupted", GlimpseModule.training_step
+
+    def told(self, inputs: Inputs, index: int) -> torch.Tensor:
+        if self.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, inputs, index)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(GlimpseModule, "training_step", told)
+        train.main([*world["args"], f"out={out}"])
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted (SIGINT)")]
+    assert stop.value.code == 130 and f"saved {out}/checkpoints/step-00000002.ckpt" in said
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    command = shlex.split(said.partition("go on with: ")[2])
+    assert command[:3] == ["python", "-m", "src.train"]
+    train.main(command[3:])
+    whole, again = weights(world["folder"], "run"), weights(world["folder"], "interrupted")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["stage=grpo"], 'stage was "glimpse"'),
+        (["loss.kl=0.5"], "loss.kl was 1.0"),
+        (["data.batch_size=2"], "a step was of 4 samples"),
+        (["optim.vip_lr=0.5"], "optim.vip_lr was"),
+    ],
+)
+def test_a_resume_as_another_run_is_refused_and_changes_nothing(world, capsys, more, said):
+    run = Path(world["run"])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    error = fails(train.main, [*world["args"], f"out={run}", "resume=true", "trainer.max_steps=6", *more], capsys)
+    assert said in error and {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
 def weights(folder: str, run: str) -> dict[str, torch.Tensor]:

@@ -29,6 +29,7 @@ from glimpseprune.backbones import _asked
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.images import shown
+from glimpseprune.legible import surrogate
 from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -319,7 +320,12 @@ class LVLM(ABC):
         """
         if self.processor is None:
             raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
+        if system is not None and not isinstance(system, str):
+            raise UserError(f"system: give a text, not {type(system).__name__}")
         questions, images = _asked.rows(questions, images)
+        for name, text in (("system prompt", system or ""), *(("question", question) for question in questions)):
+            if half := surrogate(text):
+                raise UserError(f"a {name} holds {half}, half of a surrogate pair")
         flat = [shown(picture).convert("RGB") for pictures in images for picture in pictures]
         try:
             seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
@@ -360,7 +366,8 @@ class LVLM(ABC):
     def _specials(self) -> re.Pattern[str]:
         """Any special token of the tokenizer, as a group."""
         tokens = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
+        known = sorted(filter(None, tokens), key=len, reverse=True)  # of two that begin alike, the longer one
+        return re.compile(f"({'|'.join(map(re.escape, known)) or '(?!)'})")
 
     def _quoting(self, question: str, pictures: int, system: str | None) -> list[int]:
         """As :meth:`_token_ids`, of texts that hold special tokens: only those of the template are what they look like.
