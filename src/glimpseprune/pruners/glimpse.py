@@ -294,10 +294,16 @@ def token_embedding(backbone: LVLM, token: str) -> Tensor:
     Raises:
         UserError: there is no such token.
     """
-    vocabulary = backbone.processor.tokenizer.get_vocab() if backbone.processor is not None else {}
+    number = token_id(backbone.processor, token)
+    return whole(backbone.text_model.embed_tokens.weight)[number].float()
+
+
+def token_id(processor: Any, token: str) -> int:
+    """Of a token of the vocabulary; raises as :func:`token_embedding`."""
+    vocabulary = processor.tokenizer.get_vocab() if processor is not None else {}
     if token not in vocabulary:
         raise UserError(f"pruner.options.init_token={token!r} is not a token of this backbone's vocabulary")
-    return whole(backbone.text_model.embed_tokens.weight)[vocabulary[token]].float()
+    return vocabulary[token]
 
 
 def chosen(
