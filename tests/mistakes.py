@@ -7,6 +7,7 @@ import random
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -170,7 +171,7 @@ class World:
         *sections, last = key.split(".")
         indents = [f"{'  ' * depth}{section}:" for depth, section in enumerate(sections)]
         file.write_text("\n".join([*indents, f"{'  ' * len(sections)}{last}: {rng.choice(bad)}"]) + "\n")
-        return [str(file)]
+        return [str(file), f"-{key}"]
 
     def key(self, rng: random.Random, command: str) -> list[str]:
         """A key that there is not, or an argument that is none."""
@@ -195,7 +196,7 @@ class World:
         wanted = {
             "train": ["backbone.path", "data.path", "init_from", "trainer.strategy"],
             "preflight train": ["backbone.path", "data.path", "init_from"],
-            "plan": ["backbone.path", "init_from"],
+            "plan": ["backbone.path"],
             "evaluate": ["ckpt", "backbone.path", "data.path"],
             "preflight evaluate": ["ckpt", "backbone.path", "data.path"],
             "export": ["ckpt", "backbone.path"],
@@ -208,7 +209,10 @@ class World:
             return [f"folders=[{self.at('eval')},{rng.choice(places)}]"]
         if command == "prepare":
             return ["source=mined", f"options.root={rng.choice(places)}", "options.predictions=x", "-options.count"]
-        return [f"{rng.choice(wanted[command])}={rng.choice(places)}"] if command in wanted else None
+        if command not in wanted:
+            return None
+        key = rng.choice(wanted[command])
+        return [f"{key}={rng.choice(places)}", *["-backbone.path"] * (key == "init_from")]
 
     def place(self, rng: random.Random, command: str) -> list[str] | None:
         """A place that cannot be written to."""
@@ -228,14 +232,14 @@ class World:
             ["pruner.name=random"],
             ["pruner.options.probe_layers=[99]"],
             ["pruner.options.vision_layers=[99]"],
-            ["pruner.options.num_heads=7"],
-            ["pruner.options.width=30"],
             ["pruner.options.probe=nonsense"],
             ["pruner.options.dropout=1.5"],
             ["pruner.options.threshold=.nan"],
             ["pruner.options.prune_layer=1.5"],
             ["pruner.options.max_keep=2"],
             ["pruner.options.nonsense=1"],
+            ["pruner.options.num_heads=7"],
+            ["pruner.options.width=30"],
             ["train=[lora]"],
             ["train=[vip,vip]"],
             ["train=[]"],
@@ -348,14 +352,14 @@ class World:
         ]
         found = {
             "train": trainings + starts,
-            "preflight train": trainings[:13],
+            "preflight train": [["stage=nonsense"], ["pruner.name=nonsense"], *trainings[6:11]],
             "plan": plans,
             "evaluate": evaluations + loads,
             "preflight evaluate": evaluations,
             "prepare": sources,
             "pretrain": lessons,
             "compare": [["kind=nonsense"], ["folders=[]"], ["folders=null"], [f"folders=[{self.at('eval')}]"]],
-            "export": [["backbone.dtype=int8"], ["dtype=auto"], ["backbone.path=3"]],
+            "export": [["backbone.dtype=int8"], ["dtype=auto"], ["backbone.path=3"], ["ckpt=3"]],
             "demo": [["overrides=[nonsense]"], ["overrides=[trainer.max_step=3]"], ["overrides=[seed=-1]"]],
         }
         return rng.choice(found[command]) if command in found else None
@@ -374,6 +378,7 @@ class World:
         return ["-" + rng.choice(mandatory[command].split())] if command in mandatory else None
 
 
+@cache
 def keys(command: str) -> list[tuple[str, Any, Any]]:
     """Each (key, type, field) of a command, those of methods and sources included."""
     found = list(_keys(COMMANDS[command][2]))
@@ -410,7 +415,8 @@ def unfit(kind: Any, item: Any) -> list[str]:
         return ["maybe", "[]", "{}", "null", "0.5", "'2'", "${nope}"]
     if part is str:
         form = ["nonsense!"] * bool(item.metadata.get("form", ("", ""))[0])
-        return ["", "a" * 300, "${nope}", "\\${x}", "a${", "\udcff", "a\0b", *form]
+        empty = [] if len(get_args(kind)) > 1 else [""]  # among a method's options it is null
+        return [*empty, "a" * 300, "${nope}", "\\${x}", "a${", "\udcff", "a\0b", *form]
     if get_origin(part) is Literal:
         return ["nonsense", "3", "[]", "{}", "''", "${nope}", *nothing]
     if is_dataclass(part):

@@ -65,7 +65,8 @@ def test_restarts_that_cannot_be(recwarn):
 def args(recipe) -> list[str]:
     """Three steps; nearly everything is kept, so masks of different questions are alike."""
     steps = ["trainer.max_steps=3", "trainer.val_every=1", "trainer.last_checkpoints=9"]
-    return [*recipe, *steps, "loss.pressure_ramp=0", "watch.overlap=0", "watch.restarts=1"]
+    quick = ["data.val_samples=4", "trainer.logger=[]"]
+    return [*recipe, *steps, *quick, "loss.pressure_ramp=0", "watch.overlap=0", "watch.restarts=1"]
 
 
 def test_a_restart_and_a_resume_at_it(args, tmp_path, recwarn):

@@ -115,6 +115,13 @@ def test_options_for_the_whole_model(run, model, tiny_folder):
     assert "did you mean 'device'?" in refused(load, run, devise="cpu")
     assert "max_keep" in refused(load, run, max_keep=7)
     assert "give auto, float32, bfloat16 or float16" in refused(load, run, dtype="int8")
+    assert "no 'threshold' in the arguments of load and the options of none" in refused(load, backbone="a", threshold=0)
+    assert "give it as ckpt" in refused(load, backbone=run)
+    for wrong in (5, b"x", "", None, {"path": tiny_folder}):
+        assert "a checkpoint is a folder" in refused(load, wrong) or wrong is None
+        assert "a checkpoint is a folder" in refused(load, backbone=wrong) or wrong is None
+    for name in ("pruner", "lora"):
+        assert f"options.{name.title()}Options" in refused(load, run, **{name: {"rank": 3}})
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,7 @@ def test_options_for_one_call(model):
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(other.pruner.parameters(), model.pruner.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(other.generate(**inputs, max_new_tokens=2).keep, few.keep))
     assert "this backbone needs" in refused(model.with_options, width=32)
+    assert "where a training starts" in refused(model.with_options, init_token="a")
     assert "max_keep" in refused(model.generate, **inputs, max_keep=-1.0)
     random = load(backbone=model.backbone.model.name_or_path, pruner="random", keep_ratio=0.5)
     assert random.generate(**inputs, max_new_tokens=1, keep_ratio=1.0).keep[0].all()
@@ -175,7 +183,9 @@ def test_generate_answers_in_words(model):
     rollout = model.generate(**inputs, max_new_tokens=4, num_return_sequences=2, do_sample=True)
     decoded = model.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
     assert rollout.texts == decoded and len(rollout.texts) == 2 * len(QUESTIONS)
-    assert "got no input_ids" in refused(model.generate, max_new_tokens=2)
+    for wrong in ({}, {"input_ids": None}, {"input_ids": [[1]]}):
+        assert "got no input_ids" in refused(model.generate, **wrong, max_new_tokens=2)
+    assert "generate(max_new_tokens=many): " in refused(model.generate, **inputs, max_new_tokens="many")
     assert "did you mean 'max_new_tokens'?" in refused(model.generate, **inputs, max_new_token=2)
     assert "did you mean 'threshold'?" in refused(model.generate, **inputs, thresold=0.2)
     assert "max_length" in refused(model.generate, **inputs, max_length=5)
@@ -204,6 +214,7 @@ def test_images_in_the_forms_that_people_have_them(model, tmp_path):
     assert len(two["input_ids"]) == 1 and len(two["image_grid_thw"]) == 2
     clear = np.concatenate([array, np.full_like(array[..., :1], 255)], 2)
     assert torch.equal(model.prepare("why?", clear)["pixel_values"], model.prepare("why?", image)["pixel_values"])
+    assert "system: give a text, not int" in refused(model.prepare, "why?", image, system=5)
     assert "system text" in model.processor.tokenizer.decode(
         model.prepare("why?", image, system="system text")["input_ids"][0]
     )

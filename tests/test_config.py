@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -326,3 +329,38 @@ def test_bare_arguments_are_the_value_of_the_key_that_the_schema_names(tmp_path)
     assert config.load(Folders, ["folders=[c]", "out=z"]) == Folders(["c"], "z")
     with pytest.raises(UserError, match="missing mandatory key 'folders'"):
         config.load(Folders, ["out=z"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_is_one_line_that_says_how_to_go_on(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop, config.answering("python -m src.x", ["a=1", "b=x y", "overwrite=true"]):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    name = signal.Signals(number).name
+    again = "python -m src.x a=1 'b=x y' overwrite=true"
+    assert capsys.readouterr().err == f"\ninterrupted ({name}): nothing is half-written; again: {again}\n"
+
+
+def test_a_signal_that_is_ignored_stays_so(capsys):
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with config.answering("python -m src.x"):
+            os.kill(os.getpid(), signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert not capsys.readouterr().err
+
+
+def test_advice_is_of_the_innermost_block_that_has_some(capsys):
+    with (
+        pytest.raises(SystemExit),
+        config.answering("python -m src.x", ["a=1", "overwrite=true", "resume=false"]),
+        config.advising(lambda: "outer"),
+        config.advising(lambda: config.command("resume=true")),
+        config.advising(lambda: ""),
+    ):
+        raise KeyboardInterrupt
+    assert capsys.readouterr().err == "\ninterrupted (SIGINT): python -m src.x a=1 resume=true\n"

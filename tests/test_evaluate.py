@@ -633,3 +633,30 @@ def test_two_processes_make_the_rows_of_one(first, staged, tmp_path, monkeypatch
     assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
     assert without_time(rows_of(tmp_path / "two")) == without_time(rows_of(tmp_path / "one"))
     assert len(lines_of(tmp_path / "two", "timings.jsonl")) == len(lines_of(tmp_path / "one", "timings.jsonl"))
+
+
+# -------------------------------------------------------------------------------------------- samples without boxes
+
+
+def test_the_oracle_is_measured_where_there_are_boxes_whatever_their_order(first, tmp_path):
+    """Batches of three: the first one has only boxed samples, some, or none."""
+    boxed = [
+        Sample(f"{i}", "what?", ("a",), [picture(140, 112, i)], [[(0, 0, 20, 20)]] if i < 2 else None, kind="one")
+        for i in range(5)
+    ]
+    rows = {}
+    for name, order in {"first": boxed, "last": boxed[::-1], "some": boxed[:2], "none": boxed[2:]}.items():
+        shards.write(order, tmp_path / name, split="test")
+        args = ["methods=[random]", "controls=[none,oracle]", f"data.path={tmp_path / name}"]
+        rows[name], said = scored(first, tmp_path / f"out-{name}", *args)
+        assert [key for key, *_ in said.get("oracle", [])] == [s.key for s in order if s.boxes]
+    own, same = (without_time([rows[name]["oracle"]]) for name in ("first", "last"))
+    assert own == same == without_time([rows["some"]["oracle"]]) and own[0]["n"] == 2 and own[0]["kept"] < 0.5
+    assert "oracle" not in rows["none"] and rows["first"]["none"]["n"] == 5 and list(rows["first"])[-1] == "oracle"
+    assert rows["first"]["random"]["accuracy_ci"] == rows["last"]["random"]["accuracy_ci"]  # of all five
+
+
+def test_no_boxes_for_an_oracle_that_is_asked_for(first, tmp_path, capsys):
+    shards.write([Sample("a", "what?", ("a",), [picture(140, 112)])], tmp_path / "data", split="test")
+    args = [f"ckpt={first}", "methods=[oracle]", f"data.path={tmp_path / 'data'}", f"out={tmp_path / 'out'}"]
+    assert "no sample of" in refused(capsys, *args, "data.workers=0") and not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -43,7 +44,13 @@ def logits(model: torch.nn.Module, prompt: dict[str, Tensor]) -> Tensor:
 def test_round_trip(trained, tiny_folder, tmp_path, monkeypatch):
     run = save_run(tmp_path / "run", tiny_folder, 4, stage="grpo", init_from="gone", trained=trained)
     before, base = checkpoint.load(run), checkpoint.load(backbone=tiny_folder)
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "model.safetensors").touch()  # of one that was killed
+    umask = os.umask(0o027)
     out = exported(run, tmp_path / "out")
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+    assert not (tmp_path / ".out.partial").exists()
     prompt = prompts(before.backbone)
     plain, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]

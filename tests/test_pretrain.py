@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from devices import put
+from glimpseprune import pretrain
 from glimpseprune.data.sources import tags
 from glimpseprune.tiny.config import Lesson, PretrainConfig, TinyConfig
 from glimpseprune.tiny.model import PATCH, image_processor, patchify
@@ -116,3 +117,19 @@ def test_training_lowers_the_loss_and_the_folder_loads(tmp_path, capsys):
     sample = next(iter(tags.samples(tags.Options(), "test")))
     prompt = backbone.prepare([sample.question], [sample.images])
     assert backbone.layouts(prompt) == [[Layout.of((12, 12))]]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ([], "is not empty: give another folder, overwrite=true, or resume="),
+        (["overwrite=true"], "is not a run folder of this command"),
+        (["resume=none.ckpt"], "there is no such checkpoint"),
+    ],
+)
+def test_another_run_is_not_replaced(more, said, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("stage: glimpse\n")
+    with pytest.raises(SystemExit) as stop:
+        pretrain.main([f"out={tmp_path}", *more])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

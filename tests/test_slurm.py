@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from glimpseprune.running import slurm
+from glimpseprune.running import interrupts, slurm
+from glimpseprune.running.interrupts import Interrupts
 
 
 class Trainer(SimpleNamespace):
@@ -46,6 +47,22 @@ def run(callback: slurm.Requeue, trainer: Trainer, batches: int, accumulate: int
         trainer.global_step += (batch + 1) % accumulate == 0
         callback.on_train_batch_end(trainer)
     return batches
+
+
+def test_ctrl_c_is_agreed_on_saved_and_told_once(queue, capsys):
+    """Of two ranks, one of which got the signal."""
+    for rank in (0, 1):
+        trainer, callback = Trainer(others=rank == 1, rank=rank), Interrupts(Checkpoints())
+        callback.on_train_start(trainer, None)
+        if rank == 0:
+            callback.listen(interrupts.signal.SIGINT)
+        trainer.global_step = 1
+        callback.on_train_batch_end(trainer)
+        with pytest.raises(SystemExit) as stop:
+            callback.on_train_batch_start(trainer)
+        assert stop.value.code == (143 if rank else 130)
+        assert trainer.log == ["saved at 1", "logged", "barrier"] and queue == []
+    assert capsys.readouterr().err.count("go on with: ") == 1
 
 
 def test_nothing_happens_without_a_signal(queue):

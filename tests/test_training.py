@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shlex
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from conftest import TINY, picture
-from glimpseprune import checkpoint, evaluate, losses, train
+from glimpseprune import checkpoint, config, evaluate, losses, train
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
@@ -188,6 +192,9 @@ def test_run_folder_holds_what_it_promises(world):
     kept = json.loads((run / "checkpoints" / "checkpoints.json").read_text())
     assert min((entry["score"], entry["step"]) for entry in kept.values())[1] == best
     assert checkpoint.load(run / "best").name == "glimpse"
+    for folder in (run, run / "best"):  # whose paths are relative to it
+        said = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (folder / said["data"]["path"]).resolve() == Path(world["data"]).resolve()
 
 
 def test_tensorboard_has_pictures(world):
@@ -258,6 +265,44 @@ def validations(run: str | Path) -> list[dict[str, float]]:
     return [line for line in read(run, "metrics.jsonl") if "val/loss" in line]
 
 
+def test_ctrl_c_saves_and_tells_the_line_that_resumes(world, monkeypatch, capsys):
+    out, step = f"{world['folder']}/interrupted", GlimpseModule.training_step
+
+    def told(self, inputs: Inputs, index: int) -> torch.Tensor:
+        if self.global_step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, inputs, index)
+
+    handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
+        patched.setattr(GlimpseModule, "training_step", told)
+        train.main([*world["args"], f"out={out}"])
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted (SIGINT)")]
+    assert stop.value.code == 130 and f"saved {out}/checkpoints/step-00000002.ckpt" in said
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+    command = shlex.split(said.partition("go on with: ")[2])
+    assert command[:3] == ["python", "-m", "src.train"]
+    train.main(command[3:])
+    whole, again = weights(world["folder"], "run"), weights(world["folder"], "interrupted")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["stage=grpo"], 'stage was "glimpse"'),
+        (["loss.kl=0.5"], "loss.kl was 1.0"),
+        (["data.batch_size=2"], "a step was of 4 samples"),
+        (["optim.vip_lr=0.5"], "optim.vip_lr was"),
+    ],
+)
+def test_a_resume_as_another_run_is_refused_and_changes_nothing(world, capsys, more, said):
+    run = Path(world["run"])
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    error = fails(train.main, [*world["args"], f"out={run}", "resume=true", "trainer.max_steps=6", *more], capsys)
+    assert said in error and {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
 def weights(folder: str, run: str) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / run / "trainable.safetensors")
 
@@ -291,6 +336,44 @@ def test_summary_counts_the_kinds_that_need_the_tokens():
     assert summary["kinds"] == ["hard", "long"]
     assert summary["methods"]["glimpse"] == {"accuracy": 0.9, "kept": 0.5, "relative": round(0.9 / 0.95, 4)}
     assert evaluate.over_needing_kinds(rows[:4]) is None
+
+
+@pytest.mark.parametrize("stage, options", [("glimpse", ["loss.mask=1"]), ("grpo", ["grpo.masks=boxes"])])
+def test_what_goes_by_boxes_wants_some(stage, options, capsys):
+    cfg = config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", f"stage={stage}", "data.batch_size=2"])
+    boxed, without = [Sample("a", "?", ("b",), [], [[]])], [Sample("a", "?", ("b",), [])]
+    train.require_data(cfg, without * 4, processes=2)  # which does not go by them
+    cfg = config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", f"stage={stage}", *options])
+    with pytest.raises(UserError, match="goes by boxes, and none of 64 samples of data.path=d has any"):
+        train.require_data(cfg, without * 500, processes=1)
+    train.require_data(cfg, boxed * 500, processes=1)
+    assert capsys.readouterr().out == ""
+    train.require_data(cfg, without * 250 + boxed * 250, processes=1)
+    assert "note: 32 of 64 samples of data.path=d have boxes" in capsys.readouterr().out
+    with pytest.raises(UserError, match="data.batch_size=16 on 2 processes: data.path=d has 31 training samples"):
+        train.require_data(cfg, boxed * 31, processes=2)
+
+
+def test_several_nodes_are_not_waited_for_where_nobody_starts_them(monkeypatch):
+    cfg = config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", "trainer.nodes=2"])
+    for name in ("SLURM_STEP_ID", "MASTER_ADDR", "JSM_NAMESPACE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="trainer.nodes=2: nobody starts the other nodes: use sbatch"):
+        train.require_launcher(cfg)
+    monkeypatch.setenv("MASTER_ADDR", "first")  # as torchrun has it
+    train.require_launcher(cfg)
+
+
+def test_a_teacher_that_knows_nothing_is_told_once():
+    module, _ = stage()
+    means = {"kl": 1.0, "keep_ratio": 0.5, "accuracy_full": 0.0}
+    with pytest.warns(UserWarning, match="val/accuracy_full is 0"):
+        module.summary(means)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.summary(means)
+        stage()[0].summary(means | {"accuracy_full": 0.01})
+        stage(kl=0.0)[0].summary(means)
 
 
 def test_another_pruner_can_be_evaluated(world, tmp_path):

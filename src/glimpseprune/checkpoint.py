@@ -95,7 +95,8 @@ class GlimpsePrune:
             UserError: the pruner has no such option, or needs other weights for it.
         """
         merged = self.options | options
-        merged.pop("init_token", None)  # about the start of a training
+        if merged.pop("init_token", None) != self.options.get("init_token"):
+            raise UserError("init_token says where a training starts from: give it to one")
         if not is_learned(self.pruner):
             pruner = pruners.build(self.name, merged, self.backbone).to(self.device).eval()
         else:
@@ -119,18 +120,22 @@ class GlimpsePrune:
             UserError: a tensor of the prompt is missing, no such argument, or a value that it cannot have.
         """
         prompt = {name: inputs.pop(name) for name in self.backbone.prompt_keys if name in inputs}
-        if "input_ids" not in prompt:
+        if not isinstance(prompt.get("input_ids"), Tensor):
             raise UserError("generate takes what prepare returns, and has got no input_ids: generate(**inputs, ...)")
         options = {name: inputs.pop(name) for name in self.options if name in inputs}
         for name in inputs:
-            lookup.choose(name, {*GENERATION, *self.options}, "generate's arguments and the pruner's options")
+            lookup.choose(
+                name, {*GENERATION, *self.options}, f"the arguments of generate and the options of {self.name}"
+            )
         pruner = self.with_options(**options).pruner if options else self.pruner
         try:
             rollout = generate.generate(self.backbone, pruner, prompt, **inputs)
         except (ValueError, TypeError) as error:  # what transformers says of an argument
             if isinstance(error, UserError):
                 raise
-            raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            given = ", ".join(f"{name}={str(value)[:40]}" for name, value in inputs.items())
+            raise UserError(f"generate({given}): {said}") from error
         if self.processor is None:
             return rollout
         texts = self.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
@@ -179,10 +184,14 @@ def load(
     own = pruner is None and saved is not None
     method = saved.pruner if own else PrunerOptions("none") if pruner is None else pruner
     method = PrunerOptions(method) if isinstance(method, str) else method
+    for name, value, kind in (("pruner", method, PrunerOptions), ("lora", lora, LoraOptions | None)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name}={value!r}: give {'a name, or ' * (name == 'pruner')}options.{name.title()}Options")
     if options:
         known = {item.name for item in fields(lookup.find("glimpseprune.pruners", method.name).Options)}
         for name in options:
-            lookup.choose(name, {*known, *inspect.signature(load).parameters} - {"options"}, "glimpseprune.load")
+            choices = {*known, *inspect.signature(load).parameters} - {"options"}
+            lookup.choose(name, choices, f"the arguments of load and the options of {method.name}")
         method = PrunerOptions(method.name, {**method.options, **options})
     pruners.options_of(method.name, method.options)  # a typo is answered before a model is loaded
     where = _backbone_options(backbone, saved, ckpt)
@@ -414,6 +423,7 @@ def _backbone_options(given: Any, saved: TrainConfig | None, ckpt: Any) -> Backb
     if isinstance(given, BackboneOptions):
         return given
     if given is not None:
+        hub.require_name(given)
         return BackboneOptions(path=str(given))
     if saved is None:
         raise UserError("load needs a checkpoint, or backbone=<folder or hub id>")

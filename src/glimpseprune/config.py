@@ -93,10 +93,11 @@ class Range:
         )
 
     def __str__(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"{self.least} to {self.most}"
-        words = {"at least": self.least, "above": self.above, "up to": self.most, "below": self.below}
-        return ", ".join(f"{word} {end}" for word, end in words.items() if end is not None) or "a finite number"
+        ends = (("at least", self.least), ("above", self.above), ("up to", self.most), ("below", self.below))
+        words = {word: int(end) if end == int(end) else end for word, end in ends if end is not None}
+        if words.keys() == {"at least", "up to"}:
+            return f"{words['at least']} to {words['up to']}"
+        return ", ".join(f"{word} {end}" for word, end in words.items()) or "a finite number"
 
 
 def option(
@@ -174,7 +175,9 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
     layer = _read_yaml(Path(resources.find(_at_home(file, "config file"))))
     spoken = [name for name in _of_a_start(schema) if get_type_hints(schema)[name] is bool]
     for name in spoken:
-        if _settled(layer.pop(name, False), bool) is True:
+        if not _is_truth(said := _settled(layer.pop(name, False), bool)):
+            raise UserError(f"{file}: {name}: expected bool, got {_show(said)}")
+        if said is True:
             print(f"note: {name}: true in {file} does not count: give {name}=true yourself", file=sys.stderr)
     return layer
 
@@ -499,6 +502,8 @@ def _merged(schema: type, layers: Iterable[tuple[str, Mapping[str, Any]]], prefi
             if (retyped := _retyped(value, kind)) is not None:
                 raise UserError(f"{origin}{key}: expected a text, but YAML takes {_show(retyped)} for none: quote it")
             try:
+                if bool in _parts(kind) and not _is_truth(value):
+                    raise TypeError
                 OmegaConf.update(cfg, key.removeprefix(prefix), value, merge=True)
             except (OmegaConfBaseException, TypeError, ValueError, AssertionError, RecursionError):
                 raise UserError(f"{origin}{key}: expected {_kind_name(kind)}, got {_show(value)}") from None
@@ -585,6 +590,12 @@ def _retyped(value: Any, kind: Any) -> Any:
     return next((found for part in inner if (found := _retyped(part, item)) is not None), None)
 
 
+def _is_truth(value: Any) -> bool:
+    """Whether ``value`` says yes or no; OmegaConf takes any number for one."""
+    words = {"true", "false", "yes", "no", "on", "off", "y", "n", "0", "1"}
+    return value is None or str(value).lower() in words or "${" in str(value)
+
+
 def _renamed(schema: type) -> dict[str, str]:
     """Names that fields had before -> theirs."""
     return {item.metadata["was"]: item.name for item in fields(schema) if item.metadata.get("was")}
@@ -640,7 +651,9 @@ def _keys(schema: type, prefix: str = "", defaults: Mapping | None = None) -> It
     defaults = defaults or OmegaConf.to_container(OmegaConf.structured(schema))
     for item in fields(schema):
         kind, default = hints[item.name], defaults[item.name]
-        yield f"{prefix}{item.name}", kind, default, item.metadata.get("help", "")
+        within = item.metadata.get("range", Range())
+        doc = [item.metadata.get("help", ""), *[str(within)] * (within != Range())]
+        yield f"{prefix}{item.name}", kind, default, "; ".join(filter(None, doc))
         if section := _section(kind):
             yield from _keys(section, f"{prefix}{item.name}.", default)
 

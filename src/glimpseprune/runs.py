@@ -52,7 +52,8 @@ def inside(folder: Path) -> Iterator[str]:
 
 
 def matches(name: str, patterns: tuple[str, ...]) -> bool:
-    name = name.removesuffix(PARTIAL)
+    while name.endswith(PARTIAL):
+        name = name.removesuffix(PARTIAL)
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

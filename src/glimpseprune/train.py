@@ -107,6 +107,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     )
     require_data(cfg, data.datasets["train"], len(devices) * placement["num_nodes"])
     strategy = strategies.build(name, cfg.optim.clip)
+    plugins = [*placement.pop("plugins", []), *([strategies.Direct()] if isinstance(strategy, str) else [])]
     weights = outline.backbone.lm_head.weight.dtype
     half = weights != torch.float32 or cfg.trainer.precision in ("bf16-true", "16-true")
     if {"decoder", "vision"} & set(cfg.train) and half and isinstance(strategy, str):
@@ -123,6 +124,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     trainer = L.Trainer(
         accelerator=cfg.trainer.accelerator,
         **placement,
+        plugins=plugins,
         strategy=strategy,
         precision=strategies.precision(cfg.trainer.precision, strategy, weights),
         max_steps=cfg.trainer.max_steps,

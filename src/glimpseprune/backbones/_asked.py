@@ -98,7 +98,7 @@ def _opened(path: Path, where: str) -> Image.Image:
         raise UserError(f"{where}: there is no file '{path}' (seen from {Path.cwd()})") from None
     except Exception as error:  # of the disk, or whatever a damaged file leads Pillow to
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: '{path}' cannot be read as an image: {said}") from None
+        raise UserError(f"{where}: {str(path)!r} cannot be read as an image: {said}") from None
 
 
 def _drawn(array: np.ndarray, where: str, channels_first: bool = False) -> Image.Image:

@@ -320,6 +320,8 @@ class LVLM(ABC):
         """
         if self.processor is None:
             raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
+        if system is not None and not isinstance(system, str):
+            raise UserError(f"system: give a text, not {type(system).__name__}")
         questions, images = _asked.rows(questions, images)
         for name, text in (("system prompt", system or ""), *(("question", question) for question in questions)):
             if half := surrogate(text):

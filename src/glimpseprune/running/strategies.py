@@ -31,13 +31,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from glimpseprune import resources
+from glimpseprune import files, resources
 from glimpseprune.config import UserError
 from glimpseprune.sharded import fill, gathered, is_split
 
@@ -61,6 +62,15 @@ def choose(name: str, processes: int, cuda: bool, deepspeed: bool, trained: int)
     if not cuda or not deepspeed:
         return "ddp"
     return "zero3" if trained >= LARGE else "zero2"
+
+
+class Direct(TorchCheckpointIO):
+    """Writes a checkpoint where it is to be: Lightning's makes it in memory, then in /tmp, which may be full or small,
+    and leaves it there if the disk is full."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with files.whole(path) as partial:
+            torch.save(checkpoint, partial)
 
 
 def build(name: str, clip: float = 0.0) -> str | Strategy:
@@ -262,7 +272,7 @@ class Zero(DeepSpeedStrategy):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self.is_global_zero:
-            self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options=storage_options)
+            Direct().save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         return self.checkpoint_io.load_checkpoint(checkpoint_path, weights_only=weights_only)

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from glimpseprune import decoder, losses
@@ -27,6 +28,13 @@ from glimpseprune.options import TrainConfig
 from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
 from glimpseprune.types import Encoded, Inputs, Prefill
+
+NO_TEACHER = (
+    "val/accuracy_full is 0: of the validation questions the unpruned model answers none as its reference says. What "
+    "stage 1 learns from it is what that model looks at while it errs: take a model or data with which "
+    "`python -m src.evaluate ... methods=[none]` scores, or train with loss.answer"
+)
+"""Where the teacher of the KL knows nothing of the user's task."""
 
 
 @dataclass
@@ -55,6 +63,7 @@ class GlimpseModule(StageModule):
         super().__init__(config, backbone, pruner)
         if "vision" in config.train:
             raise UserError("train: stage=glimpse leaves the vision tower as it is; train vision with stage=grpo")
+        self.told = False
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -183,6 +192,9 @@ class GlimpseModule(StageModule):
         config = self.config.loss
         if not {"kl", "keep_ratio"} <= means.keys():  # all samples stood in for damaged ones
             return {}
+        if config.kl and means.get("accuracy_full") == 0 and not self.told:
+            self.told = True
+            rank_zero_warn(NO_TEACHER)
         loss = config.kl * means["kl"] + config.pressure * max(0.0, means["keep_ratio"] - config.target)
         return {"loss": loss + config.mask * (1 - means.get("box_iou", 1.0))}
 
