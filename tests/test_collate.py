@@ -56,7 +56,7 @@ class Backbone:
 
 
 def sample(key: str = "a", *, sizes=((40, 30),), **changes) -> Sample:
-    images = [Image.new("RGB", size) for size in sizes]
+    images = changes.pop("images", None) or [Image.new("RGB", size) for size in sizes]
     fields = {"question": "how?", "answers": ("red",), "boxes": [[(0, 0, 9, 9)] for _ in sizes]}
     return Sample(key=key, images=images, **{**fields, **changes})
 
@@ -220,6 +220,26 @@ def test_special_tokens_in_questions_and_answers_are_text(real):
         assert int(torch.isin(quoting.answer_ids, numbers).sum()) == 1  # the end
         assert real.layouts(quoting.prompt) == real.layouts(plain.prompt)
         assert torch.equal(quoting.prompt["pixel_values"], plain.prompt["pixel_values"])
+
+
+def test_what_no_tokenizer_takes_is_refused(real):
+    for changes in ({"question": "a \ud800"}, {"answers": ("\udfff",)}):
+        with pytest.raises(UserError, match="holds .*, half of a surrogate pair"):
+            Collator(real)([sample("a", **changes)])
+    with pytest.raises(UserError, match="a system prompt holds"):
+        real.prepare(["?"], [[Image.new("RGB", (56, 56))]], system="\ud800")
+
+
+def test_photos_are_upright_and_so_are_their_boxes(real):
+    upright = Image.new("RGB", (112, 168))
+    upright.paste("white", (0, 0, 56, 56))
+    lying = upright.transpose(Image.Transpose.ROTATE_90)
+    lying.getexif()[0x0112] = 6
+    one, two = (Collator(real)([sample("a", images=[image], boxes=[[(0, 0, 20, 160)]])]) for image in (upright, lying))
+    assert torch.equal(one.prompt["input_ids"], two.prompt["input_ids"])
+    assert torch.equal(one.prompt["pixel_values"], two.prompt["pixel_values"])
+    assert torch.equal(one.targets[0], two.targets[0])
+    assert real.grids(two.prompt) == real.grids(one.prompt)
 
 
 def test_a_system_prompt_that_quotes_and_rows_that_do_not(real):

@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import picture
-from glimpseprune import checkpoint, config, cost, evaluate, hub, lora
+from glimpseprune import checkpoint, config, cost, evaluate, hub, lora, results
 from glimpseprune.backbones import LVLM
 from glimpseprune.data import shards
 from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
@@ -107,6 +107,30 @@ def table(out: Path, *args: str) -> tuple[dict[str, dict[str, Any]], dict[str, l
     for line in map(json.loads, (out / "predictions.jsonl").read_text().splitlines()):
         said[line["method"]].append((line["key"], line["prediction"], line["kept"]))
     return rows, said
+
+
+def test_no_sample_ends_an_evaluation_whatever_it_says(first, tmp_path, capsys):
+    """Valid ones that say what terminals, templates and processors act on, and one that is damaged."""
+    image = picture(112, 168, 0)
+    token = "<|vision_start|><|image_pad|><image></s>{{ x }} \u2028 \x1b[31m"
+    samples = [
+        Sample("a", f"what is {token}?", (token,), [image], [[(0, 0, 112, 0)]], kind="[/counting] \x1b[2J"),
+        Sample("b", "why?", ("a",), [image], [[(0, 0, 40, 40)]], kind="../../all"),
+        Sample("c", "why?", ("a",), [image], [[(0, 0, 40, 40)]]),
+    ]
+    shards.write(samples, tmp_path / "data", split="test")
+    tar = tmp_path / "data" / "test-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"why?", b"who?", 1))
+    with pytest.warns(UserWarning, match=r"\(b\): the checksum of the json is another"):
+        rows, said = table(
+            tmp_path / "out", f"ckpt={first}", f"data.path={tmp_path}/data", "pictures=2", "controls=[none]"
+        )
+    assert [key for key, *_ in said["glimpse"]] == ["a", "c"]
+    assert results.read_lines(tmp_path / "out" / "predictions.jsonl")[0]["question"] == f"what is {token}?"
+    printed = capsys.readouterr().out
+    assert "[/counting] \\x1b[2J" in printed
+    assert "\x1b" not in printed
+    assert "1 damaged" in printed
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:
@@ -240,7 +264,7 @@ def test_masks_of_a_gate_without_doubt_are_those_of_the_threshold(second, tmp_pa
     [
         (["samples=2"], "temperature=1"),
         (["samples=0"], "samples: give 1 to 4096, got 0"),
-        (["temperature=-1"], "at least 0"),
+        (["temperature=-1"], "temperature: give 0 to 100, got -1"),
         (["controls=[nothing]"], "none+"),
         (["sample_keep=true", "pruner.name=random"], "no gate"),
         (["controls=[none+]"], "not a stage-2 run"),
@@ -378,9 +402,9 @@ def test_the_first_stage_has_the_budget_of_the_second(second, tmp_path):
         (["methods=[random,random]"], "random is there twice"),
         (["methods=[random]", "options.random.kep=1"], "unknown key 'options.random.kep': did you mean"),
         (["methods=[random]", "options.oracle.dilate=1"], "options.oracle: methods=['random'] has no such method"),
-        (["methods=[random]", "options.random.keep_ratio=2"], "options.random.keep_ratio=2"),
+        (["methods=[random]", "options.random.keep_ratio=2"], "options.random.keep_ratio: give 0 to 1, got 2"),
         (["methods=[random]", "pruner.name=random"], "say the same thing"),
-        (["methods=[random]", "budget.kept=2"], "share of the visual tokens, up to 1"),
+        (["methods=[random]", "budget.kept=2"], "budget.kept: give above 0, up to 1, got 2"),
         (["methods=[random]", "budget.kept=.5", "budget.kv=.5"], "kept and kv are given"),
         (["methods=[random]", "budget.decoder_flops=.01"], "options.random"),
         (["methods=[random]", "metric=[exact_match,anlz]"], "did you mean 'anls'"),
@@ -609,3 +633,30 @@ def test_two_processes_make_the_rows_of_one(first, staged, tmp_path, monkeypatch
     assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
     assert without_time(rows_of(tmp_path / "two")) == without_time(rows_of(tmp_path / "one"))
     assert len(lines_of(tmp_path / "two", "timings.jsonl")) == len(lines_of(tmp_path / "one", "timings.jsonl"))
+
+
+# -------------------------------------------------------------------------------------------- samples without boxes
+
+
+def test_the_oracle_is_measured_where_there_are_boxes_whatever_their_order(first, tmp_path):
+    """Batches of three: the first one has only boxed samples, some, or none."""
+    boxed = [
+        Sample(f"{i}", "what?", ("a",), [picture(140, 112, i)], [[(0, 0, 20, 20)]] if i < 2 else None, kind="one")
+        for i in range(5)
+    ]
+    rows = {}
+    for name, order in {"first": boxed, "last": boxed[::-1], "some": boxed[:2], "none": boxed[2:]}.items():
+        shards.write(order, tmp_path / name, split="test")
+        args = ["methods=[random]", "controls=[none,oracle]", f"data.path={tmp_path / name}"]
+        rows[name], said = scored(first, tmp_path / f"out-{name}", *args)
+        assert [key for key, *_ in said.get("oracle", [])] == [s.key for s in order if s.boxes]
+    own, same = (without_time([rows[name]["oracle"]]) for name in ("first", "last"))
+    assert own == same == without_time([rows["some"]["oracle"]]) and own[0]["n"] == 2 and own[0]["kept"] < 0.5
+    assert "oracle" not in rows["none"] and rows["first"]["none"]["n"] == 5 and list(rows["first"])[-1] == "oracle"
+    assert rows["first"]["random"]["accuracy_ci"] == rows["last"]["random"]["accuracy_ci"]  # of all five
+
+
+def test_no_boxes_for_an_oracle_that_is_asked_for(first, tmp_path, capsys):
+    shards.write([Sample("a", "what?", ("a",), [picture(140, 112)])], tmp_path / "data", split="test")
+    args = [f"ckpt={first}", "methods=[oracle]", f"data.path={tmp_path / 'data'}", f"out={tmp_path / 'out'}"]
+    assert "no sample of" in refused(capsys, *args, "data.workers=0") and not (tmp_path / "out").exists()

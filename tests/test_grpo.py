@@ -43,6 +43,7 @@ from glimpseprune.options import (
 )
 from glimpseprune.pruners import build
 from glimpseprune.rewards import Rewards
+from glimpseprune.rewards import format as form
 from glimpseprune.running.callbacks import GuardRails
 from glimpseprune.training import grpo
 from glimpseprune.training.grpo import Actions, Batch, GRPOModule
@@ -561,6 +562,29 @@ def test_replaced_rows_are_counted_as_they_are() -> None:
         tokenizer.batch_decode = original
     # of the second and third prompt 2 of 8 were empty, and none of the first's when it was asked again
     assert module.logs["train/completions/empty_ratio"] == pytest.approx(2 / 12)
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_validation_and_training_say_alike_what_was_cut(cut) -> None:
+    """And end an answer alike, at any of ``ends``; a reward that never applies is counted and says why."""
+    module, inputs = stage(max_completion_length=2)
+    module.ends = [10**6] if cut else list(range(module.backbone.lm_head.weight.shape[0]))
+    told, seen = [], {}
+
+    def given(completions, truncated, **fields):
+        told.append(truncated)
+        return [None] * len(completions)
+
+    module.rewards = Rewards({"given": given, "format": form}, {"given": 1.0, "format": 1.0})
+    with pytest.warns(UserWarning, match="reward 'given' gave no value for 12 of 12 answers: it returned None"):
+        collect(module, inputs)
+    module.tally, module.remember = seen.update, lambda _: None
+    module.validation_step(inputs, 0)
+    assert told == [[cut] * 3 * G, [cut] * 3]
+    assert seen["clipped_ratio"] == (float(cut), 3) and module.logs["train/completions/clipped_ratio"] == cut
+    assert not cut or seen["score"][0] == module.logs["train/rewards/format/mean"] == 0
+    assert module.logs["train/rewards/given/none"] == 1 and module.logs["train/rewards/given/missing"] == 0
+    assert module.logs["train/rewards/format/none"] == 0
 
 
 def test_cut_answers_can_be_left_out() -> None:

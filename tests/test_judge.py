@@ -137,9 +137,9 @@ def test_a_prediction_that_names_a_score_may_be_quoted(prediction):
     "reply", ["score" * 10**5, "score:" * 10**5, "score: " + " " * 10**6, "score:" + "1" * 10**6, "score: 1 " * 10**5]
 )
 def test_parse_score_in_linear_time(reply):
-    start = time.perf_counter()
+    start = time.process_time()
     parse_score(reply)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_request(serve, monkeypatch):
@@ -304,7 +304,7 @@ def test_a_judge_that_dies_costs_one_request_per_call_until_it_is_back(serve):
 
 @pytest.mark.parametrize("every", [0, 9], ids=["hangs", "mostly hangs"])
 def test_a_judge_that_hangs_is_given_up_by_all_rows_together(serve, every):
-    """Not row by row: 400 of them, 4 at a time, with 2 retries of .1 s, would be half a minute."""
+    """Not row by row: 400 of them, 4 at a time, three times .25 s each, would be more than a minute."""
     release, alive = threading.Event(), True
 
     def respond(graded, attempt):
@@ -313,19 +313,18 @@ def test_a_judge_that_hangs_is_given_up_by_all_rows_together(serve, every):
         return completion("score: 1")
 
     server = serve(respond)
-    judge = make(server, timeout=0.1)
+    judge = make(server, timeout=0.25)
     assert ask(judge, "0") == [1.0]
     alive = False
     start = time.perf_counter()
     verdicts = ask(judge, *map(str, range(400)))
-    assert time.perf_counter() - start < 3
+    assert time.perf_counter() - start < 5
     assert len(verdicts) == 400 and verdicts.count(None) >= 380 and judge.failures["judge down"] > 300
     assert sum(judge.failures.values()) == verdicts.count(None) and judge.failures["timeout"] >= 4
-    sent = len(server.requests)
-    start = time.perf_counter()
     if not every:
-        assert ask(judge, *map(str, range(1, 9))) == [None] * 8 and len(server.requests) == sent + 1
-        assert time.perf_counter() - start < 1
+        judge.failures.clear()
+        assert ask(judge, *map(str, range(1, 9))) == [None] * 8
+        assert judge.failures == {"timeout": 1, "judge down": 7}
     alive = True
     release.set()
     assert ask(judge, *map(str, range(8))) == [1.0] * 8

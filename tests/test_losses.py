@@ -51,6 +51,25 @@ def test_mask_losses_are_per_row_then_mean(rows) -> None:
     torch.testing.assert_close(losses.mask_loss(deep, targets, COUNTS), 2 * (dice + 0.1 * bce))
 
 
+def test_rows_without_boxes_have_no_part_in_the_mask_loss(rows) -> None:
+    logits, targets = rows
+    first, its = logits[: COUNTS[0]], targets[: COUNTS[0]]
+    own = losses.mask_loss(logits, targets, COUNTS, boxed=[True, False])
+    torch.testing.assert_close(own, losses.mask_loss(first, its, COUNTS[:1]))
+    free = logits.clone().requires_grad_()
+    none = losses.mask_loss(torch.stack([free, free]), targets, COUNTS, boxed=[False, False])
+    none.backward()  # a batch without any has a loss, of nothing
+    assert none.item() == 0 and free.grad.abs().sum() == 0
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_equal_rewards_have_no_advantage_whatever_the_floor(scale) -> None:
+    group = torch.tensor([0, 0, 1, 1])
+    for rewards in ([1.0, 1, 0, 0], [1.0, 1, 0, 1], [1.0, 1, 1, 1]):
+        advantages, _ = losses.group_advantages(torch.tensor(rewards), group, None, scale, 0.0)
+        assert advantages.isfinite().all() and (advantages[:2] == 0).all()
+
+
 def test_perfect_masks_cost_nothing() -> None:
     targets = torch.tensor([True, False, False])
     assert losses.mask_loss(targets.float() * 200 - 100, targets, [3]).item() == pytest.approx(0.0, abs=1e-6)

@@ -258,10 +258,10 @@ def test_a_reference_is_a_letter_or_begins_with_one():
     "part", ["A ", "answer ", "A, ", "A or ", "not ", "A is ", " ", "<answer>", "1,000", "[", "答"]
 )
 def test_metrics_in_linear_time(part):
-    start = time.perf_counter()
+    start = time.process_time()
     for name in FOUND.keys() - {"anls"}:
         FOUND[name]("A" + part * 3000, ["1, 2, 3, 4"] * 10)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(

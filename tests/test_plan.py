@@ -98,9 +98,11 @@ def moment(name: str, *world: Any) -> memory.Peak:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("sight", ["one", "question"])
 @pytest.mark.parametrize("recipe", [[], ["loss.kl=0", "loss.pressure=0", "loss.mask=1", "loss.answer=1"]])
-def test_a_step_of_stage_1(dtype, batch, recipe):
-    cfg = load("conf/demo.yaml", f"backbone.dtype={dtype}", f"data.batch_size={batch}", *recipe)
+def test_a_step_of_stage_1(dtype, batch, sight, recipe):
+    sized = [f"backbone.dtype={dtype}", f"data.batch_size={batch}", f"pruner.options.sight={sight}"]
+    cfg = load("conf/demo.yaml", *sized, *recipe)
     module, inputs, model, size = world(cfg)
     with (saved := Saved(module)):
         loss = module.training_step(inputs, 0)

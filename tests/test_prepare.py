@@ -23,7 +23,9 @@ splits = ("train", "val")
 @dataclasses.dataclass
 class Options:
     count: int = option(23, "samples of train")
-    bad: int = option(-1, "this one is invalid")
+    bad: list[int] = option([], "these are invalid")
+    odd: str = option("odd", "a kind")
+    lost: int = option(-1, "this one cannot be read")
     twice: bool = option(False, "all keys are the same")
     crash: bool = option(False, "break down in the middle")
 
@@ -32,12 +34,15 @@ def samples(options, split, {parameters}):
     for i in range({range}):
         if options.crash and i == 5:
             raise RuntimeError("disk on fire")
+        if i == options.lost:
+            yield OSError("lost [/at] sea")
+            continue
         yield Sample(
             key="same" if options.twice else f"{{split}}-{{i}}",
-            question="" if i == options.bad else "how many?",
+            question="" if i in options.bad else "how many?",
             answers=(str(i),),
             images=[Image.new("RGB", (8, 6), (i, 2 * i, 3 * i))],
-            kind="even" if i % 2 == 0 else "odd",
+            kind="even" if i % 2 == 0 else options.odd,
         )
 '''
 
@@ -96,7 +101,7 @@ def test_parts_make_up_the_same_shards_for_any_number_of_them(tmp_path, source, 
         folder.mkdir()
         job = prepare.Job(source, options, "train", folder, 5, limit, "auto")
         tick = Mock()
-        entries = [entry for part in range(parts) for entry in job.write(part, parts, tick)]
+        entries = [entry for part in range(parts) for entry in job.write(part, parts, tick, Mock())]
         assert sum(entry["count"] for entry in entries) == tick.call_count == min(23, limit or 23)
         folders.append(content(folder))
     assert all(folder == folders[0] for folder in folders)
@@ -110,6 +115,38 @@ def test_workers_write_the_same_folder(tmp_path, source):
         prepare.main(argv)
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
     assert keys(tmp_path / "2", "train") == [f"train-{i}" for i in range(22)]
+
+
+@pytest.mark.parametrize("source", ["stream", "sliced"])
+def test_invalid_samples_are_left_out_counted_and_named(tmp_path, capsys, source):
+    """Here all of the second shard and more; with any number of workers."""
+    bad = [1, *range(4, 8), 9]
+    for workers in (1, 2, 3):
+        argv = [f"source={source}", f"out={tmp_path}/{workers}", "shard_size=4", f"workers={workers}", "splits=[train]"]
+        prepare.main([*argv, f"options.bad={bad}", "options.lost=10", f"max_invalid={len(bad) + 1}"])
+    assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "3")
+    assert keys(tmp_path / "1", "train") == [f"train-{i}" for i in range(23) if i not in (*bad, 10)]
+    manifest = json.loads((tmp_path / "1" / "manifest.json").read_text())["splits"]["train"]
+    assert [shard["count"] for shard in manifest["shards"]] == [3, 2, 4, 4, 3]
+    assert manifest["count"] == 16
+    why = "question must be a text that is not empty"
+    assert manifest["invalid"]["count"] == 7
+    assert manifest["invalid"]["reasons"] == {why: 6, "lost [/at] sea": 1}
+    assert manifest["invalid"]["first"][0] == f"train-1: {why}"
+    assert manifest["invalid"]["first"][-1] == "OSError: lost [/at] sea"
+    printed = " ".join(capsys.readouterr().out.split())
+    assert (
+        f"train: 7 invalid samples were left out (6 x {why}; 1 x lost [/at] sea), the first one train-1: {why}"
+        in printed
+    )
+
+
+def test_what_is_printed_is_never_markup(tmp_path, capsys):
+    odd = json.dumps("[/odd] \u202e")
+    prepare.main(["source=stream", f"out={tmp_path}/[/out]", f"options.odd={odd}", "splits=[val]"])
+    printed = capsys.readouterr().out
+    assert "[/odd] \\u202e 1" in printed
+    assert "[/out]" in printed
 
 
 def test_chosen_splits_options_and_image_format(tmp_path):
@@ -150,8 +187,14 @@ def test_a_folder_is_replaced_only_on_demand_and_only_if_it_is_ours(tmp_path, ca
         (["source=stream", "shard_size=0"], "shard_size: give 1 to 1000000, got 0"),
         (["source=stream", "image_format=gif"], "image_format: expected 'auto' | 'png' | 'jpg', got 'gif'"),
         (["source=stream", "splits=[]"], "splits is empty"),
-        (["source=stream", "options.bad=7"], "invalid sample 'train-7': question must be a text"),
-        (["source=stream", "options.bad=7", "workers=2"], "invalid sample 'train-7': question must be a text"),
+        (["source=stream", "options.bad=[7]", "max_invalid=0"], "an invalid sample 'train-7': question must be a text"),
+        (["source=stream", "options.bad=[7]", "max_invalid=0", "workers=2"], "invalid sample 'train-7': question must"),
+        (["source=stream", "options.bad=[1,2,3]", "max_invalid=2"], "more than max_invalid=2 invalid samples, such as"),
+        (
+            ["source=stream", "options.bad=[0,9,19]", "max_invalid=2", "workers=3"],
+            "more than max_invalid=2 invalid sam",
+        ),
+        (["source=stream", "options.count=2", "options.bad=[0,1]"], "all 2 samples of split 'train' are invalid, the"),
         (["source=stream", "options.twice=true"], "1 keys stand more than once, such as 'same'"),
         (["source=stream", "options.count=0"], "no samples for split 'train'"),
         ([], "missing mandatory key 'source'"),

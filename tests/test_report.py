@@ -215,3 +215,13 @@ def test_rows_of_older_evaluations_have_fewer_columns(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps(rows))
     report.main([f"folder={tmp_path}", "plot=false"])
     assert markdown_tables((tmp_path / "report.md").read_text())[0][2] == ["all", "none", "90.0%", "32"]
+
+
+def test_the_table_shows_what_comes_from_data_as_text(capsys):
+    hostile = "[/counting] \x1b[31m\ud800\nend"
+    report.print_table([{"kind": hostile, "method": "none", "accuracy": 0.5}])
+    printed = capsys.readouterr().out
+    assert "[/counting] \\x1b[31m\\ud800\\nend" in printed
+    assert "\x1b[31m" not in printed
+    assert len(report.markdown_table([{"kind": "a\nb | c", "method": "x" * 5000}]).splitlines()) == 3
+    assert "\\x1b" in report.say_summary({"kinds": ["\x1b[2J"], "methods": {}})

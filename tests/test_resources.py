@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 from glimpseprune import checkpoint, config, preflight, resources
@@ -86,6 +85,7 @@ def test_the_wheel_brings_it(tmp_path):
         there = {str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*") if file.is_file()}
         found = {str(file.relative_to(shipped)) for file in (shipped / folder).rglob("*") if file.is_file()}
         assert there and there == found
+    assert (site / "glimpseprune" / "py.typed").is_file()
     assert wheel.stat().st_size < 2**23
     command = [sys.executable, "-m", "glimpseprune", "plan", "conf/stage1.yaml", "conf/backbones/tiny.yaml"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(site)}
@@ -100,7 +100,7 @@ def saved_run(folder: Path, **values: str) -> dict:
     """A run's config with these places, saved, and as it stands in the file."""
     cfg = TrainConfig(out="-", backbone=BackboneOptions(path=values["backbone"]), init_from=values.get("init_from"))
     cfg.data.path = values.get("data", "no/data/here")
-    checkpoint.save(folder, cfg, {"a": torch.zeros(1)})
+    config.save(cfg, folder / "config.yaml")
     return yaml.safe_load((folder / "config.yaml").read_text())
 
 
@@ -111,11 +111,11 @@ def test_a_run_names_its_folders_from_where_it_lies(tmp_path, monkeypatch):
     run = Path("runs/second")
     said = saved_run(run, backbone="models/base", data=str(tmp_path / "project/data"), init_from="runs/first")
     assert said["backbone"]["path"] == "../../models/base" and said["data"]["path"] == "../../data"
-    assert said["init_from"] == "../first"
+    assert said["init_from"] == "../first" and said["seen"]["init_from"] == str(tmp_path / "project/runs/first")
     read = config.read(TrainConfig, run / "config.yaml")
     assert (read.backbone.path, read.data.path, read.init_from) == ("models/base", "data", "runs/first")
-    again = config.load(TrainConfig, [str(run / "config.yaml")])  # as the config of another training
-    assert again == read
+    again = config.load(TrainConfig, [str(run / "config.yaml"), "out=-"])  # the config of another training
+    assert (again.backbone, again.data, again.init_from) == (read.backbone, read.data, read.init_from)
     config.save(read, run / "config.yaml")
     assert yaml.safe_load((run / "config.yaml").read_text()) == said
 
@@ -142,9 +142,19 @@ def test_what_is_no_folder_of_this_machine_is_named_as_it_is(name, tmp_path, mon
     assert config.read(TrainConfig, tmp_path / "run" / "config.yaml").backbone.path == name
 
 
+def test_a_folder_that_holds_its_model_needs_nothing_else(tmp_path, monkeypatch):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for inside, text in ((".", "."), ("model", "./model")):
+        said = saved_run(tmp_path / "run", backbone=str(tmp_path / "run" / inside))
+        assert said["backbone"]["path"] == text and "seen" not in said
+        monkeypatch.chdir(tmp_path / "run" / "model")
+        read = config.read(TrainConfig, Path("../config.yaml"))
+        assert Path(read.backbone.path).resolve() == tmp_path / "run" / inside
+
+
 def test_what_is_shipped_goes_by_its_name(tmp_path):
     said = saved_run(tmp_path / "run", backbone=str(ROOT / BASE), init_from=str(resources.SHIPPED / PRUNER))
-    assert said["backbone"]["path"] == BASE and said["init_from"] == PRUNER
+    assert said["backbone"]["path"] == BASE and said["init_from"] == PRUNER and "seen" not in said
 
 
 def test_configs_of_older_runs_are_read_from_the_working_directory(tmp_path, monkeypatch):

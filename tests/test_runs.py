@@ -226,8 +226,11 @@ def test_how_a_run_was_started_is_neither_saved_nor_read_from_a_file(tmp_path, c
     text = (tmp_path / "config.yaml").read_text()
     assert not {"out", "resume", "overwrite"} & config.names(tmp_path / "config.yaml") and "/home/me" not in text
     assert config.read(TrainConfig, tmp_path / "config.yaml") == replace(CFG, out=str(tmp_path))
-    (tmp_path / "config.yaml").write_text(f"{text}out: old\noverwrite: true\nresume: true\n")  # as it was once
+    (tmp_path / "config.yaml").write_text(f"{text}out: /old\noverwrite: true\nresume: true\n")  # as it was once
     assert config.read(TrainConfig, tmp_path / "config.yaml") == replace(CFG, out=str(tmp_path))
+    config.save(replace(cfg, out="old"), tmp_path / "config.yaml")  # a relative one leads nowhere else
+    assert config.read(TrainConfig, tmp_path / "config.yaml") == replace(CFG, out="old")
+    (tmp_path / "config.yaml").write_text(f"{text}out: old\noverwrite: true\nresume: true\n")
     loaded = config.load(TrainConfig, [f"{tmp_path}/config.yaml"])
     assert loaded == replace(CFG, out="old") and capsys.readouterr().err.count("does not count") == 2
     assert config.load(TrainConfig, [f"{tmp_path}/config.yaml", "overwrite=true"]).overwrite

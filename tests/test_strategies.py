@@ -288,9 +288,14 @@ def test_devices_of_this_node(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert strategies.devices("auto", "auto") == strategies.devices("gpu", -1) == [f"cuda:{i}" for i in range(4)]
     assert strategies.devices("auto", "[2, 3]") == ["cuda:2", "cuda:3"] and strategies.devices("gpu", 1) == ["cuda:0"]
-    for wrong in ("two", "0", "-3"):
+    for wrong in ("two", "0", "-3", "5", "[2, 4]", "[1, 1]"):
         with pytest.raises(UserError, match="trainer.devices="):
             strategies.devices("gpu", wrong)
+    with pytest.raises(UserError, match="trainer.devices=99: there are .* processes at most"):
+        strategies.devices("cpu", "99")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="trainer.accelerator=gpu: there is no GPU"):
+        strategies.devices("gpu", "auto")
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)
     assert strategies.mine(["cuda:2", "cuda:3"]) == "cuda:2"

@@ -7,16 +7,18 @@ import math
 import os
 import shlex
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
 from conftest import TINY, picture
-from glimpseprune import checkpoint, evaluate, losses, train
+from glimpseprune import checkpoint, config, evaluate, losses, train
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator
@@ -190,6 +192,9 @@ def test_run_folder_holds_what_it_promises(world):
     kept = json.loads((run / "checkpoints" / "checkpoints.json").read_text())
     assert min((entry["score"], entry["step"]) for entry in kept.values())[1] == best
     assert checkpoint.load(run / "best").name == "glimpse"
+    for folder in (run, run / "best"):  # whose paths are relative to it
+        said = yaml.safe_load((folder / "config.yaml").read_text())
+        assert (folder / said["data"]["path"]).resolve() == Path(world["data"]).resolve()
 
 
 def test_tensorboard_has_pictures(world):
@@ -331,6 +336,44 @@ def test_summary_counts_the_kinds_that_need_the_tokens():
     assert summary["kinds"] == ["hard", "long"]
     assert summary["methods"]["glimpse"] == {"accuracy": 0.9, "kept": 0.5, "relative": round(0.9 / 0.95, 4)}
     assert evaluate.over_needing_kinds(rows[:4]) is None
+
+
+@pytest.mark.parametrize("stage, options", [("glimpse", ["loss.mask=1"]), ("grpo", ["grpo.masks=boxes"])])
+def test_what_goes_by_boxes_wants_some(stage, options, capsys):
+    cfg = config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", f"stage={stage}", "data.batch_size=2"])
+    boxed, without = [Sample("a", "?", ("b",), [], [[]])], [Sample("a", "?", ("b",), [])]
+    train.require_data(cfg, without * 4, processes=2)  # which does not go by them
+    cfg = config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", f"stage={stage}", *options])
+    with pytest.raises(UserError, match="goes by boxes, and none of 64 samples of data.path=d has any"):
+        train.require_data(cfg, without * 500, processes=1)
+    train.require_data(cfg, boxed * 500, processes=1)
+    assert capsys.readouterr().out == ""
+    train.require_data(cfg, without * 250 + boxed * 250, processes=1)
+    assert "note: 32 of 64 samples of data.path=d have boxes" in capsys.readouterr().out
+    with pytest.raises(UserError, match="data.batch_size=16 on 2 processes: data.path=d has 31 training samples"):
+        train.require_data(cfg, boxed * 31, processes=2)
+
+
+def test_several_nodes_are_not_waited_for_where_nobody_starts_them(monkeypatch):
+    cfg = config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", "trainer.nodes=2"])
+    for name in ("SLURM_STEP_ID", "MASTER_ADDR", "JSM_NAMESPACE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UserError, match="trainer.nodes=2: nobody starts the other nodes: use sbatch"):
+        train.require_launcher(cfg)
+    monkeypatch.setenv("MASTER_ADDR", "first")  # as torchrun has it
+    train.require_launcher(cfg)
+
+
+def test_a_teacher_that_knows_nothing_is_told_once():
+    module, _ = stage()
+    means = {"kl": 1.0, "keep_ratio": 0.5, "accuracy_full": 0.0}
+    with pytest.warns(UserWarning, match="val/accuracy_full is 0"):
+        module.summary(means)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module.summary(means)
+        stage()[0].summary(means | {"accuracy_full": 0.01})
+        stage(kl=0.0)[0].summary(means)
 
 
 def test_another_pruner_can_be_evaluated(world, tmp_path):

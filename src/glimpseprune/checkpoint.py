@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
-from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, resources, sharded
+from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, sharded
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
 from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
@@ -56,7 +57,7 @@ class GlimpsePrune:
     @property
     def options(self) -> dict[str, Any]:
         """Those of the pruner."""
-        return dict(vars(self.pruner.options))
+        return dict(vars(self.pruner.options)) if hasattr(self.pruner, "options") else {}  # "none" has none
 
     def __repr__(self) -> str:
         kind = type(self.backbone).__module__.rpartition(".")[2]
@@ -94,7 +95,8 @@ class GlimpsePrune:
             UserError: the pruner has no such option, or needs other weights for it.
         """
         merged = self.options | options
-        merged.pop("init_token", None)  # about the start of a training
+        if merged.pop("init_token", None) != self.options.get("init_token"):
+            raise UserError("init_token says where a training starts from: give it to one")
         if not is_learned(self.pruner):
             pruner = pruners.build(self.name, merged, self.backbone).to(self.device).eval()
         else:
@@ -118,18 +120,22 @@ class GlimpsePrune:
             UserError: a tensor of the prompt is missing, no such argument, or a value that it cannot have.
         """
         prompt = {name: inputs.pop(name) for name in self.backbone.prompt_keys if name in inputs}
-        if "input_ids" not in prompt:
+        if not isinstance(prompt.get("input_ids"), Tensor):
             raise UserError("generate takes what prepare returns, and has got no input_ids: generate(**inputs, ...)")
         options = {name: inputs.pop(name) for name in self.options if name in inputs}
         for name in inputs:
-            lookup.choose(name, {*GENERATION, *self.options}, "generate's arguments and the pruner's options")
+            lookup.choose(
+                name, {*GENERATION, *self.options}, f"the arguments of generate and the options of {self.name}"
+            )
         pruner = self.with_options(**options).pruner if options else self.pruner
         try:
             rollout = generate.generate(self.backbone, pruner, prompt, **inputs)
         except (ValueError, TypeError) as error:  # what transformers says of an argument
             if isinstance(error, UserError):
                 raise
-            raise UserError((str(error).strip().splitlines() or [type(error).__name__])[0]) from error
+            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            given = ", ".join(f"{name}={str(value)[:40]}" for name, value in inputs.items())
+            raise UserError(f"generate({given}): {said}") from error
         if self.processor is None:
             return rollout
         texts = self.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
@@ -178,10 +184,14 @@ def load(
     own = pruner is None and saved is not None
     method = saved.pruner if own else PrunerOptions("none") if pruner is None else pruner
     method = PrunerOptions(method) if isinstance(method, str) else method
+    for name, value, kind in (("pruner", method, PrunerOptions), ("lora", lora, LoraOptions | None)):
+        if not isinstance(value, kind):
+            raise UserError(f"{name}={value!r}: give {'a name, or ' * (name == 'pruner')}options.{name.title()}Options")
     if options:
         known = {item.name for item in fields(lookup.find("glimpseprune.pruners", method.name).Options)}
         for name in options:
-            lookup.choose(name, {*known, *inspect.signature(load).parameters} - {"options"}, "glimpseprune.load")
+            choices = {*known, *inspect.signature(load).parameters} - {"options"}
+            lookup.choose(name, choices, f"the arguments of load and the options of {method.name}")
         method = PrunerOptions(method.name, {**method.options, **options})
     pruners.options_of(method.name, method.options)  # a typo is answered before a model is loaded
     where = _backbone_options(backbone, saved, ckpt)
@@ -203,10 +213,12 @@ def load(
     if adapters is not None:
         from glimpseprune.lora import inject, is_adapter
 
+        found = [int(re.search(r"\blayers\.(\d+)\.", name)[1]) for name in tuned if is_adapter(name)]
+        if found and adapters.first_layer is None:  # where they are, whatever pruner is asked for
+            adapters = replace(adapters, first_layer=min(found))
         inject(model, adapters, module.stops[0].depth if module.stops else 0)
         wanted = {name for name, _ in model.model.named_parameters() if is_adapter(name)}
-        given = any(map(is_adapter, tuned))
-        if (missing := sorted(wanted - set(tuned))) and (given or not fresh):
+        if (missing := sorted(wanted - set(tuned))) and (found or not fresh):
             raise UserError(f"{_called(ckpt)}: tensor '{LVLM_PREFIX}{missing[0]}' of an adapter is missing (lora)")
     if tuned:
         restore_lvlm(model, tuned, str(ckpt))
@@ -357,9 +369,8 @@ def save(folder: str | Path, cfg: TrainConfig, tensors: Mapping[str, Tensor]) ->
     folder = Path(folder)
     config.save(cfg, folder / CONFIG)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    said = {"pruner": cfg.pruner.name, "backbone": cfg.backbone.path} | resources.places(asdict(cfg))
     with files.whole(folder / TRAINABLE) as partial:
-        save_file(weights, partial, metadata=said)
+        save_file(weights, partial, metadata={"pruner": cfg.pruner.name, "backbone": cfg.backbone.path})
 
 
 def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str, Tensor] | None]:
@@ -412,6 +423,7 @@ def _backbone_options(given: Any, saved: TrainConfig | None, ckpt: Any) -> Backb
     if isinstance(given, BackboneOptions):
         return given
     if given is not None:
+        hub.require_name(given)
         return BackboneOptions(path=str(given))
     if saved is None:
         raise UserError("load needs a checkpoint, or backbone=<folder or hub id>")

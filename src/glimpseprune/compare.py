@@ -20,6 +20,7 @@ from typing import Any
 
 from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
+from glimpseprune.legible import legible
 from glimpseprune.report import LEGEND, markdown_text
 from glimpseprune.results import Evaluated, difference, read
 
@@ -191,13 +192,13 @@ def print_table(rows: Sequence[Mapping[str, Any]], kind: str) -> None:
     from rich.text import Text
 
     headings, made = cells(rows)
-    table = Table(title=Text(f"evaluations side by side, kind of question: {kind}"))
+    table = Table(title=Text(legible(f"evaluations side by side, kind of question: {kind}")))
     for place, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="left" if place < 2 else "right", no_wrap=place > 0)
+        table.add_column(Text(legible(heading)), justify="left" if place < 2 else "right", no_wrap=place > 0)
     for place, row in enumerate(made):
         if row[0] and place:
             table.add_section()
-        table.add_row(*map(Text, row))  # never markup: what stands there comes from data
+        table.add_row(*(Text(legible(cell, 200)) for cell in row))  # no markup: it comes from data
     Console(width=Console(width=999).measure(table).maximum).print(table)  # as wide as it is, wherever it goes
 
 

@@ -34,6 +34,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from glimpseprune import files, notation, resources
+from glimpseprune.legible import legible
 from glimpseprune.notation import Plain, Unreadable
 
 __all__ = [
@@ -92,10 +93,11 @@ class Range:
         )
 
     def __str__(self) -> str:
-        if self.least is not None and self.most is not None:
-            return f"{self.least} to {self.most}"
-        words = {"at least": self.least, "above": self.above, "up to": self.most, "below": self.below}
-        return ", ".join(f"{word} {end}" for word, end in words.items() if end is not None) or "a finite number"
+        ends = (("at least", self.least), ("above", self.above), ("up to", self.most), ("below", self.below))
+        words = {word: int(end) if end == int(end) else end for word, end in ends if end is not None}
+        if words.keys() == {"at least", "up to"}:
+            return f"{words['at least']} to {words['up to']}"
+        return ", ".join(f"{word} {end}" for word, end in words.items()) or "a finite number"
 
 
 def option(
@@ -159,7 +161,13 @@ def load(schema: type[T], argv: Sequence[str], *, prog: str = "", doc: str = "",
         _merged(schema, layers)  # what is given has the types that are declared
         given = functools.reduce(_over, (layer for _, layer in layers), {})
         layers.insert(0, ("", under(_at_home(_settled(given, schema), ""))))
-    return _build(schema, layers)
+    made = _build(schema, layers)
+    if any("out" in layer for _, layer in layers):
+        try:
+            files.require_folder(made.out)
+        except OSError as error:
+            raise UserError(f"out: {files.said(error)}") from None
+    return made
 
 
 def _recipe(schema: type, file: str) -> dict[str, Any]:
@@ -167,7 +175,9 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
     layer = _read_yaml(Path(resources.find(_at_home(file, "config file"))))
     spoken = [name for name in _of_a_start(schema) if get_type_hints(schema)[name] is bool]
     for name in spoken:
-        if _settled(layer.pop(name, False), bool) is True:
+        if not _is_truth(said := _settled(layer.pop(name, False), bool)):
+            raise UserError(f"{file}: {name}: expected bool, got {_show(said)}")
+        if said is True:
             print(f"note: {name}: true in {file} does not count: give {name}=true yourself", file=sys.stderr)
     return layer
 
@@ -175,17 +185,28 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
 def read(schema: type[T], path: str | Path) -> T:
     """An instance of ``schema`` from one YAML file that :func:`save` wrote; raises as :func:`load` does.
 
-    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder.
+    Keys of a ``START`` have their defaults, whatever an older file says; a mandatory one (``out``) is its folder, where
+    the file does not name another, by a relative path.
     """
     start = _of_a_start(schema)
-    layer = {name: value for name, value in _read_yaml(Path(path)).items() if name not in start}
+    layer = {
+        name: value
+        for name, value in _read_yaml(Path(path)).items()
+        if name not in start or _travels(start[name], value)
+    }
     here = {name: str(Path(path).parent) for name, item in start.items() if item.default == MISSING}
-    return _build(schema, [(f"{path}: ", layer), ("", here)])
+    return _build(schema, [("", here), (f"{path}: ", layer)])
 
 
 def names(path: str | Path) -> set[str]:
     """The keys that a YAML file has on top; raises as :func:`load`."""
     return set(_read_yaml(Path(path)))
+
+
+def _travels(item: Any, value: Any) -> bool:
+    """Whether what a start said is saved: a mandatory path that is relative, and means something elsewhere, too."""
+    text = str(getattr(value, "text", value))
+    return item.default == MISSING and not text.startswith(("/", "~"))
 
 
 def _of_a_start(schema: type) -> dict[str, Any]:
@@ -269,10 +290,12 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 
 
 def to_yaml(cfg: Any) -> str:
-    """A dataclass instance as YAML, without keys of a ``START``; ``read(type(cfg), file)`` gives it back, but for what
-    :func:`without_secrets` drops."""
+    """A dataclass instance as YAML, without keys of a ``START`` (but a relative ``out``); ``read(type(cfg), file)``
+    gives it back, but for what :func:`without_secrets` drops."""
     node = OmegaConf.structured(cfg)
-    node = OmegaConf.masked_copy(node, [key for key in node if key not in _of_a_start(type(cfg))])
+    start = _of_a_start(type(cfg))
+    said = [key for key in node if key not in start or _travels(start[key], getattr(cfg, key))]
+    node = OmegaConf.masked_copy(node, said)
     plain = OmegaConf.to_container(node)
     public = _public(plain)
     return OmegaConf.to_yaml(node if public == plain else OmegaConf.create(public))
@@ -328,6 +351,7 @@ def entry(schema: type[T], under: Under | None = None) -> Callable[[Callable[[T]
                 return main(load(schema, given, prog=prog, doc=doc, under=under))
 
         del run.__wrapped__  # its signature is ours, not that of main
+        run.schema = schema
         return run
 
     return decorate
@@ -402,7 +426,7 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
         raise SystemExit(128 + number) from None
     except UserError as error:
-        said = " ".join(str(error).splitlines())
+        said = str(error)
     except ModuleNotFoundError as error:
         package, extra = _extra(error)
         if extra is None:
@@ -411,12 +435,11 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
     except Exception as error:
         if (said := files.said(error)) is None:
             raise
-        said = " ".join(said.splitlines())
     else:
         return
     finally:
         _commands.pop()
-    print("error:", as_typed(said), file=sys.stderr)
+    print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -479,6 +502,8 @@ def _merged(schema: type, layers: Iterable[tuple[str, Mapping[str, Any]]], prefi
             if (retyped := _retyped(value, kind)) is not None:
                 raise UserError(f"{origin}{key}: expected a text, but YAML takes {_show(retyped)} for none: quote it")
             try:
+                if bool in _parts(kind) and not _is_truth(value):
+                    raise TypeError
                 OmegaConf.update(cfg, key.removeprefix(prefix), value, merge=True)
             except (OmegaConfBaseException, TypeError, ValueError, AssertionError, RecursionError):
                 raise UserError(f"{origin}{key}: expected {_kind_name(kind)}, got {_show(value)}") from None
@@ -565,6 +590,12 @@ def _retyped(value: Any, kind: Any) -> Any:
     return next((found for part in inner if (found := _retyped(part, item)) is not None), None)
 
 
+def _is_truth(value: Any) -> bool:
+    """Whether ``value`` says yes or no; OmegaConf takes any number for one."""
+    words = {"true", "false", "yes", "no", "on", "off", "y", "n", "0", "1"}
+    return value is None or str(value).lower() in words or "${" in str(value)
+
+
 def _renamed(schema: type) -> dict[str, str]:
     """Names that fields had before -> theirs."""
     return {item.metadata["was"]: item.name for item in fields(schema) if item.metadata.get("was")}
@@ -589,7 +620,7 @@ def _leaves(
         name = renamed.get(name, name)
         key = f"{prefix}{name}"
         if name not in hints:
-            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints))}")
+            raise UserError(f"{origin}unknown key '{key}': {_suggest(root, top, key, list(hints), renamed)}")
         section = _section(hints[name])
         if section and isinstance(value, Mapping):
             yield key, hints[name], {}  # opens a section that is null by default
@@ -620,7 +651,9 @@ def _keys(schema: type, prefix: str = "", defaults: Mapping | None = None) -> It
     defaults = defaults or OmegaConf.to_container(OmegaConf.structured(schema))
     for item in fields(schema):
         kind, default = hints[item.name], defaults[item.name]
-        yield f"{prefix}{item.name}", kind, default, item.metadata.get("help", "")
+        within = item.metadata.get("range", Range())
+        doc = [item.metadata.get("help", ""), *[str(within)] * (within != Range())]
+        yield f"{prefix}{item.name}", kind, default, "; ".join(filter(None, doc))
         if section := _section(kind):
             yield from _keys(section, f"{prefix}{item.name}.", default)
 
@@ -631,7 +664,7 @@ def _section(kind: Any) -> type | None:
     return found[0] if found and get_origin(kind) in (None, Union, types.UnionType) else None
 
 
-def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
+def _suggest(root: type, top: str, key: str, siblings: list[str], renamed: Mapping[str, str]) -> str:
     parent, _, name = key.rpartition(".")
     everywhere: dict[str, str] = {}  # the first key of each name
     for known, *_ in _keys(root):
@@ -640,11 +673,11 @@ def _suggest(root: type, top: str, key: str, siblings: list[str]) -> str:
     def close(names: Iterable[str], cutoff: float) -> list[str]:  # of names, without their sections, to this one
         return difflib.get_close_matches(name, names, 1, cutoff)
 
-    def here(name: str) -> str:
-        return f"{parent}.{name}" if parent else name
+    def here(cutoff: float) -> list[str]:
+        return [f"{parent}.{renamed.get(x, x)}".removeprefix(".") for x in close([*siblings, *renamed], cutoff)]
 
-    near = [here(x) for x in close(siblings, 0.8)] + [everywhere[x] for x in everywhere if x == name]
-    near += [here(x) for x in close(siblings, 0.6)] + [everywhere[x] for x in close(everywhere, 0.8)]
+    near = here(0.8) + [everywhere[x] for x in everywhere if x == name]
+    near += here(0.6) + [everywhere[x] for x in close(everywhere, 0.8)]
     return f"did you mean '{near[0]}'?" if near else f"valid here: {', '.join(siblings)}"
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from glimpseprune import config
+from glimpseprune import config, files
 from glimpseprune.config import START, UserError, option
+from glimpseprune.options import TrainConfig
 
 IMAGES = ["image_format=jpg", "workers=2"]
 HARD = ["options.size=476", "options.wear=0.1", "options.min_tags=12", "options.kinds=[number,pair]"]
@@ -37,6 +38,9 @@ class DemoConfig:
 @config.entry(DemoConfig)
 def main(cfg: DemoConfig) -> None:
     began = time.perf_counter()
+    recipe = "conf/demo_plus.yaml" if cfg.plus else "conf/demo.yaml"
+    config.load(TrainConfig, [recipe, "backbone.path=x", *cfg.overrides])  # what is wrong there is said at once
+    files.require_folder(cfg.data)
     if not cfg.plus:
         out = stage1(cfg, cfg.overwrite)
     else:

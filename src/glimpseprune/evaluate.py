@@ -40,7 +40,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,6 +163,7 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
 
     saved = checkpoint_config(cfg)
     plan = planned(cfg, saved)
+    require_device(cfg.device)
     dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
     with Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {}) as folder:
         processes.agree(folder.claim)
@@ -201,7 +201,7 @@ def answered(
     metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
     evaluation = Evaluation(cfg, methods, metrics, earlier.records)
     drawn = {method.name: cfg.samples for method in methods if method.listed and cfg.draws}
-    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed)
+    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed, [method.name for method in methods])
     scores.add(earlier.records, earlier.timings)
     skipped = 0
     for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
@@ -260,6 +260,8 @@ def check_methods(cfg: EvaluateConfig) -> None:
         raise UserError("methods and pruner say the same thing: give methods=[...] and options.<method>.<key>=...")
     if cfg.options and cfg.pruner.options:
         raise UserError("options and pruner.options say the same thing: give options.<method>.<key>=...")
+    if twice := sorted({name for name in cfg.controls if cfg.controls.count(name) > 1}):
+        raise UserError(f"controls: {twice[0]} is there twice")
     if twice := sorted({name for name in cfg.methods if cfg.methods.count(name) > 1}):
         raise UserError(f"methods: {twice[0]} is there twice: a row of the table is one method with one set of options")
     if unknown := [name for name in cfg.options if cfg.methods and name not in cfg.methods]:
@@ -310,6 +312,15 @@ def planned(cfg: EvaluateConfig, saved: TrainConfig) -> dict[str, dict[str, Any]
         plan[name] = {**saved.pruner.options, **given} if name == own else dict(given)
         config.merge_options(schema, plan[name], key)
     return plan
+
+
+def require_device(device: str) -> None:
+    """Raises UserError where there is no such GPU."""
+    import torch
+
+    there = torch.cuda.device_count()
+    if device.startswith("cuda") and int(device.partition(":")[2] or 0) >= there:
+        raise UserError(f"device={device}: torch {torch.__version__} can use {there} GPUs here: give auto or cpu")
 
 
 def require_fit(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Mapping[str, Any]]) -> None:
@@ -369,8 +380,9 @@ def chosen(
         if method.name in settings:
             method.options = settings[method.name]["options"]
             method.pruner = rebuilt(method, method.options)
-    boxes = processes.agree(lambda: any(s.boxes is not None for s in islice(dataset, cfg.data.batch_size)))
-    return line_up(cfg, model, methods, base, plus, boxes), settings
+    if "oracle" in plan and all(sample.boxes is None for sample in dataset):
+        raise UserError(f"methods: the oracle goes by boxes, and no sample of {saved.data.path} has any")
+    return line_up(cfg, model, methods, base, plus), settings
 
 
 def evaluated(
@@ -390,12 +402,12 @@ def evaluated(
 
 
 def line_up(
-    cfg: EvaluateConfig, model: GlimpsePrune, methods: Sequence[Method], base: Base, plus: bool, boxes: bool
+    cfg: EvaluateConfig, model: GlimpsePrune, methods: Sequence[Method], base: Base, plus: bool
 ) -> list[Method]:
     """All methods in the order in which they run: the ``methods`` that are asked for (and the first stage), controls.
 
     Those on the base come first, so that a batch is encoded once per backbone; ``random`` comes after the method whose
-    counts it takes. Without ``boxes`` there is no oracle.
+    counts it takes. The oracle has no row where no sample has boxes.
 
     Raises:
         UserError: ``none+`` where no language model was trained.
@@ -425,7 +437,7 @@ def line_up(
         *control("none+", "none", (model.backbone, nullcontext)),
         *listed,
         *behind("random", "random", follows=True),
-        *(behind("oracle", "oracle") if boxes else []),
+        *behind("oracle", "oracle"),
         *behind("zero", "random", keep=0.0, min_keep=0),
     ]
 

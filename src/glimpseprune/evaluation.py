@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import reduce
 from itertools import groupby
 from operator import or_
 from statistics import fmean, median
@@ -104,7 +104,11 @@ class Evaluation:
         keys = [sample.key for sample in inputs.samples if not sample.stands_in]
         new: list[Record] = []
         for _, group in groupby(self.methods, key=lambda method: id(method.backbone)):
-            methods = [method for method in group if any((method.name, key) not in self.done for key in keys)]
+            methods = [
+                method
+                for method in group
+                if any((method.name, s.key) not in self.done for s in inputs.samples if self.measures(method, s))
+            ]
             with torch.inference_mode():
                 for method, encoded, encoding in self.encodings(methods, inputs):
                     self.follow(method, inputs.samples)
@@ -116,6 +120,13 @@ class Evaluation:
                     new += made
         timings, self.timings = self.timings, []
         return new, timings
+
+    def measures(self, method: Method, sample: Sample) -> bool:
+        """Whether a method has a record of this sample: it is no stand-in, and has boxes where the method, or the one
+        that it follows, goes by them."""
+        if sample.stands_in or (sample.boxes is None and getattr(method.pruner, "wants_boxes", False)):
+            return False
+        return all(self.measures(other, sample) for other in self.methods if other.name == method.follows)
 
     def remember(self, records: Iterable[Record]) -> None:
         for record in records:
@@ -216,7 +227,7 @@ class Evaluation:
         looks = hasattr(method.pruner, "look")
         layouts = method.backbone.layouts(inputs.prompt) if looks else encoded.layouts
         for draw, sample in enumerate(asked):
-            if sample.stands_in:
+            if not self.measures(method, sample):
                 continue
             row = draw // times
             account = read(method.backbone, encoded, row, rollout.prefill, draw, layouts[row])
@@ -269,14 +280,25 @@ class Scores:
 
     Args:
         metrics: their names; the first one is the accuracy.
+        names: of the methods, in the order of the table.
         drawn: methods whose answers are drawn, k times per sample; they get ``pass_at_k``.
         bootstrap: resamplings behind the intervals; 0 leaves them out.
     """
 
-    def __init__(self, metrics: Sequence[str], drawn: Mapping[str, int], bootstrap: int = 0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        metrics: Sequence[str],
+        drawn: Mapping[str, int],
+        bootstrap: int = 0,
+        seed: int = 0,
+        names: Iterable[str] = (),
+    ) -> None:
         self.metrics, self.drawn, self.bootstrap, self.seed = metrics, drawn, bootstrap, seed
         self.samples: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
         self.timings: dict[str, list[Timing]] = defaultdict(list)
+        self.spreads: dict[frozenset[str], Spread | None] = {}
+        for name in names:
+            self.samples[name]
 
     def add(self, records: Iterable[Record], timings: Iterable[Timing] = ()) -> None:
         for record in records:
@@ -286,12 +308,10 @@ class Scores:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per method and kind of question, ``all`` first."""
-        spread = self.spread
         rows = []
         for kind, kinds in self.kinds().items():
             found = {name: self.of_kind(name, kinds) for name in self.samples}
-            base = mean_score(found["none"]) if found.get("none") else None
-            rows += [self.row(name, kind, kinds, found[name], base, spread) for name in self.samples if found[name]]
+            rows += [self.row(name, kind, kinds, list(found[name].values()), found) for name in found if found[name]]
         return rows
 
     def kinds(self) -> dict[str, list[str]]:
@@ -299,14 +319,17 @@ class Scores:
         found = sorted({draws[0]["kind"] for by_key in self.samples.values() for draws in by_key.values()})
         return {"all": found} | {kind: [kind] for kind in found if kind != "all"}
 
-    def of_kind(self, name: str, kinds: Sequence[str]) -> list[list[Record]]:
-        return [draws for draws in self.samples[name].values() if draws[0]["kind"] in kinds]
+    def of_kind(self, name: str, kinds: Sequence[str]) -> dict[str, list[Record]]:
+        return {key: draws for key, draws in self.samples[name].items() if draws[0]["kind"] in kinds}
 
     def row(
-        self, name: str, kind: str, kinds: list[str], samples: list[list[Record]], base: float | None, spread: Any
+        self, name: str, kind: str, kinds: list[str], samples: list[list[Record]], found: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Of the ``samples`` of one method, each with its draws; ``base``: mean score of the unpruned model."""
-        score = mean_score(samples)
+        """Of the ``samples`` of one method, each with its draws, beside those of all that were ``found``: it is
+        compared with the unpruned model on the samples that it has, which with the oracle may be some of all."""
+        score, spread = mean_score(samples), self.spread(name)
+        same = [found["none"][key] for key in found[name] if key in found["none"]] if "none" in found else []
+        base = mean_score(same) if same else None
         row: dict[str, Any] = {"method": name, "kind": kind, "accuracy": round(score, 4)}
         if spread is not None:
             row["accuracy_ci"] = spread.accuracy(name, kinds)
@@ -334,18 +357,20 @@ class Scores:
         found = {"time_to_first_token": round(median(t["seconds"] for t in timings), 4)} if timings else {}
         return found | ({"peak_bytes": max(peaks)} if peaks else {})
 
-    @cached_property
-    def spread(self) -> Spread | None:
-        """The methods' scores on resamplings of the samples that all of them answered; ask once all are there."""
-        by_key = self.samples.values()
-        keys = sorted(key for key in next(iter(by_key), ()) if all(key in answered for answered in by_key))
-        if not keys or not self.bootstrap:
-            return None
+    def spread(self, name: str) -> Spread | None:
+        """The scores of all methods that answered the samples of this one, on resamplings of these; ask once all are
+        there."""
+        keys = frozenset(self.samples[name])
+        if keys not in self.spreads:
+            self.spreads[keys] = self.resampled(sorted(keys)) if self.bootstrap and keys else None
+        return self.spreads[keys]
+
+    def resampled(self, keys: Sequence[str]) -> Spread:
         import torch
 
         from glimpseprune.intervals import resampled
 
-        names = list(self.samples)
+        names = [name for name, answered in self.samples.items() if all(key in answered for key in keys)]
         kinds = self.kinds()["all"]
         scores = [[fmean(r["score"] for r in self.samples[name][key]) for name in names] for key in keys]
         of = [kinds.index(self.samples[names[0]][key][0]["kind"]) for key in keys]
@@ -357,9 +382,9 @@ class Scores:
         found = over_needing_kinds(rows)
         for name, scores in found["methods"].items() if found else ():
             scores["difference"] = round(scores["accuracy"] - found["methods"]["none"]["accuracy"], 4)
-            if self.spread is not None:
-                scores["accuracy_ci"] = self.spread.accuracy(name, found["kinds"])
-                scores["difference_ci"] = self.spread.difference(name, "none", found["kinds"])
+            if (spread := self.spread(name)) is not None:
+                scores["accuracy_ci"] = spread.accuracy(name, found["kinds"])
+                scores["difference_ci"] = spread.difference(name, "none", found["kinds"])
         return found
 
 
@@ -415,6 +440,8 @@ def over_needing_kinds(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     means: dict[str, dict[str, float]] = {}
     for method in dict.fromkeys(method for method, _ in by):
+        if any(by.get((method, kind), {}).get("n") != by["none", kind]["n"] for kind in kinds):
+            continue  # the oracle, where some samples have no boxes: nothing to compare with the others
         chosen = [by[method, kind] for kind in kinds]
         total = sum(row["n"] for row in chosen)
         keys = [key for key in ("accuracy", "kept", *COSTS) if all(key in row for row in chosen)]

@@ -118,6 +118,15 @@ def growing(path: str | Path, start: str = "") -> IO[str]:
     return opened
 
 
+def require_folder(path: str | Path) -> None:
+    """Raises OSError where no folder could be made, or written to, at ``path``. Changes nothing."""
+    place = resolved(path)
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+
+
 @contextmanager
 def folder(path: str | Path) -> Iterator[Path]:
     """A hidden folder beside ``path`` to write into, which takes its place when the block has ended well.

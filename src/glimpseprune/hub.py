@@ -28,7 +28,7 @@ def is_id(name: str | Path) -> bool:
     """Whether ``name`` can only be a repository of the hub: owner/name, and nothing that begins so is here."""
     part = r"[A-Za-z0-9_-][A-Za-z0-9._-]*"
     owner, _, _ = str(name).partition("/")
-    shaped = isinstance(name, str) and re.fullmatch(f"{part}/{part}", name)
+    shaped = re.fullmatch(f"{part}/{part}", str(name))
     return bool(shaped) and owner not in LOCAL and not resources.there(name) and not resources.there(owner)
 
 
@@ -39,6 +39,7 @@ def folder(name: str | Path, wanted: Sequence[str] = ALL, download: bool = True)
     Raises:
         UserError: none of them; it says where was looked.
     """
+    require_name(name)
     found = Path(resources.find(name))
     try:
         if found.is_dir():
@@ -49,10 +50,16 @@ def folder(name: str | Path, wanted: Sequence[str] = ALL, download: bool = True)
         raise UserError(f"'{name}' is a file: give the folder that it is in")
     if not is_id(name):
         owner = str(name).partition("/")[0]
-        beside = str(name).count("/") == 1 and resources.there(owner)
+        beside = owner and str(name).count("/") == 1 and resources.there(owner)
         hint = f"; '{owner}' is a folder here, so the hub is not asked" if beside else ""
         raise UserError(f"no checkpoint at '{name}': there is no such folder (seen from {Path.cwd()}){hint}")
     return _downloaded(str(name), wanted, download)
+
+
+def require_name(name: object) -> None:
+    """Raise UserError unless it is something that could name a checkpoint."""
+    if not isinstance(name, (str, os.PathLike)) or not str(name):
+        raise UserError(f"a checkpoint is a folder or the id of a hub repository, not {name!r}")
 
 
 def _downloaded(name: str, wanted: Sequence[str], download: bool) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 
-__all__ = ["legible"]
+__all__ = ["legible", "surrogate"]
 
 SHOWN = 2000  # most characters of one text
 _HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control, format, surrogate, private use, ends of lines
@@ -23,6 +23,16 @@ def legible(text: object, most: int = SHOWN) -> str:
     if cut.isprintable():
         return cut
     return "".join(map(_shown, cut))
+
+
+def surrogate(text: str) -> str:
+    """The first half of a surrogate pair, which no encoding has and so no tokenizer takes, by its number; empty where
+    there is none."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        return ascii(text[error.start])
+    return ""
 
 
 def _shown(mark: str) -> str:

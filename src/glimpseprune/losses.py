@@ -36,20 +36,28 @@ def bce(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> Tensor:
 
 
 def mask_loss(
-    logits: Tensor, targets: Tensor, counts: Sequence[int], dice: float = 1.0, bce: float = 0.1, eps: float = 1e-6
+    logits: Tensor,
+    targets: Tensor,
+    counts: Sequence[int],
+    dice: float = 1.0,
+    bce: float = 0.1,
+    eps: float = 1e-6,
+    boxed: Sequence[bool] | None = None,
 ) -> Tensor:
     """The published recipe's loss against box targets [N], its terms weighted by ``dice`` and ``bce``.
 
-    logits [N], or [outputs, N] under deep supervision, where the losses of all outputs are added.
+    logits [N], or [outputs, N] under deep supervision, where the losses of all outputs are added. Rows that are not
+    ``boxed`` have no part in it, for nobody has said what they should keep; 0 where none is.
     """
     if logits.ndim == 2:
-        return torch.stack([mask_loss(row, targets, counts, dice, bce, eps) for row in logits]).sum()
+        return torch.stack([mask_loss(row, targets, counts, dice, bce, eps, boxed) for row in logits]).sum()
     losses = []
-    for x, t in zip(logits.float().split(list(counts)), targets.float().split(list(counts))):
-        p = x.sigmoid()
-        overlap = 1 - (2 * (p * t).sum() + eps) / (p.sum() + t.sum() + eps)
-        losses.append(dice * overlap + bce * F.binary_cross_entropy_with_logits(x, t))
-    return torch.stack(losses).mean()
+    for row, (x, t) in enumerate(zip(logits.float().split(list(counts)), targets.float().split(list(counts)))):
+        if boxed is None or boxed[row]:
+            p = x.sigmoid()
+            overlap = 1 - (2 * (p * t).sum() + eps) / (p.sum() + t.sum() + eps)
+            losses.append(dice * overlap + bce * F.binary_cross_entropy_with_logits(x, t))
+    return torch.stack(losses).mean() if losses else 0 * logits.float().sum()
 
 
 def pressure(gate: Tensor, counts: Sequence[int], kind: str = "mean", target: float = 0.0) -> Tensor:
@@ -108,7 +116,7 @@ def group_advantages(
     std = (total(centred**2) / (count - 1).clamp(min=1)).sqrt()
     if scale != "none":
         by = std[group] if scale == "group" else rewards[valid].std() if int(valid.sum()) > 1 else torch.zeros(())
-        centred = centred / (by + std_floor)
+        centred = centred / (by + std_floor).clamp(min=torch.finfo(torch.float64).tiny)  # equal ones stay 0
     return centred.float(), std.float()
 
 

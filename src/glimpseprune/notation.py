@@ -48,6 +48,14 @@ class Plain:
 class Loader(yaml.SafeLoader):
     """Composes nodes whose tags say what they are in this module's words."""
 
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
+        self.depth = getattr(self, "depth", -1) + 1
+        if self.depth > DEPTH:  # before the rest is read, whose time would grow with the square of it
+            raise yaml.YAMLError("nested too deeply")
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
     def resolve(self, kind: type, value: Any, implicit: Any) -> str:
         return "plain" if kind is yaml.ScalarNode and implicit[0] else "text" if kind is yaml.ScalarNode else "many"
 
@@ -82,8 +90,6 @@ def parse(text: str) -> Any:
         where = f"line {mark.line + 1}: " if mark else ""
         said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).partition("\n")[0]
         raise Unreadable(f"{where}not valid YAML: {said}") from None
-    except RecursionError:
-        raise Unreadable("not valid YAML: nested too deeply") from None
     return {} if node is None else _Reader().read(node)
 
 

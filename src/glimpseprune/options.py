@@ -14,8 +14,8 @@ from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, o
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64"]
-"""Lightning's, without those that need a package more."""
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32", "bf16", "16"]
+"""Lightning's, without float64 and those that need a package more."""
 LOGGERS = ("tensorboard", "csv", "wandb")
 PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
 PIXELS = 1 << 26
@@ -23,6 +23,11 @@ PIXELS = 1 << 26
 DEVICES = (
     r"auto|-1|[1-9]\d{0,3}|\[\s*\d{1,4}(\s*,\s*\d{1,4})*\s*\]|\d{1,4}(\s*,\s*\d{1,4})+|\d{1,4},",
     "auto, a number of devices, or a list such as [2,3]",
+)
+
+STRATEGIES = (
+    r"auto|ddp|zero[123]|zero3_offload|.+\.json",
+    "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed",
 )
 
 
@@ -80,6 +85,10 @@ class LossOptions:
     )
     dice: float = option(1.0, "weight of dice within the mask loss", least=0, most=1e6)
     bce: float = option(0.1, "weight of binary cross-entropy within the mask loss", least=0, most=1e6)
+
+    def __post_init__(self) -> None:
+        if not (self.kl or self.pressure or self.mask or self.answer):
+            raise UserError("loss: kl, pressure, mask and answer are all 0: there is nothing to train for")
 
 
 @dataclass
@@ -212,6 +221,20 @@ class WatchOptions:
     stall_minutes: float = option(
         30.0, "end a run in which nothing moves for so long, and name the rank; 0 = never", least=0, most=1e5
     )
+    overlap: float | None = option(
+        0.1,
+        "stage 1: say so when val/mask_overlap stays above this under the whole pressure; null = never",
+        least=0,
+        most=1,
+        role=FREE,
+    )
+    restarts: int = option(
+        0,
+        "stage 1: and begin anew with other weights, at most so many times, all steps again",
+        least=0,
+        most=100,
+        role=FREE,
+    )
 
 
 @dataclass
@@ -237,7 +260,7 @@ class TrainerOptions:
     devices: str = option("auto", "devices per node (under srun: one per task)", form=DEVICES, role=FREE)
     nodes: int = option(1, "nodes (under srun: those of the job)", least=1, most=4096, role=FREE)
     strategy: str = option(
-        "auto", "auto, ddp, zero1, zero2, zero3, zero3_offload, or a JSON file for DeepSpeed", role=FREE
+        "auto", "how processes share the work; a JSON file is for DeepSpeed", form=STRATEGIES, role=FREE
     )
     precision: Precision = option("32-true", "Lightning's precision")
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)

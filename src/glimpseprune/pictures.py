@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -35,8 +36,8 @@ def panel(sample: Sample, keeps: Sequence[Tensor], lines: Sequence[str]) -> Imag
     for tile, image, boxes in zip(tiles, sample.images, sample.boxes or [[] for _ in tiles]):
         (width, height), draw = shown_size(image), ImageDraw.Draw(tile)
         for x0, y0, x1, y1 in boxes:
-            left, right = _span(x0, x1, tile.width / width)
-            top, bottom = _span(y0, y1, tile.height / height)
+            left, right = _span(x0 * tile.width / width, x1 * tile.width / width, tile.width)
+            top, bottom = _span(y0 * tile.height / height, y1 * tile.height / height, tile.height)
             draw.rectangle((left, top, right, bottom), outline=BOX)
     height = max(tile.height for tile in tiles)
     page = Image.new("RGB", (sum(tile.width for tile in tiles), height + LINE * len(lines) + 6), "white")
@@ -50,9 +51,10 @@ def panel(sample: Sample, keeps: Sequence[Tensor], lines: Sequence[str]) -> Imag
     return page
 
 
-def _span(low: float, high: float, factor: float) -> tuple[float, float]:
-    """First and last pixel of an edge that may be thinner than one."""
-    return low * factor, max(low * factor, high * factor - 1)
+def _span(low: float, high: float, length: int) -> tuple[int, int]:
+    """First and last of ``length`` pixels that an edge covers, which may be thinner than one of them."""
+    first = min(int(low), length - 1)
+    return first, max(first, ceil(high) - 1)
 
 
 def grid(panels: Sequence[Image.Image], columns: int = 4) -> Image.Image:

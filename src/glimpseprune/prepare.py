@@ -3,6 +3,9 @@
 Reads the samples of a source (a file in glimpseprune/data/sources) split by split and writes WebDataset tars and a
 manifest. The folder appears under its name only when all of it is written. With ``workers`` each process writes every
 n-th shard; a shard's bytes depend on its samples alone, so any number of workers gives the same folder.
+
+A sample that no reader would take (:func:`.data.shards.check`) is left out; how many, which first and why is printed
+and stands in the manifest. More than ``max_invalid`` of them in a split are a fault of the source, and end it.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from glimpseprune import config, files, lookup, processes
 from glimpseprune.config import START, UserError, option
 from glimpseprune.data import shards
+from glimpseprune.legible import legible
 from glimpseprune.types import Sample
 
 SOURCES = "glimpseprune.data.sources"
@@ -39,6 +44,9 @@ class PrepareConfig:
     shard_size: int = option(512, "samples per shard", least=1, most=10**6)
     limit: int | None = option(None, "at most this many samples of each split", least=1, most=10**9)
     image_format: Literal["auto", "png", "jpg"] = option("auto", "auto keeps JPEG files JPEG, all else becomes PNG")
+    max_invalid: int = option(
+        100, "invalid samples of a split that are left out; one more ends it", least=0, most=10**9
+    )
     workers: int = option(1, "processes; the result does not depend on it", least=1, most=256)
     overwrite: bool = option(False, "replace a folder of shards that is already there", role=START)
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
@@ -55,6 +63,7 @@ class Job:
     shard_size: int
     limit: int | None
     image_format: str
+    max_invalid: int = 0
 
     def slices(self, part: int, parts: int) -> Iterator[tuple[int, Iterator[Sample]]]:
         """(shard number, its samples) for shards part, part + parts, ...; a slice past the end is empty."""
@@ -72,11 +81,24 @@ class Job:
                 position = stop
             number += parts
 
-    def write(self, part: int, parts: int, tick: Callable[[], None]) -> Iterator[dict[str, Any]]:
-        """Write this part's shards, giving the manifest's entry of each."""
+    def write(
+        self, part: int, parts: int, tick: Callable[[], None], another: Callable[[], int]
+    ) -> Iterator[dict[str, Any]]:
+        """Write this part's shards, giving the manifest's entry of each. ``another()`` counts one more invalid sample
+        of the split and says how many there are.
+
+        Raises:
+            UserError: there are too many.
+        """
+
+        def leave_out(said: str) -> None:
+            if another() > self.max_invalid:
+                more = f"more than max_invalid={self.max_invalid} invalid samples, such as" if self.max_invalid else ""
+                raise UserError(f"split '{self.split}': the source gave {more or 'an invalid sample'} {said}")
+
         for number, samples in self.slices(part, parts):
             path = self.folder / shards.shard_name(self.split, number)
-            entry = shards.write_shard(samples, path, image_format=self.image_format, tick=tick)
+            entry = shards.write_shard(samples, path, image_format=self.image_format, tick=tick, leave_out=leave_out)
             if entry is None:
                 return
             yield entry
@@ -88,11 +110,13 @@ def write_split(job: Job, workers: int, report: Callable[..., None] = lambda com
     ``report(completed=...)`` is called now and then with the number of samples written so far.
     """
     if workers == 1:
-        done = count(1)
-        return list(job.write(0, 1, lambda: report(completed=n) if (n := next(done)) % 32 == 0 else None))
+        done, invalid = count(1), count(1)
+        ticking = lambda: report(completed=n) if (n := next(done)) % 32 == 0 else None  # noqa: E731
+        return shards.close_up(job.folder, job.split, job.write(0, 1, ticking, lambda: next(invalid)))
     context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
-    total = context.Value("q", 0)
-    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(total, os.getpid())) as pool:
+    total, invalid = context.Value("q", 0), context.Value("q", 0)
+    sharing = (os.getpid(), total, invalid)
+    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=sharing) as pool:
         running = {pool.submit(_work, job, part, workers) for part in range(workers)}
         entries: list[dict[str, Any]] = []
         try:
@@ -105,29 +129,30 @@ def write_split(job: Job, workers: int, report: Callable[..., None] = lambda com
             for process in list((pool._processes or {}).values()):  # or the pool would wait until they are done
                 process.kill()
             raise
-    return sorted(entries, key=lambda entry: entry["name"])
+    return shards.close_up(job.folder, job.split, sorted(entries, key=lambda entry: entry["name"]))
 
 
-def _share(total: Any, parent: int) -> None:
-    global _total
-    _total = total
+def _share(parent: int, *counters: Any) -> None:
+    global _counters
+    _counters = counters
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     processes.serve(parent)
 
 
 def _work(job: Job, part: int, parts: int) -> list[dict[str, Any]]:
-    def tick() -> None:
-        with _total.get_lock():
-            _total.value += 1
+    def one_more(counter: Any) -> int:
+        with counter.get_lock():
+            counter.value += 1
+            return counter.value
 
-    return list(job.write(part, parts, tick))
+    return list(job.write(part, parts, *(partial(one_more, counter) for counter in _counters)))
 
 
 def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dict[str, Any]]:
     """Write the folder ``cfg.out``; returns what its manifest says of each split.
 
     Raises:
-        UserError: unknown source, split or option, a folder that must not be replaced, an invalid sample.
+        UserError: unknown source, split or option, a folder that must not be replaced, too many invalid samples.
     """
     config.check(cfg)
     source = lookup.find(SOURCES, cfg.source)
@@ -139,13 +164,20 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
         lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
     out = files.resolved(cfg.out)
     _check_free(out, cfg.overwrite)
-    bar = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    bar = (
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     entries: dict[str, dict[str, Any]] = {}
     # Progress without a thread of its own, which would be forked.
     with files.folder(out) as unfinished, Progress(*bar, console=console, auto_refresh=False) as progress:
         for split in splits:
             task = progress.add_task(split, total=cfg.limit)
-            job = Job(cfg.source, options, split, unfinished, cfg.shard_size, cfg.limit, cfg.image_format)
+            how = cfg.shard_size, cfg.limit, cfg.image_format, cfg.max_invalid
+            job = Job(cfg.source, options, split, unfinished, *how)
             written = write_split(job, cfg.workers, partial(progress.update, task, refresh=True))
             meta = {"source": cfg.source, "options": asdict(options)}
             entries[split] = entry = shards.write_manifest(unfinished, split, written, meta)
@@ -195,7 +227,7 @@ def _check_free(out: Path, overwrite: bool) -> None:
 def main(cfg: PrepareConfig) -> None:
     console = Console()
     entries = prepare(cfg, console)
-    table = Table(title=f"{cfg.source} -> {cfg.out}")
+    table = Table(title=Text(legible(f"{cfg.source} -> {cfg.out}"), "table.title"))
     for column, side in (
         ("split", "left"),
         ("samples", "right"),
@@ -207,5 +239,15 @@ def main(cfg: PrepareConfig) -> None:
     for split, entry in entries.items():
         kinds = ", ".join(f"{kind} {number}" for kind, number in entry["kinds"].items())
         size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
-        table.add_row(split, str(entry["count"]), kinds, str(len(entry["shards"])), f"{size:.1f}")
+        row = split, str(entry["count"]), kinds, str(len(entry["shards"])), f"{size:.1f}"
+        table.add_row(*(Text(legible(cell)) for cell in row))
     console.print(table)
+    for split, entry in entries.items():
+        if invalid := entry.get("invalid"):
+            console.print(Text(legible(f"{split}: {left_out(invalid)}")))
+
+
+def left_out(invalid: Mapping[str, Any]) -> str:
+    """What a manifest says of samples that were left out, as a sentence."""
+    reasons = "; ".join(f"{times} x {reason}" for reason, times in invalid["reasons"].items())
+    return f"{invalid['count']} invalid samples were left out ({reasons}), the first one {invalid['first'][0]}"

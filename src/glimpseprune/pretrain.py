@@ -13,6 +13,9 @@ from glimpseprune.tiny.config import PretrainConfig
 
 @config.entry(PretrainConfig)
 def main(cfg: PretrainConfig) -> None:
+    from glimpseprune.running import strategies
+
+    strategies.devices(cfg.accelerator, 1)
     with runs.Run(cfg.out) as run:
         require_room(cfg, run.out)
         run.claim()

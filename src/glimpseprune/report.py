@@ -20,6 +20,7 @@ from typing import Any
 
 from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
+from glimpseprune.legible import legible
 from glimpseprune.results import KEPT, PREDICTIONS, Evaluated, read, read_lines
 
 KEYS = set(
@@ -140,10 +141,10 @@ def print_table(rows: Sequence[Mapping[str, Any]], skipped: int = 0) -> None:
         title="accuracy and cost of pruned prefill" + (f" ({skipped} damaged samples skipped)" if skipped else "")
     )
     for place, heading in enumerate(headings):
-        table.add_column(Text(heading), justify="left" if place < 2 else "right", no_wrap=place > 0)
+        table.add_column(Text(legible(heading)), justify="left" if place < 2 else "right", no_wrap=place > 0)
     for group in groups:
         for row in group:
-            table.add_row(*map(Text, row))  # never markup: what stands there comes from data
+            table.add_row(*(Text(legible(cell, 200)) for cell in row))  # no markup: it comes from data
         table.add_section()
     Console(width=Console(width=999).measure(table).maximum).print(table)  # as wide as it is, wherever it goes
 
@@ -156,7 +157,7 @@ def say_cut(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def say_summary(summary: Mapping[str, Any]) -> str:
     """Lines on the kinds that need the tokens."""
-    said = [f"over the kinds that need the tokens ({', '.join(summary['kinds'])}):"]
+    said = [legible(f"over the kinds that need the tokens ({', '.join(summary['kinds'])}):")]
     for name, scores in summary["methods"].items():
         accuracy = percent(scores, "accuracy") + half(scores, "accuracy_ci")
         flops = "FLOPs: decoder {decoder_flops:.3f}, all {prefill_flops:.3f}".format(**scores)
@@ -193,7 +194,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def markdown_text(text: str) -> str:
     """Plain text for a cell of a table."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", legible(" ".join(text.split())))
 
 
 LEGEND = """\
@@ -242,7 +243,7 @@ def latex_text(text: str) -> str:
     marks |= {mark: f"\\{mark}" for mark in "&%$#_{}"} | {"<": r"\textless{}", ">": r"\textgreater{}"}
     marks |= {"±": r"$\pm$", "|": r"\textbar{}", '"': r"\textquotedbl{}"}
     marks |= {"[": "{[}", "]": "{]}"}  # behind the end of a row it would be an option
-    return "".join(marks.get(mark, mark) for mark in " ".join(text.split()))
+    return "".join(marks.get(mark, mark) for mark in legible(" ".join(text.split())))
 
 
 # ------------------------------------------------------------------------------------------------------------ pictures

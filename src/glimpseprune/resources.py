@@ -6,8 +6,8 @@ files. To ship more, link it there.
 
 A run's config.yaml names folders so that the run may be moved, and evaluated from anywhere: what is shipped by that
 name, others relative to the run folder, with a dot in front, and ids of the hub as they are. Names without a dot in
-front are those of the working directory, as older runs have them. Where a run was moved without its folders, the places
-that its weights remember are looked at last.
+front are those of the working directory, as older runs have them. For a run that is moved without its folders, the
+section ``seen`` remembers where they were, which is looked at last.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any
 SHIPPED = Path(__file__).with_name("shipped")
 CONFIG, TRAINABLE = "config.yaml", "trainable.safetensors"
 """Of a run folder."""
+SEEN = "seen"
+"""Section of config.yaml with the absolute paths of the folders that it names."""
 PLACES = ("backbone.path", "data.path", "init_from")
 """Keys of a run's config whose values are folders."""
 
@@ -48,73 +50,51 @@ def there(path: str | Path) -> bool:
 
 def stored(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """The ``values`` of a config as config.yaml of the run ``folder`` says them."""
-    values = copy.deepcopy(dict(values))
-    for section, key in _places(values):
-        section[key] = _stored(section[key], Path(folder).resolve())
-    return values
+    values, seen = copy.deepcopy(dict(values)), {}
+    for place, section, key in _places(values):
+        path = section[key]
+        if there(found := find(path)):
+            section[key], real = _stored(Path(found).resolve(), Path(folder).resolve())
+            seen |= {} if real is None else {place: real}
+    return values | ({SEEN: seen} if seen else {})
 
 
 def opened(values: Mapping[str, Any], folder: str | Path) -> dict[str, Any]:
     """The other way round: ``values`` that were read in the run ``folder``, for use in the working directory. What is
     not there stays as it is."""
     values, folder = copy.deepcopy(dict(values)), Path(folder).resolve()
-    for place, (section, key) in zip(PLACES, _places(values, every=True)):
-        text = section.get(key)
-        if not isinstance(text, str) or not text.startswith("."):
+    seen = values.pop(SEEN, {})
+    for place, section, key in _places(values):
+        text = section[key]
+        if not text.startswith("."):
             continue
-        found = Path(os.path.normpath(folder / text))
+        found = os.path.normpath(folder / text)
         if not there(found) and not there(text):
-            found = Path(remembered(folder).get(place, found))
+            found = str(seen.get(place, found) if isinstance(seen, dict) else found)
         if there(found):
-            section[key] = _shown(found)
+            section[key] = _shown(Path(found))
     return values
 
 
-def places(values: Mapping[str, Any]) -> dict[str, str]:
-    """The absolute places of the folders that a config names, of those that are there and not of the package."""
-    found = {}
-    for place, (section, key) in zip(PLACES, _places(values, every=True)):
-        text = section.get(key)
-        if isinstance(text, str) and there(path := find(text)) and _shipped(Path(path).resolve()) is None:
-            found[place] = str(Path(path).resolve())
-    return found
-
-
-def remembered(folder: Path) -> dict[str, str]:
-    """The :func:`places` that the weights of a run folder remember."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(folder / TRAINABLE, "np") as weights:
-            return weights.metadata() or {}
-    except (OSError, SafetensorError):  # which whoever needs the weights will say
-        return {}
-
-
-def _places(values: dict[str, Any], every: bool = False) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where the texts of PLACES stand; ``every``: also where there is none."""
+def _places(values: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Each of PLACES that is a text, with the mapping and the key where it stands."""
     for place in PLACES:
         section, _, key = place.rpartition(".")
         inside = values.get(section) if section else values
-        inside = inside if isinstance(inside, dict) else {}
-        if every or isinstance(inside.get(key), str):
-            yield inside, key
+        if isinstance(inside, dict) and isinstance(inside.get(key), str):
+            yield place, inside, key
 
 
-def _stored(text: str, folder: Path) -> str:
-    if not there(path := find(text)):
-        return text
-    real = Path(path).resolve()
-    if (name := _shipped(real)) is not None:
-        return name
-    relative = os.path.relpath(real, folder)
-    return relative if relative.startswith(".") else f"./{relative}"
-
-
-def _shipped(real: Path) -> str | None:
-    """What the package calls this folder, if it brings it."""
+def _stored(real: Path, folder: Path) -> tuple[str, str | None]:
+    """The name of a folder in the config of the run ``folder``, and where it is to be remembered, unless it travels
+    with the run or the package."""
     names = (entry for entry in SHIPPED.glob("*/*") if entry.is_dir() and entry.resolve() == real)
-    return next((str(entry.relative_to(SHIPPED)) for entry in names), None)
+    if (entry := next(names, None)) is not None:
+        return str(entry.relative_to(SHIPPED)), None
+    relative = os.path.relpath(real, folder)
+    if real.is_relative_to(folder):
+        return relative if relative == "." else f"./{relative}", None
+    return relative, str(real)
 
 
 def _shown(path: Path) -> str:

@@ -9,7 +9,7 @@ ckpt=<out>``) and started from (``init_from=<out>``).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,6 +19,11 @@ from glimpseprune import config, files, processes, resources, runs, training
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import make_missing
+from glimpseprune.types import Sample
+
+SAMPLES = 64
+"""Of the data, looked at for boxes before a training that goes by them."""
+INSTEAD = "give data with boxes, or conf/stage1.yaml, which needs none"
 
 
 def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -41,6 +46,7 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
 @config.entry(TrainConfig, inherited)
 def main(cfg: TrainConfig) -> None:
     training.require(cfg.stage)
+    require_launcher(cfg)
     with runs.Run(cfg.out) if is_first_process() else nullcontext() as run:
         fit(cfg, run)
 
@@ -60,7 +66,9 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
+    from glimpseprune.pruners import glimpse
     from glimpseprune.running import slurm, strategies
+    from glimpseprune.running.astray import Astray
     from glimpseprune.running.callbacks import Begin, GuardRails, RunFolder
     from glimpseprune.running.checkpoints import Checkpoints
     from glimpseprune.running.interrupts import Interrupts
@@ -77,6 +85,8 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     # Everything but the numbers: what is wrong with the options is said before a model is loaded.
     architecture = backbones.architecture(resources.find(cfg.backbone.path))
     outline = checkpoint.outline(architecture, cfg.backbone, cfg.pruner, cfg.lora)
+    if (token := cfg.pruner.options.get("init_token")) is not None:
+        glimpse.token_id(outline.backbone.load_processor(resources.find(cfg.backbone.path)), str(token))
     outline = stage(cfg, outline.backbone, outline.pruner)
     strategies.read(cfg.trainer.strategy)
     own = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}
@@ -98,6 +108,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         deepspeed=find_spec("deepspeed") is not None,
         trained=sum(p.numel() for p in outline.trainable()),
     )
+    require_data(cfg, data.datasets["train"], len(devices) * placement["num_nodes"])
     strategy = strategies.build(name, cfg.optim.clip)
     plugins = [*placement.pop("plugins", []), *([strategies.Direct()] if isinstance(strategy, str) else [])]
     weights = outline.backbone.lm_head.weight.dtype
@@ -107,6 +118,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
             "train: updates of weights in half precision would be rounded away: give backbone.dtype=float32 "
             "(and trainer.precision=bf16-mixed), or trainer.strategy=zero2"
         )
+    astray = Astray(cfg, strategy)
     if last is not None:
         require_same(cfg, last, len(devices) * placement["num_nodes"])
     checkpoints = Checkpoints(out, cfg.trainer.last_checkpoints, stage.best)
@@ -131,6 +143,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         logger=loggers(cfg.trainer.logger, out, again),
         callbacks=[
             Begin(cfg, run, anew=last is None),  # first of all
+            astray,
             Throughput(cfg.watch, cfg.trainer.log_every),
             Journal(out, cfg.trainer.max_steps, cfg.trainer.log_every),
             StopOnNonFinite(out, cfg.watch),
@@ -162,6 +175,34 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     strategies.leave()
     if trainer.is_global_zero:
         print(config.as_typed(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}"))
+
+
+def require_launcher(cfg: TrainConfig) -> None:
+    """Raises UserError where a training on several nodes was started on this one only, and would wait for the others
+    for ever. Who starts them all tells each who is the first: srun, torchrun, a person."""
+    if cfg.trainer.nodes > 1 and not {"SLURM_STEP_ID", "MASTER_ADDR", "JSM_NAMESPACE_RANK"} & set(os.environ):
+        raise UserError(
+            f"trainer.nodes={cfg.trainer.nodes}: nobody starts the other nodes: use sbatch slurm/stage1.sh, or on each "
+            f"node torchrun --nnodes={cfg.trainer.nodes} --rdzv-endpoint=<first node>:29500 -m src.train ..."
+        )
+
+
+def require_data(cfg: TrainConfig, dataset: Sequence[Sample], processes: int) -> None:
+    """Raises UserError where the training samples are too few for a step, or have no boxes where the loss is about
+    boxes; some that have none are no part of it, and a line says how many."""
+    key, size = f"data.path={cfg.data.path}", cfg.data.batch_size
+    if len(dataset) < size * processes:
+        raise UserError(f"data.batch_size={size} on {processes} processes: {key} has {len(dataset)} training samples")
+    needs = f"loss.mask={cfg.loss.mask:g}" if cfg.stage == "glimpse" and cfg.loss.mask else ""
+    needs = "grpo.masks=boxes" if cfg.stage == "grpo" and cfg.grpo.masks == "boxes" else needs
+    if not needs:
+        return
+    looked = [dataset[index] for index in sorted({len(dataset) * part // SAMPLES for part in range(SAMPLES)})]
+    boxed = sum(sample.boxes is not None for sample in looked)
+    if not boxed:
+        raise UserError(f"{needs} goes by boxes, and none of {len(looked)} samples of {key} has any: {INSTEAD}")
+    if boxed < len(looked) and is_first_process():
+        print(f"note: {boxed} of {len(looked)} samples of {key} have boxes; {needs} says nothing about the others")
 
 
 def is_first_process() -> bool:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+DERIVED = ("position_ids", "inv_freq")
+"""Ends of the names of what is in older files, but which a model makes by itself."""
+ONE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 
 def require_files(folder: str | Path) -> list[Path]:
@@ -32,6 +34,8 @@ def require_files(folder: str | Path) -> list[Path]:
         UserError: there are none, or one is missing, damaged or of another kind; the file and the tensor are named.
     """
     folder = Path(folder)
+    if (folder / ADAPTER).is_file():  # with which transformers would load the model that it names
+        raise UserError(f"'{folder}' holds adapters of PEFT ({ADAPTER}): merge them into their model first")
     if (folder / ONE).is_file():
         files = {ONE: set()}
     elif (folder / INDEX).is_file():
@@ -44,7 +48,7 @@ def require_files(folder: str | Path) -> list[Path]:
         there = header(folder / name)
         if gone := sorted(promised - set(there)):
             raise UserError(f"{folder / name}: tensor '{gone[0]}' is not in it, though {INDEX} says so")
-        if odd := next((tensor for tensor, kind in there.items() if kind not in FLOATS), None):
+        if odd := next((x for x, kind in there.items() if kind not in FLOATS and not x.endswith(DERIVED)), None):
             raise UserError(
                 f"{folder / name}: tensor '{odd}' is {there[odd]}: quantised weights are not supported, take the model "
                 "in bfloat16 or float16"

@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
-from glimpseprune import hub
+from glimpseprune import hub, resources
 from glimpseprune.backbones._lvlm import LVLM
 from glimpseprune.backbones._lvlm import dtype_of as dtype_of
 from glimpseprune.backbones._lvlm import require_attention as require_attention
@@ -114,6 +114,8 @@ def _config(folder: Path) -> dict[str, Any]:
         config = PreTrainedConfig.get_config_dict(str(folder))[0] if (folder / "config.json").is_file() else {}
     except Exception as error:  # what is no JSON, or not of the kind that it should be
         config, said = {}, f"config.json: {_line(error)}"
+    if not config and (folder / resources.CONFIG).is_file():
+        raise UserError(f"'{folder}' is a run folder, not a backbone: give it as ckpt")
     if not config:
         raise UserError(f"no checkpoint at '{folder}': {said}")
     if config.get("quantization_config"):

@@ -57,6 +57,8 @@ def picture(image: Any, where: str) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, (str, PathLike)):
+        if str(image).startswith(("http://", "https://")):
+            raise UserError(f"{where}: '{image}' is an address on the web: download it, and give the file")
         return _opened(Path(image).expanduser() if str(image)[:2] == "~/" else Path(image), where)
     if isinstance(image, Tensor):
         array = image.detach().cpu()
@@ -96,7 +98,7 @@ def _opened(path: Path, where: str) -> Image.Image:
         raise UserError(f"{where}: there is no file '{path}' (seen from {Path.cwd()})") from None
     except Exception as error:  # of the disk, or whatever a damaged file leads Pillow to
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{where}: '{path}' cannot be read as an image: {said}") from None
+        raise UserError(f"{where}: {str(path)!r} cannot be read as an image: {said}") from None
 
 
 def _drawn(array: np.ndarray, where: str, channels_first: bool = False) -> Image.Image:

@@ -8,9 +8,11 @@ the decoder, matrix shapes, published sizes, and a tiny random model for the tes
 
 from __future__ import annotations
 
+import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
@@ -27,11 +29,10 @@ from glimpseprune.backbones import _asked
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.images import shown
-from glimpseprune.types import Encoded, Layout, Needs
+from glimpseprune.legible import surrogate
+from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-DERIVED = ("position_ids", "inv_freq")
-"""Tensors in older files that a model makes by itself."""
 
 
 @dataclass
@@ -118,19 +119,20 @@ class LVLM(ABC):
             raise UserError(f"the tokenizer in '{path}' has no chat template (chat_template.jinja)")
         weights.require_files(path)
         try:
-            model, info = cls.model_class.from_pretrained(
-                path,
-                dtype=dtype,
-                attn_implementation=attn,
-                device_map=destination(device),
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are refused below
-                output_loading_info=True,
-            )
+            with silent("transformers.modeling_utils"):  # its report of what is refused below
+                model, info = cls.model_class.from_pretrained(
+                    path,
+                    dtype=dtype,
+                    attn_implementation=attn,
+                    device_map=destination(device),
+                    use_safetensors=True,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
         except (ValueError, TypeError, OSError) as error:
             raise UserError(f"'{path}' cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         require_complete(info, path)
-        weights.require_good((*model.named_parameters(), *model.named_buffers()), str(path))
+        weights.require_good(model.named_parameters(), str(path))
         return cls(model.to(device).eval().requires_grad_(False), processor)
 
     @classmethod
@@ -296,6 +298,10 @@ class LVLM(ABC):
             raise UserError(f"{left} more images than the prompts have places for")
         return result
 
+    def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
+        """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""
+        return [[grid for layout in row for grid in layout.grids] for row in self.layouts(prompt)]
+
     def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
         """Chat template, tokenizer and image processor: one prompt per question, its images first, left-padded.
 
@@ -314,7 +320,12 @@ class LVLM(ABC):
         """
         if self.processor is None:
             raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
+        if system is not None and not isinstance(system, str):
+            raise UserError(f"system: give a text, not {type(system).__name__}")
         questions, images = _asked.rows(questions, images)
+        for name, text in (("system prompt", system or ""), *(("question", question) for question in questions)):
+            if half := surrogate(text):
+                raise UserError(f"a {name} holds {half}, half of a surrogate pair")
         flat = [shown(picture).convert("RGB") for pictures in images for picture in pictures]
         try:
             seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
@@ -355,7 +366,8 @@ class LVLM(ABC):
     def _specials(self) -> re.Pattern[str]:
         """Any special token of the tokenizer, as a group."""
         tokens = {token.content for token in self.processor.tokenizer.added_tokens_decoder.values() if token.special}
-        return re.compile(f"({'|'.join(map(re.escape, sorted(tokens, key=len, reverse=True)))})")
+        known = sorted(filter(None, tokens), key=len, reverse=True)  # of two that begin alike, the longer one
+        return re.compile(f"({'|'.join(map(re.escape, known)) or '(?!)'})")
 
     def _quoting(self, question: str, pictures: int, system: str | None) -> list[int]:
         """As :meth:`_token_ids`, of texts that hold special tokens: only those of the template are what they look like.
@@ -418,6 +430,22 @@ def dtype_of(name: str | torch.dtype) -> str:
     return found
 
 
+@contextmanager
+def silent(name: str) -> Iterator[None]:
+    """While it lasts, the logger ``name`` says nothing but errors. Its level stays, by which transformers decides what
+    else to check."""
+    logger = logging.getLogger(name)
+
+    def grave(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(grave)
+    try:
+        yield
+    finally:
+        logger.removeFilter(grave)
+
+
 def require_complete(info: Mapping[str, Any], path: str | Path) -> None:
     """Raise UserError where a model and its files do not hold the same tensors. transformers, whose loading ``info``
     says so, would leave what is missing random, and only warn."""
@@ -428,7 +456,7 @@ def require_complete(info: Mapping[str, Any], path: str | Path) -> None:
         raise UserError(
             f"the checkpoint in '{path}': tensor '{name}' is {list(there)}, but its config.json says {list(wanted)}"
         )
-    if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(DERIVED)):
+    if more := sorted(name for name in info["unexpected_keys"] if not name.endswith(weights.DERIVED)):
         raise UserError(
             f"the checkpoint in '{path}' has {len(more)} tensors that the model of its config.json does not, such as "
             f"{more[0]}"

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from glimpseprune.config import UserError
 from glimpseprune.images import shown_size
+from glimpseprune.legible import surrogate
 from glimpseprune.types import Box, Inputs, Layout, Part, Sample
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ class Collator:
 
     def answer_ids(self, answer: str) -> Tensor:
         """[T] tokens of an answer, in which special tokens are text, and the end of turn."""
+        if half := surrogate(answer):
+            raise UserError(f"an answer holds {half}, half of a surrogate pair")
         ids = [*self.tokenizer(answer, add_special_tokens=False, split_special_tokens=True).input_ids, self.end]
         return torch.tensor(ids[: self.max_answer], dtype=torch.long)
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 
 from glimpseprune.config import UserError
+from glimpseprune.data.stream import Deal as Deal
 from glimpseprune.data.stream import ShardDataset, ShardLoader
 from glimpseprune.types import Sample
 

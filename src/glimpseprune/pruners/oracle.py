@@ -24,6 +24,8 @@ class Options:
 
 class Pruner(nn.Module):
     needs = Needs()
+    wants_boxes = True
+    """A sample without boxes is none to be measured on: its targets are all of its image."""
 
     def __init__(self, backbone: LVLM, options: Options) -> None:
         super().__init__()

@@ -21,9 +21,10 @@ from typing import Any
 
 import lightning as L
 
-from glimpseprune import files, runs
+from glimpseprune import config, files, runs
 from glimpseprune.checkpoint import CONFIG, TRAINABLE
 from glimpseprune.config import UserError
+from glimpseprune.options import TrainConfig
 from glimpseprune.running.callbacks import collapsed
 
 FOLDER, INDEX, BEST = "checkpoints", "checkpoints.json", "best"
@@ -74,8 +75,9 @@ class Checkpoints(L.Callback):
         file = self.save(trainer, None if score is None else float(score))
         if trainer.is_global_zero and _best(_read(self.folder), self.monitor[1]) == file.name:
             (self.out / BEST).mkdir(exist_ok=True)
-            for name in (CONFIG, TRAINABLE):
-                files.copy(self.out / name, self.out / BEST / name)
+            files.copy(self.out / TRAINABLE, self.out / BEST / TRAINABLE)
+            # Not copied: paths in it are relative to it.
+            config.save(config.read(TrainConfig, self.out / CONFIG), self.out / BEST / CONFIG)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         done = trainer.strategy.broadcast(_name(trainer.global_step) in _read(self.folder))

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from glimpseprune import files, sharded
 from glimpseprune.config import UserError
+from glimpseprune.legible import legible
 from glimpseprune.running.callbacks import collapsed
 
 METRICS = "metrics.jsonl"
@@ -81,7 +82,7 @@ class Board(TensorBoardLogger):
 
 def cell(text: str) -> str:
     """Text that stays in its cell of a Markdown table, whatever a model said."""
-    return html.escape(text, quote=False).replace("|", "\\|").replace("\n", " ")
+    return html.escape(legible(text.replace("\n", " ")), quote=False).replace("|", "\\|")
 
 
 def loggers(names: Sequence[str], out: Path, again: int | None) -> list[Logger]:
@@ -136,7 +137,7 @@ class Journal(L.Callback):
         due = self.seen == 0 or step // self.every > self.seen // self.every or step >= self.total
         values = rounded(trainer, ("train/", "perf/", "lr/"))
         if self.bar is not None:
-            self.bar.update(self.task, completed=step, said=say(values))
+            self.bar.update(self.task, total=self.total, completed=step, said=say(values))
         if due:
             self.write({"step": step} | values)
             if self.bar is None:

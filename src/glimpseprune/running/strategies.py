@@ -117,9 +117,11 @@ def devices(accelerator: str, wanted: int | str) -> list[str]:
     """The devices of this node that train, ``wanted`` as Lightning's Trainer reads it: auto, a number, a list.
 
     Raises:
-        UserError: it is none of these.
+        UserError: it is none of these, or there are no such devices; CPUs stand for no more than their cores.
     """
     cuda = accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+    if accelerator in ("gpu", "cuda") and not cuda:
+        raise UserError(f"accelerator={accelerator}: there is no GPU that torch {torch.__version__} can use")
     numbers = [int(number) for number in re.findall(r"-?\d+", str(wanted))]
     listed = "," in str(wanted) or "[" in str(wanted)
     if wanted == "auto" or numbers == [-1]:
@@ -128,6 +130,10 @@ def devices(accelerator: str, wanted: int | str) -> list[str]:
         raise UserError(f"trainer.devices={wanted}: give auto, a number of devices, or a list such as [2,3]")
     elif not listed:
         numbers = list(range(numbers[0]))
+    there = torch.cuda.device_count() if cuda else max(os.cpu_count() or 1, 8)
+    if len(set(numbers)) < len(numbers) or (max(numbers) if cuda else len(numbers) - 1) >= there:
+        what = f"GPUs, 0 to {there - 1}" if cuda else "processes at most on these CPUs"
+        raise UserError(f"trainer.devices={wanted}: there are {there} {what}, each once")
     return [f"cuda:{number}" if cuda else "cpu" for number in numbers]
 
 

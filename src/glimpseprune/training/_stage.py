@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from glimpseprune import decoder, lora, pruners
-from glimpseprune.config import UserError
+from glimpseprune.config import UserError, check
 from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
@@ -35,9 +35,12 @@ class StageModule(L.LightningModule):
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         super().__init__()
+        for section in ("loss", "grpo", "rewards", "guard", "optim"):  # of a config that was made in Python
+            check(getattr(config, section), f"{section}.")
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
         self.unpruned = pruners.build("none", {}, backbone)
+        self.origin = 0  # the step at which the training began, or began anew
         self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
         self.pictured: list[Inputs] = []
         self.sums: dict[str, tuple[float, int]] = {}
@@ -123,7 +126,7 @@ class StageModule(L.LightningModule):
     @property
     def progress(self) -> float:
         """Fraction of the optimiser steps that are done."""
-        return self.global_step / self.config.trainer.max_steps
+        return (self.global_step - self.origin) / self.config.trainer.max_steps
 
     # ----------------------------------------------------------------------------------------------- validation
 

@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from glimpseprune import decoder, losses
@@ -26,6 +28,13 @@ from glimpseprune.options import TrainConfig
 from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
 from glimpseprune.types import Encoded, Inputs, Prefill
+
+NO_TEACHER = (
+    "val/accuracy_full is 0: of the validation questions the unpruned model answers none as its reference says. What "
+    "stage 1 learns from it is what that model looks at while it errs: take a model or data with which "
+    "`python -m src.evaluate ... methods=[none]` scores, or train with loss.answer"
+)
+"""Where the teacher of the KL knows nothing of the user's task."""
 
 
 @dataclass
@@ -54,6 +63,7 @@ class GlimpseModule(StageModule):
         super().__init__(config, backbone, pruner)
         if "vision" in config.train:
             raise UserError("train: stage=glimpse leaves the vision tower as it is; train vision with stage=grpo")
+        self.told = False
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -74,7 +84,7 @@ class GlimpseModule(StageModule):
     def gate(self, shared: Shared, estimator: str) -> Gate:
         """The keep probabilities as weights of the prompt's columns [B, S]; text weighs 1."""
         visual = shared.state.visual
-        weight = torch.ones(visual.shape, device=visual.device)
+        weight = torch.ones(visual.shape, device=visual.device, dtype=torch.float32)  # also under bf16-true
         return Gate(weight.masked_scatter(visual, shared.logits[-1].float().sigmoid()), estimator)
 
     @property
@@ -110,8 +120,9 @@ class GlimpseModule(StageModule):
             terms["pressure"] = config.pressure * ramp, push
         targets = self.targets(inputs, shared.encoded.layouts)
         if config.mask:
-            boxed = losses.mask_loss(shared.logits, targets, counts, dice=config.dice, bce=config.bce)
-            terms["mask"] = config.mask, boxed
+            boxed = [sample.boxes is not None for sample in inputs.samples]
+            lies = losses.mask_loss(shared.logits, targets, counts, config.dice, config.bce, boxed=boxed)
+            terms["mask"] = config.mask, lies
         if config.answer:
             terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask) * share
         loss = sum(weight * value for weight, value in terms.values())
@@ -138,6 +149,14 @@ class GlimpseModule(StageModule):
             total += flops.of_sample(work, text, layouts, int(answer), self.estimator, int(looks))
         return total
 
+    def begin_anew(self, number: int) -> None:
+        """What trains of the pruner gets weights of an untrained one, others for each ``number``; on all ranks the
+        same."""
+        torch.manual_seed(int(np.random.SeedSequence((self.config.seed, number)).generate_state(1, np.uint64)[0]))
+        fresh = type(self.pruner)(self.backbone, self.pruner.options)
+        trained = {name: x for name, x in fresh.state_dict().items() if name.partition(".")[0] in self.config.train}
+        self.pruner.load_state_dict(trained, strict=False)
+
     # ----------------------------------------------------------------------------------------------- validation
 
     @torch.no_grad()
@@ -150,7 +169,7 @@ class GlimpseModule(StageModule):
         shared = self.share(inputs)
         ids, mask, counts = inputs.answer_ids, inputs.answer_mask, shared.counts
         keep = self.pruner.mask(shared.logits[-1], counts)
-        weight = torch.ones(shared.state.visual.shape, device=ids.device).masked_scatter(
+        weight = torch.ones(shared.state.visual.shape, device=ids.device, dtype=torch.float32).masked_scatter(
             shared.state.visual, keep.float()
         )
         full = self.answer_logits(shared.state, ids, mask)
@@ -173,6 +192,9 @@ class GlimpseModule(StageModule):
         config = self.config.loss
         if not {"kl", "keep_ratio"} <= means.keys():  # all samples stood in for damaged ones
             return {}
+        if config.kl and means.get("accuracy_full") == 0 and not self.told:
+            self.told = True
+            rank_zero_warn(NO_TEACHER)
         loss = config.kl * means["kl"] + config.pressure * max(0.0, means["keep_ratio"] - config.target)
         return {"loss": loss + config.mask * (1 - means.get("box_iou", 1.0))}
 

@@ -224,15 +224,15 @@ class GRPOModule(StageModule):
             return
         pending, self.pending = self.pending, []
         self.own_work_ends()
-        optimizer = self.optimizers()
+        optimizer, clip = self.optimizers(), self.config.optim.clip
         for iteration in range(self.config.grpo.num_iterations):
             alone = dist.is_initialized() and not self.is_sharded
             with self.trainer.strategy.block_backward_sync() if alone else nullcontext():
                 self.backward_all(pending, iteration)
             self.average_gradients()
             self.norm = super().gradient_norm()
-            if self.config.optim.clip and not self.is_sharded:  # DeepSpeed clips by itself
-                nn.utils.clip_grads_with_norm_(list(self.trainable()), self.config.optim.clip, self.norm)
+            if clip > 0 and not self.is_sharded:  # DeepSpeed clips by itself
+                nn.utils.clip_grads_with_norm_(list(self.trainable()), clip, self.norm)
             self.log("train/grad_norm", self.norm)
             optimizer.step()
             optimizer.zero_grad()

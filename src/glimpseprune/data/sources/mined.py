@@ -40,8 +40,8 @@ class Options:
     seed: int = option(0, "of the choice of those", least=0, most=SEEDS)
 
 
-def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
-    """Samples ``start`` to ``stop`` of a split, in the order of the folder; damaged ones are left out.
+def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample | Damage]:
+    """Samples ``start`` to ``stop`` of a split, in the order of the folder; the damage in place of damaged ones.
 
     Raises:
         UserError: there is no such folder, split or file, or the file says nothing of a question.
@@ -51,11 +51,12 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     return islice(_read(shards, chosen), start, stop)
 
 
-def _read(shards: Shards, chosen: set[str] | None) -> Iterator[Sample]:
+def _read(shards: Shards, chosen: set[str] | None) -> Iterator[Sample | Damage]:
     for index in range(len(shards)):
         try:
             sample = shards.read(index)
-        except Damage:
+        except Damage as damage:
+            yield damage
             continue
         if chosen is None or sample.key in chosen:
             yield sample
