@@ -85,6 +85,7 @@ def test_the_wheel_brings_it(tmp_path):
         there = {str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*") if file.is_file()}
         found = {str(file.relative_to(shipped)) for file in (shipped / folder).rglob("*") if file.is_file()}
         assert there and there == found
+    assert (site / "glimpseprune" / "py.typed").is_file()
     assert wheel.stat().st_size < 2**23
     command = [sys.executable, "-m", "glimpseprune", "plan", "conf/stage1.yaml", "conf/backbones/tiny.yaml"]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONPATH": str(site)}

@@ -76,6 +76,9 @@ def test_files_that_are_damaged_or_of_another_kind(tmp_path):
         assert "is the file complete?" in refused(tmp_path)
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 8\n")
     assert "git lfs pull" in refused(tmp_path)
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/name"}')
+    assert "holds adapters of PEFT" in refused(tmp_path)
+    (tmp_path / "adapter_config.json").unlink()
     for dtype, name in ((torch.int8, "I8"), (torch.int64, "I64"), (torch.bool, "BOOL"), (torch.float8_e4m3fn, "F8")):
         shards(tmp_path, model={"a": torch.zeros(1), "b": torch.zeros(1).to(dtype)})
         assert f"tensor 'b' is {name}" in refused(tmp_path)

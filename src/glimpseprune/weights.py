@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 DERIVED = ("position_ids", "inv_freq")
 """Ends of the names of what is in older files, but which a model makes by itself."""
-ONE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ONE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 
 
 def require_files(folder: str | Path) -> list[Path]:
@@ -34,6 +34,8 @@ def require_files(folder: str | Path) -> list[Path]:
         UserError: there are none, or one is missing, damaged or of another kind; the file and the tensor are named.
     """
     folder = Path(folder)
+    if (folder / ADAPTER).is_file():  # with which transformers would load the model that it names
+        raise UserError(f"'{folder}' holds adapters of PEFT ({ADAPTER}): merge them into their model first")
     if (folder / ONE).is_file():
         files = {ONE: set()}
     elif (folder / INDEX).is_file():
