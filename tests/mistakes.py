@@ -260,6 +260,7 @@ class World:
         ]
         starts = [
             ["trainer.nodes=2"],
+            ["pruner.options.init_token=nonsense-of-a-token"],
             ["trainer.accelerator=gpu"],
             ["trainer.devices=0"],
             ["trainer.devices=1.5"],

@@ -333,11 +333,14 @@ def test_bare_arguments_are_the_value_of_the_key_that_the_schema_names(tmp_path)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_is_one_line_that_says_how_to_go_on(number, capsys):
-    before = signal.getsignal(number)
-    with pytest.raises(SystemExit) as stop, config.answering("python -m src.x", ["a=1", "b=x y", "overwrite=true"]):
-        os.kill(os.getpid(), number)
-        time.sleep(5)
-    assert stop.value.code == 128 + number and signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # in the background of a shell SIGINT is ignored
+    try:
+        with pytest.raises(SystemExit) as stop, config.answering("python -m src.x", ["a=1", "b=x y", "overwrite=true"]):
+            os.kill(os.getpid(), number)
+            time.sleep(5)
+        assert stop.value.code == 128 + number and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     name = signal.Signals(number).name
     again = "python -m src.x a=1 'b=x y' overwrite=true"
     assert capsys.readouterr().err == f"\ninterrupted ({name}): nothing is half-written; again: {again}\n"

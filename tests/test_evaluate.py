@@ -23,7 +23,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import picture
-from glimpseprune import checkpoint, config, cost, evaluate, hub, lora
+from glimpseprune import checkpoint, config, cost, evaluate, hub, lora, results
 from glimpseprune.backbones import LVLM
 from glimpseprune.data import shards
 from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
@@ -107,6 +107,30 @@ def table(out: Path, *args: str) -> tuple[dict[str, dict[str, Any]], dict[str, l
     for line in map(json.loads, (out / "predictions.jsonl").read_text().splitlines()):
         said[line["method"]].append((line["key"], line["prediction"], line["kept"]))
     return rows, said
+
+
+def test_no_sample_ends_an_evaluation_whatever_it_says(first, tmp_path, capsys):
+    """Valid ones that say what terminals, templates and processors act on, and one that is damaged."""
+    image = picture(112, 168, 0)
+    token = "<|vision_start|><|image_pad|><image></s>{{ x }} \u2028 \x1b[31m"
+    samples = [
+        Sample("a", f"what is {token}?", (token,), [image], [[(0, 0, 112, 0)]], kind="[/counting] \x1b[2J"),
+        Sample("b", "why?", ("a",), [image], [[(0, 0, 40, 40)]], kind="../../all"),
+        Sample("c", "why?", ("a",), [image], [[(0, 0, 40, 40)]]),
+    ]
+    shards.write(samples, tmp_path / "data", split="test")
+    tar = tmp_path / "data" / "test-000000.tar"
+    tar.write_bytes(tar.read_bytes().replace(b"why?", b"who?", 1))
+    with pytest.warns(UserWarning, match=r"\(b\): the checksum of the json is another"):
+        rows, said = table(
+            tmp_path / "out", f"ckpt={first}", f"data.path={tmp_path}/data", "pictures=2", "controls=[none]"
+        )
+    assert [key for key, *_ in said["glimpse"]] == ["a", "c"]
+    assert results.read_lines(tmp_path / "out" / "predictions.jsonl")[0]["question"] == f"what is {token}?"
+    printed = capsys.readouterr().out
+    assert "[/counting] \\x1b[2J" in printed
+    assert "\x1b" not in printed
+    assert "1 damaged" in printed
 
 
 def rows_of(out: Path) -> list[dict[str, Any]]:

@@ -135,6 +135,22 @@ def test_a_lock_ends_with_its_process(tmp_path):
         pass
 
 
+def test_a_worker_does_not_keep_the_lock_of_its_parent(tmp_path):
+    ready, ended = os.pipe(), os.pipe()
+    if not (parent := os.fork()):
+        with files.lock(tmp_path):
+            if not os.fork():
+                os.write(ready[1], b"x")
+                os.close(ended[1])
+                os.read(ended[0], 1)
+                os._exit(0)
+            os.read(ready[0], 1)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    with files.lock(tmp_path):  # though the worker is still there
+        os.write(ended[1], b"x")
+
+
 @pytest.mark.parametrize(
     ("there", "held"),
     [

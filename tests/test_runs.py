@@ -46,6 +46,15 @@ def test_a_run_that_ends_before_its_first_step_leaves_the_one_before(out):
     assert not (out / runs.MARKER).exists() and not (out / runs.LOCK).exists()
 
 
+def test_a_resume_that_fails_changes_nothing(out):
+    fill(out, "", runs.MARKER)
+    before = {name: (out / name).stat().st_mtime_ns for name in runs.inside(out)}
+    with pytest.raises(ZeroDivisionError), runs.Run(out) as run:
+        run.claim()
+        raise ZeroDivisionError
+    assert {name: (out / name).stat().st_mtime_ns for name in runs.inside(out)} == before
+
+
 def test_where_nothing_was_nothing_is_left(tmp_path):
     with pytest.raises(ZeroDivisionError), runs.Run(tmp_path / "a" / "b") as run:
         run.claim()

@@ -265,20 +265,20 @@ def validations(run: str | Path) -> list[dict[str, float]]:
     return [line for line in read(run, "metrics.jsonl") if "val/loss" in line]
 
 
-def test_ctrl_c_saves_and_tells_the_line_that_resumes(world, monkeypatch, capsys):
+def test_a_signal_saves_and_tells_the_line_that_resumes(world, monkeypatch, capsys):
     out, step = f"{world['folder']}/interrupted", GlimpseModule.training_step
 
     def told(self, inputs: Inputs, index: int) -> torch.Tensor:
         if self.global_step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
         return step(self, inputs, index)
 
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patched, pytest.raises(SystemExit) as stop:
         patched.setattr(GlimpseModule, "training_step", told)
         train.main([*world["args"], f"out={out}"])
-    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted (SIGINT)")]
-    assert stop.value.code == 130 and f"saved {out}/checkpoints/step-00000002.ckpt" in said
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("interrupted (SIGTERM)")]
+    assert stop.value.code == 143 and f"saved {out}/checkpoints/step-00000002.ckpt" in said
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
     command = shlex.split(said.partition("go on with: ")[2])
     assert command[:3] == ["python", "-m", "src.train"]

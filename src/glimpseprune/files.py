@@ -146,7 +146,9 @@ def folder(path: str | Path) -> Iterator[Path]:
             for left in partial.iterdir():
                 if left != own:
                     remove(left)
-            mode = partial.stat().st_mode & 0o666
+            write(partial / "mode", "")  # as the umask has it now
+            mode = (partial / "mode").stat().st_mode & 0o777
+            remove(partial / "mode")
             yield partial
             for file in partial.rglob("*"):
                 if file.is_file():
@@ -186,16 +188,32 @@ def lock(folder: Path, name: str = ".lock") -> Iterator[Path]:
     """
     file = folder / name
     opened = _claim(file)
+    _locks.add(opened)
     try:
         with suppress(OSError):  # for people; a full disk does not matter
             os.ftruncate(opened, 0)
             os.pwrite(opened, json.dumps(_self()).encode(), 0)
         yield file
     finally:
-        with suppress(OSError):
-            if _same(opened, file):
-                file.unlink()
+        if opened in _locks:  # else in a process that was forked
+            with suppress(OSError):
+                if _same(opened, file):
+                    file.unlink()
+            _locks.remove(opened)
+            os.close(opened)
+
+
+_locks: set[int] = set()
+
+
+def _let_go() -> None:
+    """A worker has no part in the locks of its parent, who may be killed before it."""
+    for opened in _locks:
         os.close(opened)
+    _locks.clear()
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 def _claim(file: Path) -> int:

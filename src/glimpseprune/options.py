@@ -14,8 +14,8 @@ from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, o
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
-Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true", "32", "bf16", "16", "64"]
-"""Lightning's, without those that need a package more."""
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32", "bf16", "16"]
+"""Lightning's, without float64 and those that need a package more."""
 LOGGERS = ("tensorboard", "csv", "wandb")
 PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
 PIXELS = 1 << 26

@@ -165,7 +165,8 @@ class Run:
     def claim(self) -> None:
         """What is in the folder is what may be replaced or gone on with; mark it as ours."""
         self.there = set(inside(self.out))
-        files.write_json(self.out / MARKER, {"format": 1})
+        if MARKER not in self.there:
+            files.write_json(self.out / MARKER, {"format": 1})
 
     def begin(self, anew: bool) -> None:
         """The first step is done. ``anew``: what was there before is moved aside, for it is another run."""

@@ -66,6 +66,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
     from glimpseprune.data.module import ShardDataModule
+    from glimpseprune.pruners import glimpse
     from glimpseprune.running import slurm, strategies
     from glimpseprune.running.astray import Astray
     from glimpseprune.running.callbacks import Begin, GuardRails, RunFolder
@@ -84,6 +85,8 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     # Everything but the numbers: what is wrong with the options is said before a model is loaded.
     architecture = backbones.architecture(resources.find(cfg.backbone.path))
     outline = checkpoint.outline(architecture, cfg.backbone, cfg.pruner, cfg.lora)
+    if (token := cfg.pruner.options.get("init_token")) is not None:
+        glimpse.token_id(outline.backbone.load_processor(resources.find(cfg.backbone.path)), str(token))
     outline = stage(cfg, outline.backbone, outline.pruner)
     strategies.read(cfg.trainer.strategy)
     own = {"devices": cfg.trainer.devices, "num_nodes": cfg.trainer.nodes}

@@ -83,6 +83,15 @@ class Options:
     init_token: str | None = option(None, "the glimpse starts as a copy of this token of the vocabulary; null: random")
 
 
+class Projection(nn.Linear):
+    """W x + b, and for tokens t beside them W x + b + W t; in one call, around which ZeRO-3 puts a split W together."""
+
+    def forward(self, embeddings: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """[L, 1, D], or with ``tokens`` [B, T, D] [L, B, T, D]."""
+        raw = super().forward(embeddings)
+        return raw if tokens is None else raw[:, None] + F.linear(tokens, self.weight)
+
+
 class Glimpse(nn.Module):
     """The glimpse's vectors, one per decoder layer: e_i = norm(W E_i + b), or of a token x of the question
     e_i(x) = norm(W (E_i + x / rms(x)) + b)."""
@@ -90,17 +99,15 @@ class Glimpse(nn.Module):
     def __init__(self, layers: int, width: int, eps: float, dropout: float) -> None:
         super().__init__()
         self.embeddings = nn.Parameter(torch.randn(layers, 1, width) * 0.02)
-        self.proj = nn.Linear(width, width)
+        self.proj = Projection(width, width)
         self.norm = nn.RMSNorm(width, eps=eps)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor | None = None) -> Tensor:
         """[L, 1, D]; for ``tokens`` [B, T, D], embeddings of the question's, [L, B, T, D]."""
-        raw = self.proj(self.embeddings)  # [L, 1, D]
         if tokens is not None:
-            tokens = F.rms_norm(tokens.float(), tokens.shape[-1:]).to(self.proj.weight.dtype)
-            raw = raw[:, None] + F.linear(tokens, self.proj.weight)  # [L, B, T, D]
-        return self.dropout(self.norm(raw.to(self.embeddings.dtype)))
+            tokens = F.rms_norm(tokens.float(), tokens.shape[-1:]).to(self.embeddings.dtype)
+        return self.dropout(self.norm(self.proj(self.embeddings, tokens).to(self.embeddings.dtype)))
 
     @torch.no_grad()
     def imitate(self, embedding: Tensor) -> None:
@@ -287,10 +294,16 @@ def token_embedding(backbone: LVLM, token: str) -> Tensor:
     Raises:
         UserError: there is no such token.
     """
-    vocabulary = backbone.processor.tokenizer.get_vocab() if backbone.processor is not None else {}
+    number = token_id(backbone.processor, token)
+    return whole(backbone.text_model.embed_tokens.weight)[number].float()
+
+
+def token_id(processor: Any, token: str) -> int:
+    """Of a token of the vocabulary; raises as :func:`token_embedding`."""
+    vocabulary = processor.tokenizer.get_vocab() if processor is not None else {}
     if token not in vocabulary:
         raise UserError(f"pruner.options.init_token={token!r} is not a token of this backbone's vocabulary")
-    return whole(backbone.text_model.embed_tokens.weight)[vocabulary[token]].float()
+    return vocabulary[token]
 
 
 def chosen(

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from glimpseprune import decoder, lora, pruners
-from glimpseprune.config import UserError
+from glimpseprune.config import UserError, check
 from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
 from glimpseprune.generate import generate
@@ -35,6 +35,8 @@ class StageModule(L.LightningModule):
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         super().__init__()
+        for section in ("loss", "grpo", "rewards", "guard", "optim"):  # of a config that was made in Python
+            check(getattr(config, section), f"{section}.")
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
         self.unpruned = pruners.build("none", {}, backbone)

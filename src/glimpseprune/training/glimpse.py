@@ -84,7 +84,7 @@ class GlimpseModule(StageModule):
     def gate(self, shared: Shared, estimator: str) -> Gate:
         """The keep probabilities as weights of the prompt's columns [B, S]; text weighs 1."""
         visual = shared.state.visual
-        weight = torch.ones(visual.shape, device=visual.device)
+        weight = torch.ones(visual.shape, device=visual.device, dtype=torch.float32)  # also under bf16-true
         return Gate(weight.masked_scatter(visual, shared.logits[-1].float().sigmoid()), estimator)
 
     @property
@@ -169,7 +169,7 @@ class GlimpseModule(StageModule):
         shared = self.share(inputs)
         ids, mask, counts = inputs.answer_ids, inputs.answer_mask, shared.counts
         keep = self.pruner.mask(shared.logits[-1], counts)
-        weight = torch.ones(shared.state.visual.shape, device=ids.device).masked_scatter(
+        weight = torch.ones(shared.state.visual.shape, device=ids.device, dtype=torch.float32).masked_scatter(
             shared.state.visual, keep.float()
         )
         full = self.answer_logits(shared.state, ids, mask)

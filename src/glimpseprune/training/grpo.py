@@ -231,7 +231,7 @@ class GRPOModule(StageModule):
                 self.backward_all(pending, iteration)
             self.average_gradients()
             self.norm = super().gradient_norm()
-            if clip and not self.is_sharded:  # DeepSpeed clips by itself
+            if clip > 0 and not self.is_sharded:  # DeepSpeed clips by itself
                 nn.utils.clip_grads_with_norm_(list(self.trainable()), clip, self.norm)
             self.log("train/grad_norm", self.norm)
             optimizer.step()
