@@ -92,8 +92,8 @@ class StopOnNonFinite(L.Callback):
         raise UserError(
             f"stopped at step {step}: {reason}. The samples are in {reports[0]}{more}; neither weights nor "
             "checkpoints were changed. Start another run with a lower learning rate (optim.*_lr) or without these "
-            f"samples, from the last weights if you like (init_from={self.folder}); resume=true does the same again, but "
-            "for a fault of the machine"
+            f"samples, from the last weights if you like (init_from={self.folder}); resume=true only helps where "
+            "a machine was at fault"
         )
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
