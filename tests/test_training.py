@@ -417,8 +417,9 @@ def test_a_published_folder_can_be_evaluated(world, tmp_path):
         f"data.path={world['data']}",
     ]
     evaluate.main([*args, f"out={tmp_path / 'out'}", "data.workers=0", "max_new_tokens=6", "controls=[none]"])
+    one = "options.glimpse.sight=one"  # as published
     evaluate.main(
-        [f"ckpt={world['run']}", f"out={tmp_path / 'own'}", "data.workers=0", "max_new_tokens=6", "controls=[]"]
+        [f"ckpt={world['run']}", f"out={tmp_path / 'own'}", "data.workers=0", "max_new_tokens=6", "controls=[]", one]
     )
     theirs, own = (
         [line for line in read(tmp_path / name, "predictions.jsonl") if line["method"] == "glimpse"]
@@ -485,7 +486,7 @@ def test_a_typo_does_not_cost_the_run_it_would_overwrite(world, capsys, tmp_path
     args = [*world["args"], f"out={tmp_path}", "overwrite=true"]
     assert "threshold" in fails(train.main, [*args, "pruner.options.thresold=0.4"], capsys)
     assert "choices are glimpse, grpo" in fails(train.main, [*args, "stage=pretrain"], capsys)
-    assert "too few" in fails(train.main, [*args, "data.batch_size=1000"], capsys, after_loading=True)
+    assert "has 48 training samples" in fails(train.main, [*args, "data.batch_size=1000"], capsys, after_loading=True)
     assert (tmp_path / "trainable.safetensors").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "trainable.safetensors"]
 

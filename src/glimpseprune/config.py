@@ -207,7 +207,7 @@ def names(path: str | Path) -> set[str]:
 def _travels(item: Any, value: Any) -> bool:
     """Whether what a start said is saved: a mandatory path that is relative, and means something elsewhere, too."""
     text = str(getattr(value, "text", value))
-    return item.default == MISSING and not text.startswith(("/", "~"))
+    return item.default == MISSING and not text.startswith(("/", "~")) and text != ""
 
 
 def _of_a_start(schema: type) -> dict[str, Any]:

@@ -82,6 +82,15 @@ class Options:
     init_bias: float = option(0.0, "initial bias of the keep logits", least=-1e3, most=1e3)
     init_token: str | None = option(None, "the glimpse starts as a copy of this token of the vocabulary; null: random")
 
+    def __post_init__(self) -> None:
+        for name, choices in (("probe", PROBES), ("sight", SIGHTS)):
+            if (given := getattr(self, name)) not in choices:
+                raise UserError(f"pruner.options.{name}='{given}': choices are {', '.join(choices)}")
+        if self.sight == "question" and self.init_token is not None:
+            raise UserError(
+                "pruner.options.init_token: with sight=question the glimpse starts as the question; leave it out"
+            )
+
 
 class Projection(nn.Linear):
     """W x + b, and for tokens t beside them W x + b + W t; in one call, around which ZeRO-3 puts a split W together."""
@@ -380,12 +389,5 @@ def _check(options: Options, backbone: LVLM) -> None:
     last = min(options.prune_layer, backbone.num_layers - 1)
     if wrong := [layer for layer in options.probe_layers if not 0 <= layer <= last]:
         raise UserError(f"{where}probe_layers={wrong}: the glimpse runs through layers 0 to {last} (prune_layer)")
-    for name, choices in (("probe", PROBES), ("sight", SIGHTS)):
-        if (given := getattr(options, name)) not in choices:
-            raise UserError(f"{where}{name}='{given}': choices are {', '.join(choices)}")
-    if options.sight == "question" and options.init_token is not None:
-        raise UserError(
-            f"{where}init_token: with {where}sight=question the glimpse starts as the question; leave it out"
-        )
     if options.windowed and backbone.window is None:
         raise UserError(f"{where}windowed=true: this backbone's vision tower has no windows")
