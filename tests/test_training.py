@@ -417,10 +417,8 @@ def test_a_published_folder_can_be_evaluated(world, tmp_path):
         f"data.path={world['data']}",
     ]
     evaluate.main([*args, f"out={tmp_path / 'out'}", "data.workers=0", "max_new_tokens=6", "controls=[none]"])
-    one = "options.glimpse.sight=one"  # as published
-    evaluate.main(
-        [f"ckpt={world['run']}", f"out={tmp_path / 'own'}", "data.workers=0", "max_new_tokens=6", "controls=[]", one]
-    )
+    one = [f"ckpt={world['run']}", "pruner.options.sight=one"]  # as published; the run's is question
+    evaluate.main([*one, f"out={tmp_path / 'own'}", "data.workers=0", "max_new_tokens=6", "controls=[]"])
     theirs, own = (
         [line for line in read(tmp_path / name, "predictions.jsonl") if line["method"] == "glimpse"]
         for name in ("out", "own")
