@@ -564,16 +564,16 @@ def test_budgets_are_found_once(first, staged, tmp_path, capsys):
         (["max_new_tokens=5"], "max_new_tokens was 4, is 5"),
     ],
 )
-def test_an_earlier_evaluation_is_neither_mixed_nor_replaced(args, message, first, tmp_path, capsys):
+def test_an_earlier_evaluation_is_neither_mixed_nor_lost(args, message, first, tmp_path, capsys):
     scored(first, tmp_path, "controls=[none]")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     where = [f"ckpt={first}", f"out={tmp_path}", "controls=[none]", "data.workers=0", "bootstrap=20"]
-    error = refused(capsys, *where, "max_new_tokens=4", *args)
-    assert "resume=true" in error and "overwrite=true" in error and "out=" in error
     assert message in refused(capsys, *where, "max_new_tokens=4", "resume=true", *args)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-    scored(first, tmp_path, "controls=[none]", "overwrite=true", *args)
+    scored(first, tmp_path, "controls=[none]", *args)
     assert (tmp_path / "evaluation.yaml").read_bytes() != before["evaluation.yaml"]
+    aside = tmp_path / "earlier" / "1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == before
 
 
 def test_other_weights_under_the_same_name_are_another_evaluation(first, tmp_path, capsys):

@@ -28,8 +28,8 @@ here, which costs a little time to the first token; ``src.export`` merges them.
 times, their accuracy is the mean over the k, and ``pass_at_k`` is that of the best of them (at least one is right).
 
 Several processes (``torchrun --nproc-per-node 8 -m src.evaluate ...``, or srun) share the samples, a device each.
-``resume=true`` goes on with an evaluation that was interrupted: what is done is read again, but not run. An earlier
-evaluation in ``out`` is not replaced without ``overwrite=true``.
+``resume=true`` goes on with an evaluation that was interrupted: what is done is read again, but not run. A finished
+evaluation that is in ``out`` is kept in ``out/earlier/1`` and so on, or replaced with ``overwrite=true``.
 """
 
 from __future__ import annotations
@@ -225,6 +225,8 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
     if summary is not None:
         print(report.say_summary(summary))
     print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
+    if folder.aside is not None:
+        print(f"the evaluation that was there is kept in {folder.aside}")
     print(f"tables, plot and a page of them: python -m src.report {folder.out}")
     return rows
 
