@@ -1,5 +1,6 @@
 """Collation: answers, masks and box targets; on a backbone reduced to what collation uses, and on the real ones."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from conftest import TINY
 from glimpseprune.config import UserError
 from glimpseprune.data.collate import Collator, box_targets, sample_targets
+from glimpseprune.data.stream import PADDING, _collate
 from glimpseprune.types import Layout, Part, Sample
 
 CELL, IMAGE_TOKEN, PAD, END = 10, 1, 0, 2
@@ -17,7 +19,7 @@ CELL, IMAGE_TOKEN, PAD, END = 10, 1, 0, 2
 class Tokenizer:
     """One token per character."""
 
-    pad_token_id, eos_token_id = PAD, END
+    pad_token_id, eos_token_id, model_max_length = PAD, END, 40
 
     def __call__(self, text: str, add_special_tokens: bool, split_special_tokens: bool) -> SimpleNamespace:
         assert split_special_tokens and not add_special_tokens
@@ -177,12 +179,24 @@ def test_targets_are_the_cells_that_touch_a_box_in_every_part(name):
         ({"sizes": ()}, "sample 'bad': a prompt without an image; every question needs at least one"),
         ({"question": "what is <image> ?"}, "sample 'bad': prompt 0 has 13 image tokens, its images make 12"),
         ({"question": "break it"}, "sample 'bad': list index out of range"),
+        ({"question": "?" * 41}, "sample 'bad': its prompt has 41 tokens of text, more than the 40 of the tokenizer"),
     ],
 )
-def test_the_culprit_is_named(changes, message):
+def test_the_culprit_is_named_and_replaced(changes, message):
+    bad = sample("bad", **changes)
+    inputs = Collator(Backbone())([bad, sample("good"), bad, replace(sample("fine"), stands_in="x")])
+    assert [(s.key, s.stands_in) for s in inputs.samples] == [
+        ("good", message),
+        ("good", ""),
+        ("good", message),
+        ("fine", "x"),
+    ]
+    assert len(inputs.prompt["input_ids"]) == len(inputs.targets) == len(inputs.answer_ids) == 4
     with pytest.raises(UserError) as error:
-        Collator(Backbone())([sample("good"), sample("bad", **changes), sample("fine")])
+        Collator(Backbone())([bad, bad])
     assert str(error.value) == message
+    _, damages = _collate(Collator(Backbone()), [bad, sample("good"), replace(bad, stands_in=PADDING)])
+    assert damages == [message]
 
 
 @pytest.fixture(params=sorted(TINY))

@@ -126,7 +126,7 @@ class DryRun:
     def evaluate(self, cfg: Any) -> None:
         preflight.check_options(cfg)
         without = cfg.ckpt in (None, config.MISSING)
-        assert without or self.is_run(cfg.ckpt), f"ckpt={cfg.ckpt} was not trained"
+        assert without or self.is_run(cfg.ckpt) or self.is_hub_id(cfg.ckpt), f"ckpt={cfg.ckpt} was not trained"
         assert cfg.data.path is None or cfg.data.path in self.prepared, f"{cfg.data.path} was not prepared"
 
     def export(self, cfg: Any) -> None:
@@ -139,9 +139,11 @@ class DryRun:
     def is_run(self, path: str) -> bool:
         return (Path(resources.find(path)) / "config.yaml").is_file()
 
+    def is_hub_id(self, path: str) -> bool:
+        return bool(re.fullmatch(r"[\w-]+/[\w.-]+", path)) and path.split("/")[0] not in ("data", "runs", "conf")
+
     def backbone(self, path: str) -> None:
-        hub = re.fullmatch(r"[\w-]+/[\w.-]+", path) and path.split("/")[0] not in ("data", "runs", "conf")
-        assert hub or (Path(resources.find(path)) / "config.json").is_file(), path
+        assert self.is_hub_id(path) or (Path(resources.find(path)) / "config.json").is_file(), path
 
 
 @pytest.fixture

@@ -346,6 +346,25 @@ def test_a_signal_is_one_line_that_says_how_to_go_on(number, capsys):
     assert capsys.readouterr().err == f"\ninterrupted ({name}): nothing is half-written; again: {again}\n"
 
 
+def test_a_signal_that_a_library_makes_another_error_of_is_told_as_what_it_is(capsys):
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        with pytest.raises(SystemExit) as stop, config.answering("python -m src.x"):
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            except BaseException:
+                raise AttributeError("of None") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert (
+        stop.value.code == 143
+        and "interrupted (SIGTERM): nothing is half-written; again: python -m src.x" in capsys.readouterr().err
+    )
+    with config.answering("python -m src.x"):
+        assert not config.received()  # which was another command's
+
+
 def test_a_signal_that_is_ignored_stays_so(capsys):
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -126,5 +126,5 @@ def test_what_is_there_is_not_overwritten(taken, tmp_path, capsys):
     precious.write_text("here before")
     with pytest.raises(SystemExit):
         export.main(["ckpt=whatever", f"out={out}"])
-    assert "give another one" in capsys.readouterr().err
+    assert "give another" in capsys.readouterr().err
     assert precious.read_text() == "here before" and len(list(tmp_path.iterdir())) == 1

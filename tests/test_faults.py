@@ -161,7 +161,7 @@ def test_the_last_and_the_best_stay(whole):
 def test_best_stays_when_it_is_old(tmp_path):
     """Scores 3, 1, 2, 4: the second is the best of all, and of the others the last two stay."""
     callback = Checkpoints(tmp_path, last=2, monitor=("val/loss", "min"))
-    (tmp_path / "config.yaml").touch()
+    (tmp_path / "config.yaml").write_text("backbone: {path: b}\ndata: {path: d}\n")
     trainer = Saver()
     for step, score in enumerate([3.0, 1.0, 2.0, 4.0], start=1):
         trainer.global_step, trainer.callback_metrics = step, {"val/loss": torch.tensor(score)}

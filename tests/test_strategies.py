@@ -294,7 +294,7 @@ def test_devices_of_this_node(monkeypatch):
     with pytest.raises(UserError, match="trainer.devices=99: there are .* processes at most"):
         strategies.devices("cpu", "99")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="trainer.accelerator=gpu: there is no GPU"):
+    with pytest.raises(UserError, match="accelerator=gpu: there is no GPU"):
         strategies.devices("gpu", "auto")
     for name in ("LOCAL_RANK", "SLURM_LOCALID"):
         monkeypatch.delenv(name, raising=False)

@@ -484,7 +484,7 @@ def test_a_typo_does_not_cost_the_run_it_would_overwrite(world, capsys, tmp_path
     args = [*world["args"], f"out={tmp_path}", "overwrite=true"]
     assert "threshold" in fails(train.main, [*args, "pruner.options.thresold=0.4"], capsys)
     assert "choices are glimpse, grpo" in fails(train.main, [*args, "stage=pretrain"], capsys)
-    assert "too few" in fails(train.main, [*args, "data.batch_size=1000"], capsys, after_loading=True)
+    assert "has 48 training samples" in fails(train.main, [*args, "data.batch_size=1000"], capsys, after_loading=True)
     assert (tmp_path / "trainable.safetensors").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "trainable.safetensors"]
 

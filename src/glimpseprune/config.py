@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -57,6 +57,7 @@ __all__ = [
     "merge_options",
     "option",
     "read",
+    "received",
     "roles",
     "save",
     "to_yaml",
@@ -206,7 +207,7 @@ def names(path: str | Path) -> set[str]:
 def _travels(item: Any, value: Any) -> bool:
     """Whether what a start said is saved: a mandatory path that is relative, and means something elsewhere, too."""
     text = str(getattr(value, "text", value))
-    return item.default == MISSING and not text.startswith(("/", "~"))
+    return item.default == MISSING and not text.startswith(("/", "~")) and text != ""
 
 
 def _of_a_start(schema: type) -> dict[str, Any]:
@@ -392,13 +393,24 @@ def command(*more: str) -> str:
 def interrupt(number: int, _: Any = None) -> None:
     """What a signal does to a command; the same one again ends it at once."""
     signal.signal(number, signal.SIG_DFL)
+    _received.append(number)
     raise Interrupted(number)
+
+
+_received: list[int] = []
+
+
+def received() -> int:
+    """The signal that this command got, though the code that it reached may have swallowed what it raised; or 0."""
+    return _received[-1] if _received else 0
 
 
 @contextmanager
 def _listening() -> Iterator[None]:
     """Signals that would end this process say so first; those that are ignored or listened to stay as they are."""
     before: dict[int, Any] = {}
+    if len(_commands) == 1:
+        _received.clear()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
@@ -421,10 +433,7 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         with _listening():
             yield
     except (Interrupted, KeyboardInterrupt) as error:
-        number = getattr(error, "number", signal.SIGINT)
-        advice = getattr(error, "advice", "") or f"nothing is half-written; again: {command()}"
-        print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
-        raise SystemExit(128 + number) from None
+        _end(getattr(error, "number", signal.SIGINT), getattr(error, "advice", ""))
     except UserError as error:
         said = str(error)
     except ModuleNotFoundError as error:
@@ -433,6 +442,8 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
             raise
         said = f"{prog} needs the package {package}: pip install 'glimpseprune[{extra}]'"
     except Exception as error:
+        if number := received():  # a library has made another error of it
+            _end(number)
         if (said := files.said(error)) is None:
             raise
     else:
@@ -441,6 +452,13 @@ def answering(prog: str, argv: Sequence[str] = ()) -> Iterator[None]:
         _commands.pop()
     print("error:", as_typed(legible(" ".join(said.split("\n")))), file=sys.stderr)
     raise SystemExit(2)
+
+
+def _end(number: int, advice: str = "") -> NoReturn:
+    """End a command that got the signal ``number``."""
+    advice = advice or f"nothing is half-written; again: {command()}"
+    print(f"\ninterrupted ({signal.Signals(number).name}): {advice}", file=sys.stderr)
+    raise SystemExit(128 + number) from None
 
 
 def as_typed(text: str) -> str:

@@ -167,7 +167,8 @@ def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
     dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
     with Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {}) as folder:
         processes.agree(folder.claim)
-        with config.advising(lambda: f"go on with: {config.command('resume=true')}"):
+        # Before it has begun, what is there is another one's.
+        with config.advising(lambda: f"go on with: {config.command('resume=true')}" if folder.streams else ""):
             return answered(cfg, saved, plan, dataset, folder, processes)
 
 

@@ -59,8 +59,9 @@ def matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def is_empty(folder: Path) -> bool:
     """Whether nothing is there, or what a run of ours has left that came to nothing."""
-    names = [name for name in inside(folder) if name != LOCK]
-    return not names or (MARKER in names and all(matches(name, PASSING) or name.endswith(PARTIAL) for name in names))
+    names = [name for name in inside(folder) if not matches(name, LIVE)]
+    ours = (folder / MARKER).is_file()
+    return not names or (ours and all(matches(name, PASSING) or name.endswith(PARTIAL) for name in names))
 
 
 def require_ours(folder: Path, schema: type) -> None:

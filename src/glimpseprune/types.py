@@ -130,8 +130,8 @@ class Sample:
     scene: str = ""
     """Samples with the same one ask about the same images; empty where that is not known."""
     stands_in: str = ""
-    """Set by the reader of shards when this sample is not one of its own: which damaged one it replaces, and why, or
-    that it only pads a batch. Train on it; never score it."""
+    """Set by the reader of shards, or the collator, when this sample is not one of its own: which damaged one it
+    replaces, and why, or that it only pads a batch. Train on it; never score it."""
 
 
 @dataclass

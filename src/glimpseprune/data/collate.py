@@ -9,6 +9,7 @@ the whole image, which it does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,9 +34,11 @@ class Collator:
         system: system prompt; None is the backbone's default.
         dilate: grow each box by this many visual tokens on every side.
 
+    A sample that cannot be asked (no image, one that the processor refuses, more text than the tokenizer allows) is
+    replaced by another of its batch, whose ``stands_in`` names it and says why.
+
     Raises:
-        UserError: a sample without an image, or whose text and images disagree on the number of image tokens; the
-            sample is named by its key.
+        UserError: all samples of a batch are of that kind; the first one is named by its key.
     """
 
     def __init__(
@@ -46,25 +49,16 @@ class Collator:
         if tokenizer.eos_token_id is None:
             raise UserError("the backbone's tokenizer has no eos token, so an answer cannot end its turn")
         self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.longest = getattr(tokenizer, "model_max_length", 10**9)
         self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def __call__(self, samples: Sequence[Sample]) -> Inputs:
         samples = list(samples)
-        for sample in samples:
-            if not sample.images:
-                raise UserError(f"sample {sample.key!r}: a prompt without an image; every question needs at least one")
         try:
-            questions, images = [sample.question for sample in samples], [sample.images for sample in samples]
-            prompt = dict(self.backbone.prepare(questions, images, self.system))
-            layouts = self.backbone.layouts(prompt)
-        except (ValueError, IndexError, StopIteration) as error:  # what processors raise; UserError is a ValueError
-            if len(samples) == 1:
-                said = str(error) or "more image tokens than images"  # all that a StopIteration means there
-                raise UserError(f"sample {samples[0].key!r}: {said}") from error
-            for sample in samples:  # alone, the culprit names itself
-                self([sample])
-            raise
-        answers = [self.answer_ids(sample.answers[0]) for sample in samples]
+            prompt, layouts, answers = self._made(samples)
+        except UserError:
+            samples = self._fitting(samples)
+            prompt, layouts, answers = self._made(samples)
         lengths = torch.tensor([len(answer) for answer in answers])
         answer_ids = pad_sequence(answers, batch_first=True, padding_value=self.pad)  # [B, T]
         return Inputs(
@@ -74,6 +68,39 @@ class Collator:
             answer_mask=torch.arange(answer_ids.shape[1]) < lengths[:, None],  # [B, T]
             targets=[sample_targets(sample, of_row, self.dilate) for sample, of_row in zip(samples, layouts)],
         )
+
+    def _made(self, samples: Sequence[Sample]) -> tuple[dict[str, Tensor], list[list[Layout]], list[Tensor]]:
+        """Prompt, layouts and answers; raises UserError where something of it cannot be made."""
+        for sample in samples:
+            if not sample.images:
+                raise UserError("a prompt without an image; every question needs at least one")
+        try:
+            questions, images = [sample.question for sample in samples], [sample.images for sample in samples]
+            prompt = dict(self.backbone.prepare(questions, images, self.system))
+            layouts = self.backbone.layouts(prompt)
+        except (ValueError, IndexError, StopIteration) as error:  # what processors raise; UserError is a ValueError
+            raise UserError(str(error) or type(error).__name__) from error
+        for length, row in zip(prompt["attention_mask"].sum(1).tolist(), layouts):
+            words = length - sum(layout.places for layout in row)
+            if words > self.longest:
+                raise UserError(f"its prompt has {words} tokens of text, more than the {self.longest} of the tokenizer")
+        return prompt, layouts, [self.answer_ids(sample.answers[0]) for sample in samples]
+
+    def _fitting(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The batch with a sound sample in the place of each that cannot be asked, as the reader has it with damage."""
+        wrong = {}
+        for place, sample in enumerate(samples):
+            try:
+                self._made([sample])
+            except UserError as error:
+                wrong[place] = f"sample {sample.key!r}: {error}"
+        sound = [sample for place, sample in enumerate(samples) if place not in wrong]
+        if not sound:
+            raise UserError(wrong[0])
+        return [
+            replace(sound[0], stands_in=sample.stands_in or wrong[place]) if place in wrong else sample
+            for place, sample in enumerate(samples)
+        ]
 
     def answer_ids(self, answer: str) -> Tensor:
         """[T] tokens of an answer, in which special tokens are text, and the end of turn."""

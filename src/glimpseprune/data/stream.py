@@ -267,7 +267,9 @@ class ShardLoader:
 
 
 def _collate(collate: Callable[[list[Sample]], Any], samples: list[Sample]) -> tuple[Any, list[str]]:
-    return collate(samples), [sample.stands_in for sample in samples if sample.stands_in not in ("", PADDING)]
+    batch = collate(samples)
+    used = getattr(batch, "samples", samples)  # a collator may replace some, too
+    return batch, [sample.stands_in for sample in used if sample.stands_in not in ("", PADDING)]
 
 
 def _start_worker(parent: int, _: int) -> None:

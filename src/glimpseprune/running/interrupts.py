@@ -42,6 +42,7 @@ class Interrupts(L.Callback):
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup
                     signal.signal(number, self.listen)
         self.step = trainer.global_step
+        self.told = config.received()
 
     def listen(self, number: int = signal.SIGINT, *_: Any) -> None:
         self.told = number

@@ -91,8 +91,9 @@ class StopOnNonFinite(L.Callback):
         more = f" (and {len(reports) - 1} more, one per rank)" if len(reports) > 1 else ""
         raise UserError(
             f"stopped at step {step}: {reason}. The samples are in {reports[0]}{more}; neither weights nor "
-            "checkpoints were changed. Lower the learning rate (optim.*_lr) or take the samples out of the data, then "
-            "go on with resume=true"
+            "checkpoints were changed. Start another run with a lower learning rate (optim.*_lr) or without these "
+            f"samples, from the last weights if you like (init_from={self.folder}); resume=true only helps where "
+            "a machine was at fault"
         )
 
     def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -108,8 +109,8 @@ class StopOnNonFinite(L.Callback):
         bad = not all(bool(p.isfinite().all()) for p in module.trainable())
         if trainer.strategy.reduce_boolean_decision(bad, all=False):
             raise UserError(
-                f"the weights are no longer finite at step {trainer.global_step}, and are not saved: lower the "
-                "learning rate (optim.*_lr), then go on with resume=true"
+                f"the weights are no longer finite at step {trainer.global_step}, and are not saved: start another run "
+                f"with a lower learning rate (optim.*_lr), from the last weights if you like (init_from={self.folder})"
             )
 
     def state_dict(self) -> dict[str, Any]:
