@@ -220,6 +220,8 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
     summary = scores.summary(rows)
     folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
     report.print_table(rows, skipped)
+    for name, (some, all_) in scores.left_out().items():
+        print(f"{name}: no row, for only {some} of {all_} samples have boxes")
     if cut := report.say_cut(rows):
         print(cut)
     if summary is not None:
