@@ -564,16 +564,16 @@ def test_budgets_are_found_once(first, staged, tmp_path, capsys):
         (["max_new_tokens=5"], "max_new_tokens was 4, is 5"),
     ],
 )
-def test_an_earlier_evaluation_is_neither_mixed_nor_replaced(args, message, first, tmp_path, capsys):
+def test_an_earlier_evaluation_is_neither_mixed_nor_lost(args, message, first, tmp_path, capsys):
     scored(first, tmp_path, "controls=[none]")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     where = [f"ckpt={first}", f"out={tmp_path}", "controls=[none]", "data.workers=0", "bootstrap=20"]
-    error = refused(capsys, *where, "max_new_tokens=4", *args)
-    assert "resume=true" in error and "overwrite=true" in error and "out=" in error
     assert message in refused(capsys, *where, "max_new_tokens=4", "resume=true", *args)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
-    scored(first, tmp_path, "controls=[none]", "overwrite=true", *args)
+    scored(first, tmp_path, "controls=[none]", *args)
     assert (tmp_path / "evaluation.yaml").read_bytes() != before["evaluation.yaml"]
+    aside = tmp_path / "earlier" / "1"
+    assert {path.name: path.read_bytes() for path in aside.iterdir() if path.is_file()} == before
 
 
 def test_other_weights_under_the_same_name_are_another_evaluation(first, tmp_path, capsys):
@@ -641,19 +641,29 @@ def test_two_processes_make_the_rows_of_one(first, staged, tmp_path, monkeypatch
 def test_the_oracle_is_measured_where_there_are_boxes_whatever_their_order(first, tmp_path):
     """Batches of three: the first one has only boxed samples, some, or none."""
     boxed = [
-        Sample(f"{i}", "what?", ("a",), [picture(140, 112, i)], [[(0, 0, 20, 20)]] if i < 2 else None, kind="one")
+        Sample(f"{i}", "what?", ("a",), [picture(140, 112, i)], [[(0, 0, 20, 20)]] if i < 3 else None, kind="one")
         for i in range(5)
     ]
     rows = {}
-    for name, order in {"first": boxed, "last": boxed[::-1], "some": boxed[:2], "none": boxed[2:]}.items():
+    for name, order in {"first": boxed, "last": boxed[::-1], "some": boxed[:3], "none": boxed[3:]}.items():
         shards.write(order, tmp_path / name, split="test")
         args = ["methods=[random]", "controls=[none,oracle]", f"data.path={tmp_path / name}"]
         rows[name], said = scored(first, tmp_path / f"out-{name}", *args)
         assert [key for key, *_ in said.get("oracle", [])] == [s.key for s in order if s.boxes]
     own, same = (without_time([rows[name]["oracle"]]) for name in ("first", "last"))
-    assert own == same == without_time([rows["some"]["oracle"]]) and own[0]["n"] == 2 and own[0]["kept"] < 0.5
+    assert own == same == without_time([rows["some"]["oracle"]]) and own[0]["n"] == 3 and own[0]["kept"] < 0.5
     assert "oracle" not in rows["none"] and rows["first"]["none"]["n"] == 5 and list(rows["first"])[-1] == "oracle"
     assert rows["first"]["random"]["accuracy_ci"] == rows["last"]["random"]["accuracy_ci"]  # of all five
+
+
+def test_what_was_measured_on_few_samples_has_no_row():
+    scores = evaluate.Scores(["exact_match"], {}, 0, 0)
+    scores.samples = {
+        "none": dict.fromkeys("abcd", []),
+        "oracle": dict.fromkeys("ab", []),
+        "random": dict.fromkeys("abc"),
+    }
+    assert scores.left_out() == {"oracle": (2, 4)}
 
 
 def test_no_boxes_for_an_oracle_that_is_asked_for(first, tmp_path, capsys):

@@ -18,7 +18,8 @@ from glimpseprune.running import checkpoints
 from glimpseprune.running.checkpoints import Checkpoints, newest
 
 SCRIPT = Path(__file__).with_name("training_script.py")
-KILLS = int(os.environ.get("KILLS", 3))
+KILLS = int(os.environ.get("KILLS", 2))
+PLACES = ["write", "rename", "enter"] if "KILLS" in os.environ else ["rename"]  # all of them: make test-faults
 
 
 class Folder:
@@ -130,7 +131,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(short, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", ["write", "rename", "enter"])
+@pytest.mark.parametrize("place", PLACES)
 def test_a_kill_while_a_checkpoint_is_written_leaves_those_before(short, whole, place):
     """Half a file; a whole one under its name that the index does not know; an index that is half written."""
     folder = short.path / checkpoints.FOLDER

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,16 +40,19 @@ def held(out: Path) -> dict[str, str]:
     return {str(file.relative_to(out)): file.read_text() for file in out.rglob("*") if file.is_file()}
 
 
-def test_nothing_is_replaced_unasked_and_all_of_it_when_asked(tmp_path):
+def test_nothing_is_lost_unasked_and_all_of_it_replaced_when_asked(tmp_path):
     evaluate(tmp_path, 1)
     before = held(tmp_path)
     assert set(before) == {
         *("scores.json", "summary.json", "predictions.jsonl", "timings.jsonl", "evaluation.yaml"),
         *("kept.png", "kept/fastv.png"),
     }
-    with pytest.raises(UserError, match="overwrite=true"):
-        evaluate(tmp_path, 2)
-    assert held(tmp_path) == before
+    evaluate(tmp_path, 3)
+    evaluate(tmp_path, 4)
+    assert held(tmp_path / "earlier" / "1") == before
+    assert json.loads(held(tmp_path / "earlier" / "2")["scores.json"]) == [{"score": 3}]
+    assert results.read(tmp_path / "earlier" / "2").rows == [{"score": 3}]
+    shutil.rmtree(tmp_path / "earlier")
     (tmp_path / "kept" / "gone.png").touch()
     evaluate(tmp_path, 2, overwrite=True)
     after = held(tmp_path)
@@ -68,7 +72,7 @@ def test_what_was_there_stays_until_the_other_is_done(tmp_path):
         raise ZeroDivisionError
     assert {name: text for name, text in held(tmp_path).items() if not name.startswith("unfinished")} == before
     assert results.read(tmp_path).rows == [{"score": 1}]
-    with pytest.raises(UserError, match="unfinished|already"):
+    with pytest.raises(UserError, match="interrupted in .*unfinished.*resume=true"):
         evaluate(tmp_path, 2, "b")
     assert evaluate(tmp_path, 2, "b", resume=True) == ["1"]
     assert results.read(tmp_path).description["asked"] == {"metric": "b"}

@@ -28,8 +28,8 @@ here, which costs a little time to the first token; ``src.export`` merges them.
 times, their accuracy is the mean over the k, and ``pass_at_k`` is that of the best of them (at least one is right).
 
 Several processes (``torchrun --nproc-per-node 8 -m src.evaluate ...``, or srun) share the samples, a device each.
-``resume=true`` goes on with an evaluation that was interrupted: what is done is read again, but not run. An earlier
-evaluation in ``out`` is not replaced without ``overwrite=true``.
+``resume=true`` goes on with an evaluation that was interrupted: what is done is read again, but not run. A finished
+evaluation that is in ``out`` is kept in ``out/earlier/1`` and so on, or replaced with ``overwrite=true``.
 """
 
 from __future__ import annotations
@@ -220,11 +220,15 @@ def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], 
     summary = scores.summary(rows)
     folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
     report.print_table(rows, skipped)
+    for name, (some, all_) in scores.left_out().items():
+        print(f"{name}: no row, for only {some} of {all_} samples have boxes")
     if cut := report.say_cut(rows):
         print(cut)
     if summary is not None:
         print(report.say_summary(summary))
     print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
+    if folder.aside is not None:
+        print(f"the evaluation that was there is kept in {folder.aside}")
     print(f"tables, plot and a page of them: python -m src.report {folder.out}")
     return rows
 

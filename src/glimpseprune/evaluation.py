@@ -307,12 +307,20 @@ class Scores:
             self.timings[timing["method"]].append(timing)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row per method and kind of question, ``all`` first."""
+        """One row per method and kind of question, ``all`` first; none of a method that is :meth:`left_out`."""
         rows = []
+        names = [name for name in self.samples if name not in self.left_out()]
         for kind, kinds in self.kinds().items():
-            found = {name: self.of_kind(name, kinds) for name in self.samples}
+            found = {name: self.of_kind(name, kinds) for name in names}
             rows += [self.row(name, kind, kinds, list(found[name].values()), found) for name in found if found[name]]
         return rows
+
+    def left_out(self) -> dict[str, tuple[int, int]]:
+        """Methods that were measured on half of the samples or less (the oracle, where few have boxes), whose rows
+        would not be about the same data as the others': on how many, of how many."""
+        counts = {name: len(by_key) for name, by_key in self.samples.items()}
+        most = max(counts.values(), default=0)
+        return {name: (count, most) for name, count in counts.items() if 2 * count <= most}
 
     def kinds(self) -> dict[str, list[str]]:
         """Each kind as the kinds that it is made of; ``all`` is all of them."""

@@ -2,8 +2,8 @@
 
 It holds ``evaluation.yaml`` (what was asked for), ``predictions.jsonl`` and ``timings.jsonl``, ``scores.json``,
 ``summary.json``, ``kept.png`` and ``kept/<method>.png``. Until all of it is there it grows in ``unfinished/``, by
-lines, and what was in the folder before stays. A folder without scores.json is an evaluation that has not finished. One
-process writes.
+lines, and what was in the folder before stays; then that is in ``earlier/1`` (``2`` ...), unless it was to be
+replaced. A folder without scores.json is an evaluation that has not finished. One process writes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,7 +23,7 @@ from glimpseprune import files
 from glimpseprune.config import UserError
 
 SCORES, PREDICTIONS, TIMINGS, SUMMARY = "scores.json", "predictions.jsonl", "timings.jsonl", "summary.json"
-DESCRIPTION, KEPT, UNFINISHED = "evaluation.yaml", "kept", "unfinished"
+DESCRIPTION, KEPT, UNFINISHED, EARLIER = "evaluation.yaml", "kept", "unfinished", "earlier"
 LOCK = ".evaluation.lock"
 
 
@@ -94,14 +95,18 @@ class Earlier:
 class Folder:
     """Where an evaluation is written, as a context: by one process at a time.
 
-    It grows in ``unfinished/``, and takes the place of what was there before when it is done; killed on the way, it is
-    gone on with from there. Every file is written as a whole, but those that grow by lines, whose last one may be torn.
+    It grows in ``unfinished/``, and takes the place of what was there before when it is done, which is kept in
+    ``earlier/1`` and so on unless it was to be replaced; killed on the way, it is gone on with from there. Every file
+    is written as a whole, but those that grow by lines, whose last one may be torn.
     """
 
     def __init__(self, out: Path, description: dict[str, Any]) -> None:
         self.out, self.description = files.resolved(out), description
         self.work = self.out / UNFINISHED
         self.kept = Earlier()
+        self.sets_aside = False
+        self.aside: Path | None = None
+        """Where the finished evaluation is, once it has been set aside, that was there before."""
         self.streams: dict[str, IO[str]] = {}
         self.stack = ExitStack()
 
@@ -132,9 +137,11 @@ class Folder:
         """What there is to go on from.
 
         Raises:
-            UserError: an evaluation is there that may not be replaced, or not be gone on with.
+            UserError: one is there that was interrupted, or that may not be gone on with.
         """
-        if not require_room(self.out, resume or overwrite) or not (resume and self._same(overwrite)):
+        there = require_room(self.out, resume or overwrite)
+        self.sets_aside = there and not (resume or overwrite)
+        if not there or not (resume and self._same(overwrite)):
             return self.kept
         records = read_lines(self._file(PREDICTIONS))
         if draws > 1 and records:  # the last sample may lack some of its draws
@@ -192,10 +199,21 @@ class Folder:
         files.write_json(self.work / SCORES, rows, indent=1)
         self.place()
 
+    def _set_aside(self, names: Sequence[str]) -> None:
+        self.aside = next(path for n in count(1) if not (path := self.out / EARLIER / str(n)).exists())
+        with files.folder(self.aside) as partial:
+            for name in names:
+                if (self.out / name).is_file():
+                    (partial / name).parent.mkdir(exist_ok=True)
+                    files.copy(self.out / name, partial / name)
+
     def place(self) -> None:
         """Without scores.json, which goes first and comes last, an evaluation has not finished, wherever this is
         killed; it is gone on with from where its description is."""
-        for old in (SCORES, SUMMARY, "kept.png", *(f"{KEPT}/{path.name}" for path in (self.out / KEPT).glob("*.png"))):
+        pictures = ["kept.png", *(f"{KEPT}/{path.name}" for path in (self.out / KEPT).glob("*.png"))]
+        if self.sets_aside:
+            self._set_aside([SCORES, SUMMARY, PREDICTIONS, TIMINGS, DESCRIPTION, *pictures])
+        for old in (SCORES, SUMMARY, *pictures):
             files.remove(self.out / old)
         (self.out / KEPT).mkdir(exist_ok=True)
         for name in sorted(self.work.glob("kept/*.png")):
@@ -212,16 +230,16 @@ def require_room(out: Path, allowed: bool) -> bool:
     """Whether an evaluation is in ``out``.
 
     Raises:
-        UserError: one is, and nothing is ``allowed`` to happen to it.
+        UserError: an interrupted one is, and nothing is ``allowed`` to happen to it.
     """
-    names = (SCORES, PREDICTIONS, DESCRIPTION, f"{UNFINISHED}/{DESCRIPTION}")
-    there = [name for name in names if (out / name).exists()]
-    if there and not allowed:
+    begun, finished = f"{UNFINISHED}/{DESCRIPTION}", (out / SCORES).exists()
+    there = [name for name in (begun, PREDICTIONS, DESCRIPTION) if (out / name).exists()]
+    if there and not allowed and (there[0] == begun or not finished):
         raise UserError(
-            f"an evaluation is in {out} already ({there[0]}): give another out=<folder>, overwrite=true, or "
-            "resume=true if it was interrupted"
+            f"an evaluation was interrupted in {out} ({there[0]}): give resume=true to go on with it, "
+            "overwrite=true, or another out=<folder>"
         )
-    return bool(there)
+    return finished or bool(there)
 
 
 def difference(there: Any, here: Any, key: str = "") -> str:

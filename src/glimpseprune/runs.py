@@ -36,7 +36,15 @@ OWN = (
     *PASSING,
     *REPORTS,
     *(CONFIG, WEIGHTS, "metrics.jsonl", "curve.json", INDEX, "checkpoints/*.ckpt", "best/*", "model/*"),
-    *("scores.json", "predictions.jsonl", "timings.jsonl", "summary.json", "evaluation.yaml", "unfinished/*"),
+    *(
+        "scores.json",
+        "predictions.jsonl",
+        "timings.jsonl",
+        "summary.json",
+        "evaluation.yaml",
+        "unfinished/*",
+        "earlier/*",
+    ),
     *("kept.png", "kept/*.png", "report.md", "report.tex", "report.html", "frontier.png", "compare.md", "compare.json"),
     *(".evaluation.lock", f"{ASIDE}/*"),
 )
