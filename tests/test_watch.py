@@ -269,9 +269,17 @@ def test_reinforcement_stops_before_the_update_too(args, tmp_path, monkeypatch, 
     assert before and all(torch.equal(value, now[name]) for name, value in before.items())
 
 
-def test_weights_that_are_lost_are_not_saved(args, tmp_path, capsys):
+def test_weights_that_are_lost_are_not_saved(args, tmp_path, capsys, monkeypatch):
     """An update may be too large though all gradients were in order."""
-    error = refused([*args, f"out={tmp_path}", "trainer.val_every=1", "optim.glimpse_lr=.inf"], capsys)
+    step = torch.optim.AdamW.step
+
+    def lost(self, closure=None):
+        loss = step(self, closure)
+        self.param_groups[0]["params"][0].data.fill_(math.inf)
+        return loss
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", lost)
+    error = refused([*args, f"out={tmp_path}", "trainer.val_every=1"], capsys)
     assert "no longer finite at step 1" in error
     assert not list((tmp_path / "checkpoints").glob("step-*")) and not (tmp_path / "trainable.safetensors").exists()
 
