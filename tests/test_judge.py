@@ -370,8 +370,8 @@ def test_secrets_in_a_url_are_not_saved(tmp_path):
     assert config.read(JudgeOptions, tmp_path / "config.yaml").base_url == "http://127.0.0.1:1/v1?api-version=2"
     assert options.base_url == SECRET.format(1)  # still used
     for wrong in (SECRET.replace("http", "htp"), SECRET.removeprefix("http://")):
-        with pytest.raises(UserError, match="base_url must begin with") as caught:
-            JudgeOptions(base_url=wrong, model="m")
+        with pytest.raises(UserError, match="base_url: give an address that begins with http") as caught:
+            config.merge_options(JudgeOptions, {"base_url": wrong, "model": "m"}, "rewards.judge")
         assert "s3same" not in str(caught.value) and "0pen" not in str(caught.value)
     with pytest.raises(UserError, match="name of an environment variable") as caught:
         JudgeOptions(base_url="http://x/v1", model="m", api_key_env="sk-barabas")
