@@ -272,7 +272,8 @@ def test_unknown_strategies_are_named(recipe, capsys, tmp_path):
         strategies.read(str(tmp_path / "bad.json"))
     with pytest.raises(SystemExit):
         train.main([*recipe, f"out={tmp_path / 'run'}", "trainer.strategy=fsdp"])
-    assert "trainer.strategy=fsdp" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    error = capsys.readouterr().err
+    assert "trainer.strategy: give auto" in error and "'fsdp'" in error and not (tmp_path / "run").exists()
 
 
 def test_half_precision_without_masters_is_refused(recipe, capsys, tmp_path):
