@@ -42,7 +42,7 @@ demo-plus: .venv/.ok ## Reinforce the demo's model on a harder task (trains the 
 	$(BIN)/python -m src.demo plus=true $(ARGS)
 
 test: .venv/.ok ## Run the tests (ARGS="-k decoder" for some of them, TEST_JOBS for processes)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist worksteal $(ARGS)
 
 test-gpu: .venv/.ok ## Run what touches models with everything on a GPU (DEVICE=pretend: on a pretended one)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --device $(DEVICE) $(GPU_TESTS) $(ARGS)
