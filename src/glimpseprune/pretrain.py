@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from zipfile import is_zipfile
 
 from glimpseprune import config, files, runs
 from glimpseprune.config import UserError
@@ -25,7 +26,7 @@ def main(cfg: PretrainConfig) -> None:
 
 def require_room(cfg: PretrainConfig, out: Path) -> None:
     """Raise UserError where another run is, or no checkpoint to go on from."""
-    if cfg.resume is not None and not Path(cfg.resume).is_file():
+    if cfg.resume is not None and not is_zipfile(cfg.resume):  # which torch's checkpoints are
         raise UserError(f"resume={cfg.resume}: there is no such checkpoint, as <out>/checkpoints/last.ckpt is")
     if runs.is_empty(out):
         return
