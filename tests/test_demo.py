@@ -58,6 +58,18 @@ def test_what_is_done_is_not_done_again_and_never_replaced(ran):
     assert [verb for verb, args in ran if "overwrite=true" in args] == ["prepare", "train"]
 
 
+def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(ran):
+    Path("runs/demo").mkdir(parents=True)
+    Path("runs/demo/config.yaml").touch()
+    demo.main([])
+    assert "overwrite=true" in dict(ran)["train"]
+    ran.clear()
+    Path("runs/other/.replaced").mkdir(parents=True)  # the run before, which nobody has asked to replace
+    Path("runs/other/config.yaml").touch()
+    demo.main(["out=runs/other"])
+    assert "overwrite=true" not in dict(ran)["train"]
+
+
 def test_stage_2_leaves_stage_1_alone(ran):
     demo.main([])
     ran.clear()

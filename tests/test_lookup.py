@@ -64,3 +64,16 @@ def test_functions(package):
         lookup.function(module, "metrik", "prediction")
     with pytest.raises(UserError, match="choices are metric$"):  # what a module imports is not its own
         lookup.function(module, "borrowed", "prediction")
+
+
+def test_modules_that_have_moved_answer_where_they_were():
+    from glimpseprune.training.options import TrainConfig
+
+    from glimpseprune import options
+    from glimpseprune.data.module import Deal
+    from glimpseprune.data.stream import Deal as Here
+    from glimpseprune.running import slurm as there
+    from glimpseprune.training import slurm
+
+    assert (TrainConfig, slurm, Deal) == (options.TrainConfig, there, Here)
+    assert "options" not in lookup.names("glimpseprune.training")  # which is no stage

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from glimpseprune import config, files
+from glimpseprune import config, files, runs
 from glimpseprune.config import START, UserError, option
 from glimpseprune.options import TrainConfig
 
@@ -96,9 +96,11 @@ def prepared(folder: str, options: list[str], counts: dict[str, int], overwrite:
 
 
 def trained(title: str, out: str, args: list[str], overwrite: bool) -> None:
-    """Train, or go on with a training that has a checkpoint."""
-    begun = (Path(out) / "checkpoints" / "checkpoints.json").is_file() and not overwrite
-    step(title, "train", [*args, f"out={out}", *(["resume=true"] if begun else again(overwrite))])
+    """Train, or go on with a training that has a checkpoint; one that was killed before its first begins anew."""
+    there = {name for name in (runs.CONFIG, runs.WEIGHTS, runs.INDEX, runs.ASIDE) if (Path(out) / name).exists()}
+    begun = runs.INDEX in there and not overwrite
+    anew = overwrite or there == {runs.CONFIG}
+    step(title, "train", [*args, f"out={out}", *(["resume=true"] if begun else again(anew))])
 
 
 def again(overwrite: bool) -> list[str]:
