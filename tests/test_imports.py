@@ -21,6 +21,7 @@ ORDER = (  # a module imports those of its own line or of lines below it; a fold
     "options images",
     "lookup config hub",
     "notation types resources files legible",
+    "host",
 )
 LEVEL = {room: level for level, line in enumerate(ORDER) for room in line.split()}
 ROOMS = {  # what is imported, as a pattern -> where

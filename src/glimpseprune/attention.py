@@ -10,7 +10,7 @@ refuse them) and flex attention (no backward on the CPU).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +53,16 @@ def instrument(text_model: nn.Module) -> str:
     return name
 
 
-def mask(implementation: str, columns: Tensor, queries: int, dtype: torch.dtype) -> Tensor | None:
+def mask(
+    implementation: str, columns: Tensor, queries: int, dtype: torch.dtype, full: bool | None = None
+) -> Tensor | None:
     """The causal mask for the last ``queries`` of ``columns`` [B, S] bool (False is padding), in a backend's own form.
+    ``full``: whether there is no padding, where that is known.
 
     Every query sees itself, padding too, so that no row of a softmax is empty. None where the backend needs no mask.
     sdpa: bool [B, 1, Q, S]; eager: the same, additive in ``dtype``; flash_attention_2: ``columns`` itself.
     """
-    full = bool(columns.all())
+    full = bool(columns.all()) if full is None else full
     if implementation == "flash_attention_2":
         return None if full else columns
     size = columns.shape[1]
@@ -134,10 +137,15 @@ def _probed(name: str) -> Callable:
         attention_mask: Tensor | None,
         probe: Probe | None = None,
         gate: Gate | None = None,
+        lengths: Sequence[int] | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if probe is not None:
             probe(module.layer_idx, query, key, kwargs["scaling"])
+        if lengths is not None:  # rows that lie end to end
+            rows = zip(*(x.split(list(lengths), 2) for x in (query, key, value)))
+            attend = _backend(name, module)
+            return torch.cat([attend(module, *row, None, **kwargs)[0] for row in rows], 1), None
         if gate is not None:
             return gated(query, key, value, attention_mask, gate, kwargs["scaling"]).transpose(1, 2).contiguous(), None
         return _backend(name, module)(module, query, key, value, attention_mask, **kwargs)

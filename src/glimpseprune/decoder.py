@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from glimpseprune import attention
-from glimpseprune.types import Cut, Decision, Encoded, Frame, Needs, Prefill, Stop
+from glimpseprune.host import Columns, upload
+from glimpseprune.ragged import Laying, Ragged
+from glimpseprune.types import Cut, Decision, Encoded, Frame, Needs, Prefill, Ride, Stop
 
 if TYPE_CHECKING:
     from glimpseprune.backbones import Backbone
@@ -56,13 +58,17 @@ class View:
         """[N, ...] -> [N', ...]: of the tokens that are left."""
         return x if self.untouched else x[self.tokens]
 
-    @cached_property
+    def of_visual(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [N', ...]: at the columns that a pruner may drop."""
+        known = self.state.known
+        if known is None or known.visual is None:
+            return x[self.state.visual]
+        return x.flatten(0, 1)[upload(known.visual.flatten().nonzero()[:, 0], x.device)]
+
+    @property
     def untouched(self) -> bool:
         """Whether rows are those that were encoded, in their order, and have all their visual tokens."""
-        state, batch = self.state, len(self.encoded.mask)
-        if len(state.trace) > 1 or len(state.mask) != batch:
-            return False
-        return torch.equal(state.row, torch.arange(batch, device=state.row.device))
+        return self.state.whole
 
     @property
     def counts(self) -> list[int]:
@@ -72,18 +78,20 @@ class View:
     @property
     def columns(self) -> list[int]:
         """Columns that are left in each row, text included."""
-        return self.state.mask.sum(1).tolist()
+        known = self.state.known
+        return self.state.mask.sum(1).tolist() if known is None else known.counts
 
     @property
     def probes(self) -> dict[int, Tensor]:
         """Decoder layer -> [N', H], as the pruner's ``needs`` asked."""
-        return {layer: probe[self.state.visual] for layer, probe in self.state.probes.items()}
+        return {layer: self.of_visual(probe) for layer, probe in self.state.probes.items()}
 
 
 class Pruner(Protocol):
     """A pruning method: where it decides, what it must have collected for it, and what to keep.
 
-    A method that acts before the vision tower also has ``look(backbone, prompt) -> (prompt, flops per row)``, which
+    A method may send columns along with the prompt to its first stop: ``ride(view) -> Ride | None``, asked before the
+    first layer (``needs.probes`` is for others). A method that acts before the vision tower also has ``look(backbone, prompt) -> (prompt, flops per row)``, which
     gives the prompt anew (a coarse image, crops), wherever its tensors are. Methods with weights are ``nn.Module``s. A
     method that trains has a gate at its first stop: ``logits(view) -> [N']``, ``mask(logits, counts) -> bool [N']``,
     and for stage 1 ``all_logits(view) -> [outputs, N']``. Whatever else a method has is its own business.
@@ -108,17 +116,37 @@ def see(backbone: Backbone, pruner: Pruner, prompt: Mapping[str, Any], targets: 
     return replace(backbone.encode(prompt, pruner.needs, targets), flops=flops)
 
 
-def approach(backbone: Backbone, state: Prefill, pruner: Pruner) -> Prefill:
-    """On to the pruner's next stop, where nothing is decided yet; behind the last one nothing is done."""
+def approach(backbone: Backbone, state: Prefill, pruner: Pruner, encoded: Encoded | None = None) -> Prefill:
+    """On to the pruner's next stop, where nothing is decided yet; behind the last one nothing is done.
+
+    ``encoded``: what whole prompts were started from; the pruner's columns then may ride along (:class:`Ride`).
+    """
     taken = len(state.trace) - 1
     if taken == len(pruner.stops):
         return state
-    return run_layers(backbone, state, pruner.stops[taken].depth, probes=pruner.needs.probes)
+    stop = pruner.stops[taken]
+    if encoded is not None and state.whole and state.depth == 0 and hasattr(pruner, "ride"):
+        ride = pruner.ride(View(state, encoded, backbone, stop))
+        if ride is not None:
+            return _carry(backbone, state, stop.depth, ride)
+    return run_layers(backbone, state, stop.depth, probes=pruner.needs.probes)
+
+
+def _carry(backbone: Backbone, state: Prefill, stop: int, ride: Ride) -> Prefill:
+    """:func:`run_layers` with the columns of ``ride`` behind the prompt, which are gone when it is there."""
+    size = state.mask.shape[1]
+    joined = append(state, ride.vectors[0], ride.mask)
+    joined = replace(joined, hidden=torch.cat([state.hidden, joined.hidden], 1))  # [B, S + n, D]
+    joined = run_layers(backbone, joined, stop, probe=ride.see, probed=ride.layers, behind=ride.vectors)
+    for layer in state.cache.layers[:stop]:
+        layer.keys, layer.values = layer.keys[:, :, :size], layer.values[:, :, :size]
+    added = {layer: features for layer, features in state.added.items() if layer >= stop}
+    return replace(state, hidden=joined.hidden[:, :size], depth=stop, added=added, ridden=ride.found())
 
 
 def decide(backbone: Backbone, encoded: Encoded, state: Prefill, pruner: Pruner) -> Prefill:
     """On to the pruner's next stop, and its decision there. Text always stays."""
-    state, stop = approach(backbone, state, pruner), pruner.stops[len(state.trace) - 1]
+    state, stop = approach(backbone, state, pruner, encoded), pruner.stops[len(state.trace) - 1]
     decision = pruner.decide(View(state, encoded, backbone, stop))
     return cut(state, decision.keep, stop, merge=decision.merge, flops=decision.flops)
 
@@ -159,8 +187,12 @@ def start(encoded: Encoded, cache: DynamicCache | None = None) -> Prefill:
         cache=DynamicCache() if cache is None else cache,
         added=encoded.added,
         trace=(Cut(Stop(0), encoded.visual.sum(1), _flops(encoded.flops, mask)),),
+        known=encoded.known,
+        whole=True,
     )
-    return state if bool(mask[:, -1].all()) else _select(state, mask, state.row, prune_cache=True, renumber=False)
+    if bool(encoded.known.mask[:, -1].all()):
+        return state
+    return replace(_select(state, mask, state.row, prune_cache=True, renumber=False), whole=True)
 
 
 def run_layers(
@@ -169,55 +201,103 @@ def run_layers(
     stop: int,
     *,
     probe: attention.Probe | None = None,
+    probed: Sequence[int] | None = None,
     probes: Sequence[int] = (),
     gate: attention.Gate | None = None,
     inject: Tensor | None = None,
+    behind: Tensor | None = None,
     layers: Mapping[int, nn.Module] | None = None,
 ) -> Prefill:
     """Run decoder layers ``state.depth`` .. ``stop`` - 1 on ``state.hidden``; their K/V join ``state.cache``.
 
     Args:
-        probe: sees q and k of each layer, see :mod:`glimpseprune.attention`.
+        probe: sees q and k of each layer, see :mod:`glimpseprune.attention`; of ``probed`` alone, where given.
         probes: layers whose attention from the last column is put into ``state.probes``.
         gate: weighs the keys.
         inject: [L, n, D] or [L, B, n, D], added to the first n of the Q columns at the input of every layer but the
             first (the glimpse, docs/method.md §1.2).
+        behind: the same, [L, B, n, D], for the last n; changes hidden states in place.
         layers: modules to run in place of the decoder's own, by their number, which is also their ``layer_idx`` (a
             method's private layers).
     """
     text, hidden = backbone.text_model, state.hidden
     queries = hidden.shape[1]
     implementation = backbone.attention if gate is None else "sdpa"
+    ragged = _ragged(state, implementation) if gate is None else None
+    cache = state.cache if ragged is None else Laying(state.cache, ragged)
+    hidden = hidden if ragged is None else ragged.pack(hidden)
     prepared: dict[int, tuple] = {}
     seen: dict[int, Tensor] = {}
     for index in range(state.depth, stop):
         frame = _frame(state, index)
         if id(frame) not in prepared:
-            rope = text.rotary_emb(hidden, frame.positions[..., -queries:])
-            mask = attention.mask(implementation, frame.mask, queries, hidden.dtype)
-            prepared[id(frame)] = rope, mask
+            prepared[id(frame)] = _prepare(backbone, state, frame, hidden, implementation, ragged)
         rope, mask = prepared[id(frame)]
         if inject is not None and index > 0:
             hidden = hidden + F.pad(inject[index], (0, 0, 0, queries - inject.shape[-2]))  # [B, Q, D]
+        if behind is not None and index > 0:
+            _add_behind(hidden, behind[index], ragged)
         layer = text.layers[index] if layers is None or index not in layers else layers[index]
+        see = attention.last_row(seen, frame.mask) if index in probes else probe
+        see = None if see is probe and probed is not None and index not in probed else see
         hidden = layer(
             hidden,
             attention_mask=mask,
             position_embeddings=rope,
-            past_key_values=state.cache,
+            past_key_values=cache,
             use_cache=True,
-            probe=attention.last_row(seen, frame.mask) if index in probes else probe,
+            probe=see if ragged is None or see is None else ragged.seen_by(see),
             gate=gate,
+            lengths=None if ragged is None else ragged.lengths,
         )  # [B, Q, D]
         if index in state.added:
-            hidden = hidden + state.added[index]
+            hidden = hidden + (state.added[index] if ragged is None else ragged.pack(state.added[index]))
     return replace(
         state,
-        hidden=hidden,
+        hidden=hidden if ragged is None else ragged.lay(hidden),
         depth=max(stop, state.depth),
         added={index: features for index, features in state.added.items() if index >= stop},
         probes=state.probes | seen,
     )
+
+
+DENSE = 1 << 18
+"""Numbers of a mask [B, S, S] up to which rows of different lengths are padded and masked, not laid end to end."""
+
+
+def _ragged(state: Prefill, implementation: str) -> Ragged | None:
+    """How to lay the prompts of a batch end to end; None where there is no need to, or not all of them is ahead."""
+    batch, size = state.mask.shape
+    if state.known is None or state.known.full or state.hidden.shape[1] != size or implementation == "eager":
+        return None
+    return Ragged(state.known, state.mask.device) if batch * size**2 > DENSE else None
+
+
+def _prepare(
+    backbone: Backbone, state: Prefill, frame: Frame | Prefill, hidden: Tensor, implementation: str, ragged: Any
+) -> tuple[Any, Tensor | None]:
+    """Cosines and sines, and the mask, of the layers of a frame."""
+    if ragged is not None:
+        return backbone.text_model.rotary_emb(hidden, ragged.pack_positions(frame.positions)), None
+    queries = hidden.shape[1]
+    rope = backbone.text_model.rotary_emb(hidden, frame.positions[..., -queries:])
+    full = state.known.full if frame is state and state.known is not None else None
+    return rope, attention.mask(implementation, frame.mask, queries, hidden.dtype, full)
+
+
+def _add_behind(hidden: Tensor, vectors: Tensor, ragged: Ragged | None) -> None:
+    """``vectors`` [B, n, D] to the last n columns of each row, in place."""
+    count = vectors.shape[1]
+    if ragged is None:
+        hidden[:, -count:] += vectors
+        return
+    batch, size = ragged.shape
+    spots = torch.arange(len(ragged.places))
+    row, column = ragged.places // size, ragged.places % size
+    last = column >= size - count
+    which = row[last] * count + column[last] - (size - count)
+    spots, which = (upload(x, hidden.device) for x in (spots[last], which))
+    hidden[0].index_add_(0, spots, vectors.flatten(0, 1)[which])
 
 
 def peek(backbone: Backbone, state: Prefill) -> Tensor:
@@ -271,6 +351,7 @@ def cut(
             state.cache.batch_select_indices(index)
     keep = keep | ~state.visual[index]
     state = _select(state, keep, index, prune_cache=stop.prune_cache, renumber=stop.renumber)
+    state = replace(state, whole=False, ridden=None)
     if merge is not None:
         count = int(state.visual.sum())
         if merge.shape != (count, state.hidden.shape[-1]):
@@ -286,8 +367,10 @@ def append(state: Prefill, embeds: Tensor, mask: Tensor | None = None) -> Prefil
     Each row goes on at its own next position, counting only tokens where ``mask`` [B, T] is True (default: all).
     """
     count = embeds.shape[1]
+    known = None if state.known is None else state.known.followed(count, mask)
     if mask is None:
         mask = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)  # [B, T]
+    mask = upload(mask, embeds.device)
     offset = (mask.cumsum(1) - 1).clamp(min=0)  # [B, T]
 
     def grow(frame: Frame | Prefill) -> dict[str, Tensor]:
@@ -309,6 +392,8 @@ def append(state: Prefill, embeds: Tensor, mask: Tensor | None = None) -> Prefil
         added={layer: F.pad(features, (0, 0, 0, count)) for layer, features in state.added.items()},
         probes={},
         depth=0,
+        known=known,
+        ridden=None,
     )
 
 
@@ -339,6 +424,9 @@ def rows(state: Prefill, index: Tensor) -> Prefill:
         probes={layer: probe[index] for layer, probe in state.probes.items()},
         trace=_trace_rows(state, index),
         cache=cache,
+        known=None,
+        whole=False,
+        ridden=None,
     )
 
 
@@ -363,7 +451,8 @@ def follow(
 def _select(state: Prefill, keep: Tensor, index: Tensor, *, prune_cache: bool, renumber: bool) -> Prefill:
     """Columns ``keep`` [R, S] of the rows ``index`` [R]; a cache that is not pruned has these rows already."""
     keep = keep & state.mask[index]
-    size = int(keep.sum(1).max())
+    known = Columns.counted(keep.sum(1).tolist())  # the device has been waited for
+    size = known.mask.shape[1]
     order = _order(keep, size)  # [R, S']
     row, mask = index[:, None], keep.gather(1, order)
     positions, next_position = state.positions[..., row, order], state.next_position[index]
@@ -401,6 +490,7 @@ def _select(state: Prefill, keep: Tensor, index: Tensor, *, prune_cache: bool, r
         probes={layer: probe[row, order] for layer, probe in state.probes.items()},
         trace=_trace_rows(state, index),
         frames=frames,
+        known=known,
     )
 
 
@@ -440,7 +530,7 @@ def _flops(flops: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     """[B] int64 on the device of ``like`` [B, ...]; nothing said is 0."""
     if not len(flops):
         return torch.zeros(len(like), dtype=torch.long, device=like.device)
-    return torch.as_tensor(flops, dtype=torch.float64, device=like.device).long().expand(len(like))
+    return upload(flops, like.device, torch.float64).long().expand(len(like))
 
 
 def _frame(state: Prefill, layer: int) -> Frame | Prefill:

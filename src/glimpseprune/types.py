@@ -6,7 +6,7 @@ D model width, L decoder layers, K layers that see every token, C width of the v
 
 Visual tokens are always listed row by row, image by image, in the order in which the decoder gets them (raster order
 within a grid): flattening ``embeds[visual]`` gives the same N rows as every ``[N, ...]`` tensor below. Only dataclasses
-live here; this module imports nothing of ours.
+live here.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from glimpseprune.host import Columns
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -195,6 +197,21 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Ride:
+    """Columns that a pruner sends with a prompt on its way to the first stop, behind it, so that no token sees them: a
+    look that takes the layers' calls that are made anyway. Nothing of them stays but what ``see`` noted."""
+
+    vectors: Tensor  # [L, B, n, D]; the first is their input, each other is added to that of its layer
+    mask: Tensor  # [B, n] bool, False on (left) padding
+    see: Any
+    """A probe of :mod:`glimpseprune.attention`; their queries are the last n, their keys the last n columns."""
+    layers: tuple[int, ...]
+    """Where it looks."""
+    found: Any
+    """() -> what it saw."""
+
+
+@dataclass(frozen=True)
 class Cut:
     """A decision that was taken at ``stop``. The first of a trace is the prompt as it entered the decoder."""
 
@@ -226,6 +243,12 @@ class Encoded:
     targets: list[Tensor] | None = None
     flops: Sequence[float] = ()
     """Per row, of a look before the tower."""
+    known: Columns | None = None
+    """Its columns on the host; asked of the device where nobody says."""
+
+    def __post_init__(self) -> None:
+        if self.known is None:
+            self.known = Columns(self.mask.cpu(), self.visual.cpu(), self.input_ids.cpu())
 
     @property
     def grids(self) -> list[list[Grid]]:
@@ -278,6 +301,12 @@ class Prefill:
     """The prompt, and every decision since: what costs are read from."""
     frames: tuple[Frame, ...] = ()
     """Only for pruners that renumber or do not prune the cache; ordered by ``stop``."""
+    known: Columns | None = None
+    """``mask`` and, before a pruner has chosen, ``visual`` on the host; None where only the device has them."""
+    whole: bool = False
+    """Rows are those that were encoded, in their order, with all their visual tokens."""
+    ridden: Any = None
+    """What columns that rode along found out, see :class:`Ride`; of these very rows."""
 
 
 @dataclass

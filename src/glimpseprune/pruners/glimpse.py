@@ -17,16 +17,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from glimpseprune import attention
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
 from glimpseprune.decoder import View, append, branch, run_layers
+from glimpseprune.host import Columns, upload
 from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
 from glimpseprune.sharded import whole
-from glimpseprune.types import Decision, Needs, Stop
+from glimpseprune.types import Decision, Needs, Ride, Stop
 from glimpseprune.vip import VIP, window_ids
 
 PROBES = ("logits", "log_softmax")
@@ -186,7 +186,7 @@ class Pruner(nn.Module):
         if self.options.sight == "question":
             glimpse += 2 * shapes.decoder.width**2 * looks  # W on its tokens
         predictor = [vip_flops(vip, shapes, segments) for segments in self.segments(view)]
-        return glimpse + torch.tensor(predictor, device=columns.device)
+        return glimpse + upload(predictor, columns.device)
 
     def segments(self, view: View) -> list[list[int]]:
         """Per row: sizes of the segments of tokens within which the predictor attends."""
@@ -205,8 +205,18 @@ class Pruner(nn.Module):
         supervision. ``view.state`` holds the prompt, run at least to the last probe layer."""
         return self._predict(view, self.probe(view))
 
+    def ride(self, view: View) -> Ride | None:
+        """The glimpse, to go along with the prompt; None in training, where its gradient does not need the prompt's."""
+        if self.training:
+            return None
+        vectors, looking = self._vectors(view)
+        gaze = _Gaze(self, view, looking)
+        return Ride(vectors, looking, gaze, self.probe_layers, gaze.found)
+
     def probe(self, view: View) -> Tensor:
         """What the glimpse sees of each visual token: [N, probe layers x H], layer-major."""
+        if view.state.ridden is not None:
+            return view.state.ridden
         return self._run(view, max(self.probe_layers) + 1)[0]
 
     def with_answer(self, view: View, answer_ids: Tensor, answer_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -232,46 +242,36 @@ class Pruner(nn.Module):
         return question(input_ids, mask, backbone.image_token_id).sum(1)
 
     def _vectors(self, view: View) -> tuple[Tensor, Tensor]:
-        """Those of the positions that look, [L, B, n, D], and which of them are no (left) padding, bool [B, n]."""
+        """Those of the positions that look, [L, B, n, D], and, on the host, which of them are no (left) padding, bool
+        [B, n]."""
         state, encoded = view.state, view.encoded
         if self.options.sight == "one":
-            alone = torch.ones_like(state.mask[:, :1])
+            alone = torch.ones(len(state.mask), 1, dtype=torch.bool)
             return self.glimpse()[:, None].expand(-1, len(alone), -1, -1).to(state.hidden.dtype), alone
-        asked = question(encoded.input_ids, encoded.mask, view.backbone.image_token_id)[state.row]  # [B, S]
-        tokens = [embeds[own] for embeds, own in zip(encoded.embeds[state.row], asked)]  # [n, D] each
-        tokens = pad_sequence(tokens, batch_first=True, padding_side="left")  # [B, n, D]
-        places = torch.arange(tokens.shape[1], 0, -1, device=asked.device)
-        return self.glimpse(tokens).to(state.hidden.dtype), places <= asked.sum(1, keepdim=True)
+        rows = slice(None) if state.whole else state.row.cpu()
+        asked = question(encoded.known.ids, encoded.known.mask, view.backbone.image_token_id)[rows]  # [B, S]
+        known = Columns.counted(asked.sum(1).tolist())
+        # The last n columns of a stable sort by whether they are asked: these, behind padding.
+        order = asked.long().argsort(dim=1, stable=True)[:, -known.mask.shape[1] :]  # [B, n]
+        order = upload(order, state.hidden.device)
+        embeds = encoded.embeds if state.whole else encoded.embeds[state.row]
+        tokens = embeds.gather(1, order[..., None].expand(-1, -1, embeds.shape[-1]))  # [B, n, D]
+        tokens = tokens.masked_fill(~upload(known.mask, tokens.device)[..., None], 0)
+        return self.glimpse(tokens).to(state.hidden.dtype), known.mask
 
     def _run(
         self, view: View, stop: int, answer_ids: Tensor | None = None, answer_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Append the glimpse, and an answer, on a fork, to depth ``stop``. Its probe and the last hidden states."""
         vectors, looking = self._vectors(view)
-        embeds, mask, size, looks = vectors[0], looking, view.state.mask.shape[1], looking.shape[1]
+        embeds, mask = vectors[0], looking
         if answer_ids is not None:
             embeds = torch.cat([embeds, view.backbone.embed(answer_ids)], 1)  # [B, n + T, D]
-            mask = torch.cat([mask, answer_mask], 1)  # [B, n + T]
+            mask = torch.cat([upload(looking, answer_mask.device), answer_mask], 1)  # [B, n + T]
+        gaze = _Gaze(self, view, looking, answer_mask)
         state = append(branch(view.state), embeds, mask)
-        # As published over the whole key row: an answer behind the glimpse counts in the sum, though the glimpse does
-        # not attend to it. Only what is of the glimpse itself is seen in its order.
-        later = torch.ones(looks, looks, dtype=torch.bool, device=looking.device).triu(1)
-        later = F.pad(later, (size, embeds.shape[1] - looks))  # [n, S + n + T]
-        seen: dict[int, Tensor] = {}
-
-        def see(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-            if layer not in self.probe_layers:
-                return
-            rows = attention.logits(query[:, :, :looks], key, scaling)  # [B, H, n, S + n + T]
-            if self.options.probe == "log_softmax":
-                visible = state.mask[:, None] & ~later  # [B, n, S + n + T]
-                rows = rows.masked_fill(~visible[:, None], torch.finfo(rows.dtype).min).log_softmax(-1)
-            rows = rows[..., :size].masked_fill(~looking[:, None, :, None], -torch.inf)
-            row = rows.logsumexp(2) - looking.sum(1).float().log()[:, None, None]  # [B, H, S]
-            seen[layer] = row.transpose(1, 2)[view.state.visual]  # [N, H]
-
-        state = run_layers(view.backbone, state, stop, probe=see, inject=vectors)
-        return torch.cat([seen[layer] for layer in self.probe_layers], -1), state.hidden
+        state = run_layers(view.backbone, state, stop, probe=gaze, probed=self.probe_layers, inject=vectors)
+        return gaze.found(), state.hidden
 
     def _predict(self, view: View, probe: Tensor) -> Tensor:
         states = [view.pick(view.encoded.states[layer]) for layer in self.vision_layers]
@@ -280,6 +280,44 @@ class Pruner(nn.Module):
         logits = self.vip(probe, states, grids, self.window, *left).float()  # [outputs, N]
         cap = self.options.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+class _Gaze:
+    """Notes what the positions that look see of the visual tokens: the probe of their layers' calls.
+
+    Args:
+        looking: bool [B, n], on the host: which of them are no padding.
+        answer_mask: bool [B, T] of the columns that come behind them.
+    """
+
+    def __init__(self, pruner: Pruner, view: View, looking: Tensor, answer_mask: Tensor | None = None) -> None:
+        self.view, self.layers, self.kind = view, pruner.probe_layers, pruner.options.probe
+        mask, self.count = view.state.mask, looking.shape[1]
+        self.numbers = upload(looking.sum(1), mask.device)  # [B]
+        self.padded, self.looking = not looking.all(), upload(looking, mask.device)
+        behind = self.looking if answer_mask is None else torch.cat([self.looking, answer_mask], 1)
+        self.answer = behind.shape[1] - self.count
+        # As published over the whole key row: an answer behind the glimpse counts in the sum, though the glimpse does
+        # not attend to it. Only what is of the glimpse itself is seen in its order.
+        later = torch.ones(self.count, self.count, dtype=torch.bool, device=mask.device).triu(1)
+        later = F.pad(later, (mask.shape[1], self.answer))  # [n, S + n + T]
+        self.visible = torch.cat([mask, behind], 1)[:, None] & ~later  # [B, n, S + n + T]
+        self.seen: dict[int, Tensor] = {}
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        last = query.shape[2] - self.answer
+        rows = attention.logits(query[:, :, last - self.count : last], key, scaling)  # [B, H, n, S + n + T]
+        if self.kind == "log_softmax":
+            rows = rows.masked_fill(~self.visible[:, None], torch.finfo(rows.dtype).min).log_softmax(-1)
+        rows = rows[..., : self.view.state.mask.shape[1]]  # [B, H, n, S]
+        if self.padded:
+            rows = rows.masked_fill(~self.looking[:, None, :, None], -torch.inf)
+        row = rows.logsumexp(2) - self.numbers.float().log()[:, None, None]  # [B, H, S]
+        self.seen[layer] = self.view.of_visual(row.transpose(1, 2))  # [N, H]
+
+    def found(self) -> Tensor:
+        """[N, probe layers x H]"""
+        return torch.cat([self.seen[layer] for layer in self.layers], -1)
 
 
 def question(input_ids: Tensor, mask: Tensor, image_token: int) -> Tensor:
