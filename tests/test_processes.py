@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from glimpseprune.config import UserError
-from glimpseprune.processes import Processes, first_host, meeting, placed, together
+from glimpseprune.processes import Processes, first_host, meeting, placed, serve, together
 
 SRUN = {"SLURM_JOB_ID": "31", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3"}
 SRUN |= {"SLURM_LOCALID": "1", "SLURM_STEP_NODELIST": "sim[1-2]"}
@@ -44,6 +45,26 @@ def test_where_they_meet():
     assert meeting({"MASTER_ADDR": "h", "MASTER_PORT": "7"}) == "h:7"
     assert meeting(SRUN) == "sim1:15219"
     assert meeting(SRUN | {"SLURM_STEP_ID": "3"}) != meeting(SRUN)
+
+
+def _serve(parent: int, say) -> None:
+    serve(parent)
+    say.put(None)
+    time.sleep(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_all_processes_leaves_workers_to_their_parent(number):
+    """As pkill and scancel send them; torch's loader would fail in the middle of a step that is to be saved."""
+    context = multiprocessing.get_context("fork")
+    say = context.Queue()
+    worker = context.Process(target=_serve, args=(os.getpid(), say), daemon=True)
+    worker.start()
+    say.get(timeout=60)
+    os.kill(worker.pid, number)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.kill()
 
 
 def _work(rank: int, port: int, say) -> None:

@@ -91,10 +91,11 @@ class Pruner(Protocol):
     """A pruning method: where it decides, what it must have collected for it, and what to keep.
 
     A method may send columns along with the prompt to its first stop: ``ride(view) -> Ride | None``, asked before the
-    first layer (``needs.probes`` is for others). A method that acts before the vision tower also has ``look(backbone, prompt) -> (prompt, flops per row)``, which
-    gives the prompt anew (a coarse image, crops), wherever its tensors are. Methods with weights are ``nn.Module``s. A
-    method that trains has a gate at its first stop: ``logits(view) -> [N']``, ``mask(logits, counts) -> bool [N']``,
-    and for stage 1 ``all_logits(view) -> [outputs, N']``. Whatever else a method has is its own business.
+    first layer (``needs.probes`` is for others). A method that acts before the vision tower also has
+    ``look(backbone, prompt) -> (prompt, flops per row)``, which gives the prompt anew (a coarse image, crops), wherever
+    its tensors are. Methods with weights are ``nn.Module``s. A method that trains has a gate at its first stop:
+    ``logits(view) -> [N']``, ``mask(logits, counts) -> bool [N']``, and for stage 1 ``all_logits(view) -> [outputs,
+    N']``. Whatever else a method has is its own business.
     """
 
     stops: tuple[Stop, ...]

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -135,7 +134,6 @@ def write_split(job: Job, workers: int, report: Callable[..., None] = lambda com
 def _share(parent: int, *counters: Any) -> None:
     global _counters
     _counters = counters
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     processes.serve(parent)
 
 

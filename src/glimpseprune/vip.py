@@ -3,7 +3,8 @@
 docs/method.md §1.4: a small transformer over the visual tokens of each image, whose queries and keys also see the
 vision tower's states. Checked against HVision-NKU/GlimpsePrune@091a3d5 (AttnFuserV1); parameters have the names of its
 published weights, which therefore load as they are. Imports only torch. Images of equal size become a batch for the
-attention alone: nothing of size V x V is ever made, and none is padded to another's size.
+attention alone: nothing of size V x V is ever made, and none is padded to another's size. How tokens lie is worked out
+on the host: nothing here waits for a GPU, unless tokens have been dropped before.
 """
 
 from __future__ import annotations
@@ -79,11 +80,13 @@ class VIP(nn.Module):
             [1, N], or [blocks, N] under deep supervision.
         """
         dtype = self.attn_in_proj.weight.dtype
-        places, ids = (t.to(probes.device) for t in (grid_positions(grids), window_ids(grids, window)))
+        places, ids = grid_positions(grids), window_ids(grids, window)
         if tokens is not None:
+            tokens, rows = tokens.cpu(), rows.cpu()
             own = ids[tokens] + rows * len(ids)  # there are no more segments than tokens
             places, ids = places[tokens], own.unique(return_inverse=True)[1]
-        rope, segments = rope_2d(places, self.head_width), Segments(ids)  # [N, 1, e] each
+        segments = Segments(ids, probes.device)
+        rope = rope_2d(places.to(probes.device, non_blocking=True), self.head_width)  # [N, 1, e] each
         x = self.attn_in_proj(probes.to(dtype)).to(dtype)  # [N, F]; the residual stream keeps its precision
         logits = []
         for index, (block, project, state) in enumerate(zip(self.layers, self.cond_in_projs, states, strict=True)):
@@ -139,23 +142,30 @@ class MLP(nn.Module):
 class Segments:
     """Attention that stays within segments of tokens; those of one size are the batch of one call, without a mask.
 
-    ``ids`` [N]: the segment each token belongs to, 0 .. M - 1, each at least once, in any order.
+    ``ids`` [N], on the host: the segment each token belongs to, 0 .. M - 1, each at least once, in any order;
+    ``device``: of what attends.
     """
 
-    def __init__(self, ids: Tensor) -> None:
+    def __init__(self, ids: Tensor, device: torch.device | None = None) -> None:
         lengths = ids.bincount()  # [M]
         self.sizes = sorted(Counter(lengths.tolist()).items())
-        self.order = (lengths[ids] * len(lengths) + ids).argsort(stable=True)  # [N] by size, segment by segment
-        self.places = self.order.argsort()  # [N]
+        order = (lengths[ids] * len(lengths) + ids).argsort(stable=True)  # [N] by size, segment by segment
+        # None where tokens lie in that order already: whole images of one size.
+        self.order = self.places = None
+        if not torch.equal(order, torch.arange(len(ids))):
+            self.order, self.places = (x.to(device, non_blocking=True) for x in (order, order.argsort()))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """All of them [N, H, e], and so is what comes out."""
-        groups = (x[self.order].split([size * count for size, count in self.sizes]) for x in (q, k, v))
+        if self.order is not None:
+            q, k, v = (x[self.order] for x in (q, k, v))
+        groups = (x.split([size * count for size, count in self.sizes]) for x in (q, k, v))
         parts = []
         for (size, _), *group in zip(self.sizes, *groups):
             batch = (x.unflatten(0, (-1, size)).transpose(1, 2) for x in group)  # [M', H, n, e] each
             parts.append(F.scaled_dot_product_attention(*batch).transpose(1, 2).flatten(0, 1))
-        return torch.cat(parts)[self.places]
+        out = torch.cat(parts)
+        return out if self.places is None else out[self.places]
 
 
 def grid_positions(grids: Sequence[Grid]) -> Tensor:

@@ -11,6 +11,7 @@ so).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -273,11 +274,22 @@ class Pruner(nn.Module):
         state = run_layers(view.backbone, state, stop, probe=gaze, probed=self.probe_layers, inject=vectors)
         return gaze.found(), state.hidden
 
+    def precision(self, view: View) -> AbstractContextManager:
+        """The predictor multiplies in bfloat16 beside a language model of half precision on a GPU, where its own
+        float32 would take longer than the layers that it spares; sums, RoPE and logits stay float32. Training has its
+        own ``trainer.precision``."""
+        hidden = view.state.hidden
+        if self.training or not hidden.is_cuda or hidden.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast("cuda", torch.bfloat16)
+
     def _predict(self, view: View, probe: Tensor) -> Tensor:
         states = [view.pick(view.encoded.states[layer]) for layer in self.vision_layers]
         grids = [grid for row in view.encoded.grids for grid in row]
         left = () if view.untouched else (view.tokens, view.rows)
-        logits = self.vip(probe, states, grids, self.window, *left).float()  # [outputs, N]
+        with self.precision(view):
+            logits = self.vip(probe, states, grids, self.window, *left)
+        logits = logits.float()  # [outputs, N]
         cap = self.options.logit_cap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -364,17 +376,24 @@ def chosen(
     Raises:
         UserError: ``min_keep`` above the tokens of a row.
     """
-    kept = []
-    for row in logits.detach().float().split(list(counts)):
-        require_minimum(min_keep, len(row))
-        keep = row.sigmoid() > threshold  # [V]
-        number = int(keep.sum())
-        too_many = max_keep is not None and number / len(row) > max_keep
-        limit = int(max_keep * len(row)) if too_many else number
-        if (wanted := max(limit, min_keep)) != number:
-            keep = torch.zeros_like(keep).index_fill(0, row.topk(wanted).indices, True)
-        kept.append(keep)
-    return torch.cat(kept)
+    for count in counts:
+        require_minimum(min_keep, count)
+    rows, sizes = logits.detach().float(), torch.tensor(counts)
+    columns = Columns.counted(counts)
+    if not columns.full:  # rows of unequal length: padding has the least of all logits
+        places = upload(columns.mask.flatten().nonzero()[:, 0], rows.device)
+        rows = rows.new_full((columns.mask.numel(),), -torch.inf).index_copy(0, places, rows)
+    rows = rows.view(columns.mask.shape)  # [B, V]
+    keep = rows.sigmoid() > threshold
+    number = keep.sum(1)  # [B]
+    wanted = number
+    if max_keep is not None:
+        most, totals = (upload(x, rows.device) for x in ((max_keep * sizes.double()).long(), sizes.double()))
+        wanted = torch.where(number / totals > max_keep, most, number)
+    wanted = wanted.clamp(min=min_keep)[:, None]
+    rank = rows.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [B, V]
+    keep = torch.where(wanted == number[:, None], keep, rank < wanted).flatten()
+    return keep if columns.full else keep[places]
 
 
 def state_from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
