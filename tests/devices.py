@@ -20,6 +20,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._device import _device_constructors
 
 import glimpseprune
+from glimpseprune import host, steps
 from glimpseprune.lookup import find, names
 
 HERE, PACKAGE = str(Path(__file__).parent), str(Path(glimpseprune.__file__).parent)
@@ -58,7 +60,8 @@ def start(chosen: str) -> None:
     if chosen == "cuda":
         torch.backends.cudnn.conv.fp32_precision = "ieee"  # Hugging Face's forward, which is the oracle, in float32 too
     if chosen == "pretend":
-        Pretend().__enter__()
+        global PRETENDING
+        PRETENDING = Pretend().__enter__()
         pretend_cuda()
     Placed().__enter__()
 
@@ -207,6 +210,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(list(value.values()))
 
 
+PRETENDED = ((nn.Parameter, "__new__"), (host, "download"), (steps, "record"), (steps, "uncached_autocast"))
+
+
 def pretend_cuda() -> None:
     """What the package, Lightning and transformers ask of a GPU that they find, load to, train on and measure."""
     from lightning.pytorch.accelerators import CPUAccelerator
@@ -229,15 +235,47 @@ def pretend_cuda() -> None:
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # other threads do not pretend
 
 
+WAITING = {Tensor.item, Tensor.tolist, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__}
+WAITING |= {torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select, torch.equal, Tensor.equal}
+WAITING |= {torch.unique, Tensor.unique, torch.bincount, Tensor.bincount, torch.multinomial, Tensor.multinomial}
+WAITING |= {torch.unique_consecutive, Tensor.unique_consecutive, torch.allclose, Tensor.allclose, Tensor.cpu}
+"""Of a tensor on a GPU: the host needs a number, or a size, of what the GPU has yet to compute."""
+
+
+def waits(func: Callable, args: tuple, kwargs: dict) -> bool:
+    """Whether a call waits for a GPU until all that it was told is done."""
+    own = bool(args) and is_marked(args[0])
+    if func in (Tensor.__getitem__, Tensor.__setitem__):
+        return own and any(index.dtype == torch.bool for index in tensors(args[1]))
+    if func in (torch.repeat_interleave, Tensor.repeat_interleave):
+        return any(map(is_marked, tensors((args[1:], kwargs))))
+    if func in MOVERS or func in COPYING:
+        said = kwargs.get("device", args[1] if len(args) > 1 and isinstance(args[1], (str, torch.device)) else None)
+        if (said is None and func is not Tensor.cuda) or (
+            func in COPYING and isinstance(args[0], list) and not args[0]
+        ):
+            return False
+        there = func is Tensor.cuda or torch.device(said).type == "cuda"
+        return there != own and not (there and kwargs.get("non_blocking"))
+    return func in WAITING and own
+
+
 class Pretend(TorchFunctionMode):
-    """While it lasts, there is a GPU, where tensors that are marked are."""
+    """While it lasts, there is a GPU, where tensors that are marked are. ``waited``: in which files and lines the host
+    waited for it."""
 
     def __enter__(self) -> Pretend:
-        self.new, nn.Parameter.__new__ = nn.Parameter.__new__, keeping(nn.Parameter.__new__)
+        self.waited: list[str] = []
+        self.undo = [(owner, name, getattr(owner, name)) for owner, name in PRETENDED]
+        nn.Parameter.__new__ = keeping(nn.Parameter.__new__)
+        host.download = lambda x: lambda: mark(x.detach().clone(), False)
+        steps.record = lambda run, trial: trial() or run() or run
+        steps.uncached_autocast = nullcontext
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        nn.Parameter.__new__ = self.new
+        for owner, name, value in self.undo:
+            setattr(owner, name, value)
         super().__exit__(*error)
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -245,6 +283,9 @@ class Pretend(TorchFunctionMode):
         given = list(tensors((args, kwargs)))
         marked = [is_marked(tensor) for tensor in given]
         own = bool(args) and is_marked(args[0])
+        if waits(func, args, kwargs):
+            frame = sys._getframe(1)
+            self.waited.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")
         if own and func in FACTS:
             return FACTS[func]
         if own and func in ARRAYS:

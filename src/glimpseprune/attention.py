@@ -95,6 +95,15 @@ def last_row(seen: dict[int, Tensor], columns: Tensor) -> Probe:
     return see
 
 
+def single(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
+    """Attention of one token per row, [B, 1, H, d]: query [B, H, 1, d], key and value [B, H_kv, S, d], ``visible``
+    bool [B, 1, 1, S]. Query heads that share a key head are its queries, so that no key is repeated for them."""
+    groups = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, H_kv, H / H_kv, d]
+    groups = groups.to(value.dtype)  # RoPE leaves float32 under autocast
+    out = F.scaled_dot_product_attention(groups, key.to(value.dtype), value, visible, scale=scaling)
+    return out.flatten(1, 2)[:, None]
+
+
 def gated(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, gate: Gate, scaling: float) -> Tensor:
     """Attention whose keys are weighed by ``gate``; ``visible`` is :func:`mask`'s bool form. Returns [B, H, Q, d]."""
     heads, queries, size = query.shape[1], query.shape[2], key.shape[2]
@@ -138,6 +147,7 @@ def _probed(name: str) -> Callable:
         probe: Probe | None = None,
         gate: Gate | None = None,
         lengths: Sequence[int] | None = None,
+        step: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         if probe is not None:
@@ -146,6 +156,8 @@ def _probed(name: str) -> Callable:
             rows = zip(*(x.split(list(lengths), 2) for x in (query, key, value)))
             attend = _backend(name, module)
             return torch.cat([attend(module, *row, None, **kwargs)[0] for row in rows], 1), None
+        if step:
+            return single(query, key, value, attention_mask, kwargs["scaling"]), None
         if gate is not None:
             return gated(query, key, value, attention_mask, gate, kwargs["scaling"]).transpose(1, 2).contiguous(), None
         return _backend(name, module)(module, query, key, value, attention_mask, **kwargs)

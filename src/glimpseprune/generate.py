@@ -8,6 +8,8 @@ position. Left out: beam search and assisted decoding, which would have to reord
 from __future__ import annotations
 
 import copy
+import math
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +19,11 @@ from torch import Tensor
 from transformers import GenerationConfig, MaxLengthCriteria, MaxTimeCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.generation import GenerationMode
 
+from glimpseprune import host
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError
-from glimpseprune.decoder import Pruner, append, branch, prefill, rows, run_layers, see
+from glimpseprune.decoder import Pruner, prefill, rows, see
+from glimpseprune.steps import decoding, draw
 from glimpseprune.types import Encoded, Prefill, Rollout
 
 
@@ -66,8 +70,8 @@ def continue_from(
     synced: bool = False,
     **kwargs: Any,
 ) -> Rollout:
-    """:func:`generate` for prompts that have been prefilled; ``state``'s cache is left as it is. Its rows may be others
-    than those of ``encoded``, :attr:`Prefill.row` says which."""
+    """:func:`generate` for prompts that have been prefilled; what ``state``'s cache holds is left as it is. Its rows
+    may be others than those of ``encoded``, :attr:`Prefill.row` says which."""
     kwargs, streamer = dict(kwargs), kwargs.get("streamer")
     tokenizer = kwargs.pop("tokenizer", None) or getattr(backbone.processor, "tokenizer", None)
     strings = kwargs.pop("stop_strings", None) or getattr(generation_config, "stop_strings", None)
@@ -96,36 +100,41 @@ def continue_from(
         first = state if len(index) == len(state.mask) else rows(state, index)
         running = torch.ones(len(index), dtype=torch.bool, device=backbone.device)
         ended = ~running
-        current, size = branch(first), input_ids.shape[1]
-        end = size
-        while True:
-            logits = backbone.logits(current.hidden[:, -1]).float()  # [B, vocabulary]
+        last = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=math.inf)
+        size, length, alive = input_ids.shape[1], 0, True
+        logits, steps = backbone.logits(first.hidden[:, -1]).float(), None  # [B, vocabulary]
+        news: deque[News] = deque()
+        while alive:
             scores = logits_processor(input_ids, logits)
             for name, value in (("logits", logits), ("scores", scores)):
                 if getattr(generation_config, f"output_{name}"):
                     extra.setdefault(name, []).append(value)
-            if generation_config.do_sample:
-                tokens = torch.multinomial(scores.softmax(-1), 1)[:, 0]  # [B]
-            else:
-                tokens = scores.argmax(-1)
+            tokens = draw(scores.softmax(-1)) if generation_config.do_sample else scores.argmax(-1)  # [B]
             if pad is not None:
                 tokens = tokens.masked_fill(~running, pad)
             input_ids = torch.cat([input_ids, tokens[:, None]], 1)
-            if streamer is not None:
-                streamer.put(tokens.cpu())
-            end = input_ids.shape[1] if running.any() else end
             live = running
             for criterion in stopping_criteria:
                 stops = live & criterion(input_ids, None)
                 running = running & ~stops
                 if not isinstance(criterion, (MaxLengthCriteria, MaxTimeCriteria)):
                     ended = ended | stops
-            if not anyone(running, synced):
-                break
-            current = run_layers(backbone, append(current, backbone.embed(tokens[:, None])), backbone.num_layers)
+            news.append(News(live, running, tokens, synced))
+            full = input_ids.shape[1] >= last
+            while alive and news and (full or len(news) > news[0].delay):
+                was_alive, alive, told = news.popleft().read()
+                length += was_alive
+                if streamer is not None:
+                    streamer.put(told)
+            if alive and not full:
+                steps = decoding(backbone, first, graphs=not synced) if steps is None else steps
+                logits = steps(tokens)
+            alive = alive and not full
         if streamer is not None:
             streamer.end()
-        return first, input_ids[:, size:end]
+        for values in extra.values():
+            del values[length:]
+        return first, input_ids[:, size : size + length]
 
     mask = encoded.mask[state.row].long()
     first, tokens = backbone.model.generate(
@@ -147,13 +156,26 @@ def continue_from(
     )
 
 
-def anyone(running: Tensor, synced: bool) -> bool:
-    """Whether any row ([B] bool) goes on, here or (``synced``) in any other process."""
-    if not (synced and dist.is_initialized()):
-        return bool(running.any())
-    found = running.any().long()
-    dist.all_reduce(found, dist.ReduceOp.MAX)
-    return bool(found)
+class News:
+    """How a step went, on its way to the host: whether rows were and are running, and the tokens.
+
+    On a GPU the host hears of it two steps later, and does not wait in between: what has been decoded of rows that had
+    all ended by then is thrown away. ``synced``: whether any row of any process is running, which all hear at once.
+    """
+
+    def __init__(self, live: Tensor, running: Tensor, tokens: Tensor, synced: bool) -> None:
+        goes_on = running.any()
+        synced = synced and dist.is_initialized()
+        if synced:
+            goes_on = goes_on.long()
+            dist.all_reduce(goes_on, dist.ReduceOp.MAX)
+        self.delay = 2 if tokens.is_cuda and not synced else 0
+        self.flags = host.download(torch.stack([live.any(), goes_on.bool()]))
+        self.tokens = host.download(tokens)
+
+    def read(self) -> tuple[bool, bool, Tensor]:
+        before, after = self.flags().tolist()
+        return before, after, self.tokens()
 
 
 def kept(encoded: Encoded, state: Prefill) -> list[Tensor]:

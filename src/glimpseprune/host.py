@@ -7,8 +7,8 @@ anything is launched, and is kept here; a prefill asks the device but once, for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Columns:
     """Of a batch, on the host."""
 
     mask: Tensor  # [B, S] bool, False on padding
     visual: Tensor | None = None  # [B, S] bool; None once a pruner has chosen among them
     ids: Tensor | None = None  # [B, S] of the tokens; None behind the prompt
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Columns):
+            return NotImplemented
+        pairs = ((getattr(self, field.name), getattr(other, field.name)) for field in fields(self))
+        return all(a is b or (a is not None and b is not None and torch.equal(a, b)) for a, b in pairs)
+
+    __hash__ = None
 
     @classmethod
     def counted(cls, counts: Sequence[int]) -> Columns:
@@ -56,3 +64,18 @@ def upload(values: Any, device: torch.device | str, dtype: torch.dtype | None = 
     """A tensor of numbers that the host holds, on ``device``, behind whatever the device is still at: a copy that is
     asked for in the ordinary way waits for all of it."""
     return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
+def download(x: Tensor) -> Callable[[], Tensor]:
+    """``x`` on its way to the host, behind what the device is still at; call it for the tensor, once it is needed."""
+    if not x.is_cuda:
+        return lambda: x
+    there = torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return there
+
+    return wait

@@ -38,8 +38,8 @@ def end_with(parent: int) -> None:
 
 
 def serve(parent: int, _: int = 0) -> None:
-    """As :func:`end_with`, for a worker: a signal that reaches all processes of a terminal (Ctrl-C), of a job (scancel)
-    or of a name (pkill) is the parent's affair, which may have to save what it has, and needs its workers until then."""
+    """As :func:`end_with`, for a worker: a signal to all processes of a terminal (Ctrl-C), of a job (scancel) or of a
+    name (pkill) is the parent's affair, which may have to save what it has, and needs its workers until then."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     end_with(parent)

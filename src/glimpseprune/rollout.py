@@ -13,6 +13,7 @@ log-probabilities; ``generate`` has them for inference. Speculative or paged dec
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -20,9 +21,10 @@ import torch
 from torch import Tensor
 
 from glimpseprune.backbones import LVLM
-from glimpseprune.decoder import Pruner, advance, append, branch, cut, follow, rows, run_layers
-from glimpseprune.generate import anyone
+from glimpseprune.decoder import Pruner, advance, branch, cut, follow, rows
+from glimpseprune.generate import News
 from glimpseprune.losses import keep_log_probs
+from glimpseprune.steps import decoding, draw
 from glimpseprune.types import Encoded, Prefill
 
 
@@ -62,28 +64,34 @@ def answer(
     tokens = torch.zeros(count, max_new_tokens, dtype=torch.long, device=device)
     log_probs = torch.zeros(count, max_new_tokens, device=device)
     mask = torch.zeros(count, max_new_tokens, dtype=torch.bool, device=device)
+    ended = torch.zeros(count, dtype=torch.bool, device=device)
     ending = torch.tensor(list(ends), device=device)
     alive = torch.arange(count, device=device)  # rows of the batch -> rollouts
     running = torch.ones(count, dtype=torch.bool, device=device)
-    length, current = 0, branch(state)
+    logits, steps, length = backbone.logits(state.hidden[:, -1]), None, 0
+    news: deque[News] = deque()
     for step in range(max_new_tokens):
-        distribution = (backbone.logits(current.hidden[:, -1]).float() / temperature).log_softmax(-1)
-        drawn = torch.multinomial(distribution.exp(), 1)  # [R', 1]
-        live = alive[running]
-        tokens[live, step] = drawn[running, 0]
-        log_probs[live, step] = distribution.gather(1, drawn)[running, 0]
-        mask[live, step] = True
-        length = step + 1 if len(live) else length
-        running = running & ~torch.isin(drawn[:, 0], ending)
-        left = running.sum()
-        if not anyone(running, synced) or step + 1 == max_new_tokens:
+        distribution = (logits.float() / temperature).log_softmax(-1)
+        drawn = draw(distribution.exp())  # [R']
+        chance = distribution.gather(1, drawn[:, None])[:, 0]
+        tokens[alive, step] = drawn.masked_fill(~running, 0)
+        log_probs[alive, step] = chance.masked_fill(~running, 0.0)
+        mask[alive, step] = running
+        live, running = running, running & ~torch.isin(drawn, ending)
+        ended[alive] = ~running
+        news.append(News(live, running, drawn, synced))
+        goes_on, last = True, step + 1 == max_new_tokens
+        while goes_on and news and (last or len(news) > news[0].delay):
+            was_alive, goes_on, _ = news.popleft().read()
+            length += was_alive
+        if not goes_on or last:
             break
-        if 2 * left <= len(running):
+        steps = decoding(backbone, branch(state), graphs=not synced) if steps is None else steps
+        if steps.replay is None and 2 * (left := int(running.sum())) <= len(running):
             kept = running.nonzero()[:, 0] if left else torch.zeros(1, dtype=torch.long, device=device)
-            current, alive, running, drawn = rows(current, kept), alive[kept], running[kept], drawn[kept]
-        current = run_layers(backbone, append(current, backbone.embed(drawn)), backbone.num_layers)
-    ended = torch.ones(count, dtype=torch.bool, device=device)
-    ended[alive[running]] = False
+            steps.rows(kept)
+            alive, running, drawn = alive[kept], running[kept], drawn[kept]
+        logits = steps(drawn)
     return tokens[:, :length], log_probs[:, :length], mask[:, :length], ended
 
 

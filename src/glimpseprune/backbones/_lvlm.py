@@ -70,8 +70,12 @@ class LVLM(ABC):
     model_class: type[PreTrainedModel]
     """transformers' class of ``model``."""
 
+    replays = True
+    """Whether decoding on a GPU may be a captured CUDA graph; set to False where one could not be."""
+
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
+        self.captured: dict[Any, Any] = {}  # of its decoder: see steps.py
         self.text_model, self.lm_head = model.model.language_model, model.lm_head
         config = self.text_model.config
         # Mistral has no layer_types, and a window of 4096 unless its config says null.
