@@ -20,7 +20,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._device import _device_constructors
 
 import glimpseprune
-from glimpseprune import host, steps
+from glimpseprune import host, replay
 from glimpseprune.lookup import find, names
 
 HERE, PACKAGE = str(Path(__file__).parent), str(Path(glimpseprune.__file__).parent)
@@ -210,7 +209,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(list(value.values()))
 
 
-PRETENDED = ((nn.Parameter, "__new__"), (host, "download"), (steps, "record"), (steps, "uncached_autocast"))
+PRETENDED = ((nn.Parameter, "__new__"), (host, "download"), (replay, "record"))
 
 
 def pretend_cuda() -> None:
@@ -269,8 +268,7 @@ class Pretend(TorchFunctionMode):
         self.undo = [(owner, name, getattr(owner, name)) for owner, name in PRETENDED]
         nn.Parameter.__new__ = keeping(nn.Parameter.__new__)
         host.download = lambda x: lambda: mark(x.detach().clone(), False)
-        steps.record = lambda run, trial: trial() or run() or run
-        steps.uncached_autocast = nullcontext
+        replay.record = lambda run, trial=None: (trial or run)() or run
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -10,9 +10,9 @@ from torch import nn
 
 import devices
 from conftest import TINY, prompts
-from glimpseprune import host, steps
+from glimpseprune import host, replay, steps
 from glimpseprune.attention import single
-from glimpseprune.decoder import View, append, branch, prefill, run_layers
+from glimpseprune.decoder import View, advance, append, branch, prefill, run_layers, start
 from glimpseprune.generate import generate
 from glimpseprune.pruners import build
 from glimpseprune.steps import Steps, decoding, draw
@@ -99,6 +99,46 @@ def test_lent_caches_hold_what_they_held(backbone) -> None:
         assert layer.keys.untyped_storage().data_ptr() == own.untyped_storage().data_ptr()
 
 
+@torch.no_grad()
+def test_a_block_is_its_layers(backbone) -> None:
+    """Layers above the pruned tokens, on columns that are padded; two prompts of other lengths, one after the other."""
+    block = None
+    for pruner in (Half(Stop(3)), Half(Stop(1), Stop(3)), Half(Stop(3))):
+        encoded = backbone.encode(prompts(backbone))
+        state = advance(backbone, encoded, start(encoded), pruner, until=len(pruner.stops))
+        expected = run_layers(backbone, branch(state), backbone.num_layers)
+        block = block or replay.Block(backbone, state, -(-state.mask.shape[1] // 64) * 64)
+        ours = block(branch(state))
+        assert ours.depth == expected.depth and ours.trace == expected.trace
+        torch.testing.assert_close(ours.hidden[state.mask], expected.hidden[state.mask], **CLOSE)
+        for mine, theirs in zip(ours.cache.layers, expected.cache.layers, strict=True):
+            for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+                torch.testing.assert_close(a.transpose(1, 2)[state.mask], b.transpose(1, 2)[state.mask], **CLOSE)
+
+
+def test_what_is_held_is_bounded(monkeypatch) -> None:
+    """In number and size; the latest stays, and what is asked for again is what was made."""
+    backbone, made = TINY["qwen2_5_vl"](), []
+
+    class Thing:
+        bytes = 10
+
+    monkeypatch.setattr(backbone, "captured", {})
+    monkeypatch.setattr(replay, "KEPT", 3)
+
+    def thing(*sizes):
+        return replay.held(backbone, sizes, lambda: made.append(Thing()) or made[-1])
+
+    first = thing(1)
+    assert thing(2) is not first and thing(1) is first and len(made) == 2
+    thing(3), thing(4)
+    assert len(backbone.captured) == 3 and thing(1) is first and thing(2) is not made[1]
+    monkeypatch.setattr(replay, "BYTES", 15)
+    assert thing(5) is made[-1] and len(backbone.captured) == 1
+    made[-1].bytes = 20
+    assert thing(5) is made[-1]
+
+
 def test_draws_are_those_of_multinomial() -> None:
     generator = torch.Generator().manual_seed(0)
     for shape in ((1, 7), (5, 1000)):
@@ -182,11 +222,11 @@ def test_replayed_decoding_is_decoding_and_waits_for_nothing(backbone, gpu, sett
 
     expected = run(False)
     assert not backbone.captured
-    assert torch.equal(run(True), expected) and len(backbone.captured) == 1
-    first = next(iter(backbone.captured.values()))
+    assert torch.equal(run(True), expected)
+    (first,) = (each for each in backbone.captured.values() if isinstance(each, Steps))
     run(True, stopping_criteria=[lambda ids, scores: torch.ones(len(ids), dtype=torch.bool, device=ids.device)])
     assert torch.equal(run(True), expected)
-    assert list(backbone.captured.values()) == [first]
+    assert [each for each in backbone.captured.values() if isinstance(each, Steps)] == [first]
     if gpu is not None:
         waits = []
         for settings["max_new_tokens"] in (3, 9):
@@ -211,12 +251,12 @@ def test_other_weights_are_captured_anew(gpu) -> None:
 def test_what_cannot_be_captured_is_decoded_step_by_step(gpu, monkeypatch) -> None:
     backbone = moved(TINY["qwen2_5_vl"]())
 
-    def refuse(run, trial):
+    def refuse(run, trial=None):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(steps, "record", refuse)
+    monkeypatch.setattr(replay, "record", refuse)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    with torch.no_grad(), pytest.warns(UserWarning, match="step by step.*capturing"):
+    with torch.no_grad(), pytest.warns(UserWarning, match="decoding runs launch by launch.*capturing"):
         done = decoding(backbone, prefill(backbone, backbone.encode(prompts(backbone)), Half()))
     assert done.replay is None and not done.fixed and not backbone.replays
 

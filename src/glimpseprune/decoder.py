@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from glimpseprune import attention
+from glimpseprune import attention, replay
 from glimpseprune.host import Columns, upload
 from glimpseprune.ragged import Laying, Ragged
 from glimpseprune.types import Cut, Decision, Encoded, Frame, Needs, Prefill, Ride, Stop
@@ -161,7 +161,10 @@ def advance(backbone: Backbone, encoded: Encoded, state: Prefill, pruner: Pruner
     """
     for _ in pruner.stops[len(state.trace) - 1 : until]:
         state = decide(backbone, encoded, state, pruner)
-    return run_layers(backbone, state, backbone.num_layers) if until is None else state
+    if until is not None:
+        return state
+    done = replay.rest(backbone, state) if len(state.trace) > 1 else None
+    return run_layers(backbone, state, backbone.num_layers) if done is None else done
 
 
 def prefill(backbone: Backbone, encoded: Encoded, pruner: Pruner) -> Prefill:

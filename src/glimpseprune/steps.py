@@ -11,14 +11,13 @@ that end with the last token. ``Steps(fixed=True)`` is the captured computation 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from glimpseprune import replay
 from glimpseprune.types import Frame, Prefill
 
 if TYPE_CHECKING:
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
 
 ROOM = 128
 """Tokens that there is room for at first, and columns by whose multiples the sizes of graphs go."""
-KEPT = 4
-"""Captured steps that a backbone holds on to, of at most ``BYTES`` each."""
-BYTES = 1 << 30
 
 
 class Span:
@@ -178,23 +174,8 @@ class Steps:
             self._run()
             self.count.copy_(count)
 
-        self.replay = record(self._run, trial)
+        self.replay = replay.record(self._run, trial)
         self.count.copy_(count)
-
-
-def record(run: Callable[[], None], trial: Callable[[], None]) -> Callable[[], None]:
-    """``run`` as a CUDA graph, ready to be replayed; ``trial`` is the same without consequences. Raises RuntimeError
-    where something in it waits for the device."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), uncached_autocast():
-        for _ in range(2):  # libraries take their workspaces the first time
-            trial()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), uncached_autocast():
-        run()
-    return graph.replay
 
 
 class _Buffers:
@@ -215,56 +196,24 @@ class _Buffers:
 
 
 def decoding(backbone: LVLM, state: Prefill, graphs: bool = True) -> Steps:
-    """Steps behind prefilled prompts; captured ones on a GPU, unless ``graphs`` is False."""
-    if not (graphs and state.mask.is_cuda and backbone.replays):
-        steps = Steps(backbone, state)
+    """Steps behind prefilled prompts; recorded ones where that may be, unless ``graphs`` is False."""
+    if graphs and replay.may(backbone):
+        spans = tuple((layers, _width(own.mask.shape[1], True)) for layers, own in spans_of(state))
+        sizes = ("steps", len(state.mask), spans, state.cache.layers[0].keys.dtype, state.positions.ndim)
+        steps = replay.held(backbone, sizes, lambda: Steps(backbone, state, fixed=True))
         steps.fill(state)
-        steps.lend(state)
-        return steps
-    sizes = tuple((layers, _width(own.mask.shape[1], True)) for layers, own in spans_of(state))
-    key = (len(state.mask), sizes, state.cache.layers[0].keys.dtype, _autocast(), *fingerprint(backbone))
-    kept: dict[Any, Steps] = backbone.captured
-    steps = kept.pop(key, None) or Steps(backbone, state, fixed=True)
-    steps.fill(state)
-    if steps.replay is None:
         try:
-            steps.capture()
-        except RuntimeError as error:  # such as a layer that asks the device for a number
-            said = (str(error).splitlines() or [""])[0]
-            warnings.warn(f"decoding step by step, it cannot be captured as a CUDA graph: {said}", stacklevel=2)
-            backbone.replays = False
-            torch.cuda.synchronize()
-            return decoding(backbone, state, graphs=False)
-    if steps.bytes <= BYTES:
-        kept[key] = steps  # the last one is the latest
-        for old in list(kept)[:-KEPT]:
-            del kept[old]
-    else:
-        steps.lend(state)
+            if steps.replay is None:
+                steps.capture()
+            if steps.bytes > replay.BYTES:
+                steps.lend(state)
+            return steps
+        except RuntimeError as error:
+            replay.given_up(backbone, "decoding", error)
+    steps = Steps(backbone, state)
+    steps.fill(state)
+    steps.lend(state)
     return steps
-
-
-def fingerprint(backbone: LVLM) -> tuple:
-    """What a captured step depends on beside its inputs: where the weights are, which adapters take part."""
-    modules = [backbone.text_model, backbone.lm_head]
-    places = tuple(weight.data_ptr() for module in modules for weight in module.parameters())
-    adapters = tuple(
-        (part.disable_adapters, tuple(part.merged_adapters), tuple(part.active_adapters), part.training)
-        for part in backbone.text_model.modules()
-        if hasattr(part, "merged_adapters")
-    )
-    return places, adapters
-
-
-def uncached_autocast() -> AbstractContextManager:
-    """Autocast as it is, but without its cache of rounded weights, which would not be there at a replay."""
-    if not torch.is_autocast_enabled("cuda"):
-        return nullcontext()
-    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
-
-
-def _autocast() -> torch.dtype | None:
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def _width(size: int, fixed: bool) -> int:

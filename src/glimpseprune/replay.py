@@ -1,0 +1,170 @@
+"""CUDA graphs: calls whose launches take longer than their work, recorded once and replayed.
+
+A graph repeats the same kernels on the same addresses. So what is recorded is a function of buffers, has no shape that
+depends on numbers and never asks the device for one; what it reads is copied in before and what it gives copied out.
+It lives with its backbone, is found again by the sizes it was made for and everything else that it depends on, and
+:func:`fingerprint` says what that is. Without a GPU the same functions run as they are.
+
+:class:`Block` is one for decoder layers on few columns: those above K, once the others are pruned.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from glimpseprune import attention
+from glimpseprune.sharded import is_split
+from glimpseprune.types import Prefill
+
+if TYPE_CHECKING:
+    from glimpseprune.backbones import LVLM
+
+T = TypeVar("T")
+KEPT = 16
+"""Graphs that a backbone holds on to."""
+BYTES = 1 << 30
+"""And what their buffers may come to; a larger one is used once."""
+FEW = 1024
+"""Columns of a batch up to which launching the layers takes longer than running them."""
+STEP = 64
+"""Columns are padded to a multiple of it."""
+
+
+def record(run: Callable[[], None], trial: Callable[[], None] | None = None) -> Callable[[], None]:
+    """``run`` as a CUDA graph, ready to be replayed; ``trial`` is the same without consequences. Raises RuntimeError
+    where something in it waits for the device."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), uncached_autocast():
+        for _ in range(2):  # libraries take their workspaces the first time
+            (trial or run)()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), uncached_autocast():
+        run()
+    return graph.replay
+
+
+def may(backbone: LVLM) -> bool:
+    """Whether what this model does may be replayed: on one GPU that holds all its weights, and not while training."""
+    weight = backbone.lm_head.weight
+    return backbone.replays and weight.is_cuda and not is_split(weight) and not torch.is_grad_enabled()
+
+
+def given_up(backbone: LVLM, what: str, error: RuntimeError) -> None:
+    """Say that ``what`` could not be recorded, such as for a layer that asks the device for a number, and let be."""
+    said = (str(error).splitlines() or [""])[0]
+    warnings.warn(f"{what} runs launch by launch, it cannot be recorded as a CUDA graph: {said}", stacklevel=3)
+    backbone.replays = False
+    torch.cuda.synchronize()
+
+
+def held(backbone: LVLM, sizes: tuple, make: Callable[[], T]) -> T:
+    """What ``make`` made for these sizes before, or makes now; the least used ones are let go."""
+    kept: dict[Any, T] = backbone.captured
+    key = (*sizes, *fingerprint(backbone))
+    kept[key] = found = kept.pop(key, None) or make()  # the last one is the latest
+    room, number = BYTES, 0
+    for each in list(kept)[::-1]:
+        room, number = room - kept[each].bytes, number + 1
+        if (room < 0 or number > KEPT) and each != key:
+            del kept[each]
+    return found
+
+
+def fingerprint(backbone: LVLM) -> tuple:
+    """What a graph depends on beside its buffers: where the weights are, which adapters take part, autocast."""
+    modules = [backbone.text_model, backbone.lm_head]
+    places = tuple(weight.data_ptr() for module in modules for weight in module.parameters())
+    adapters = tuple(
+        (part.disable_adapters, tuple(part.merged_adapters), tuple(part.active_adapters), part.training)
+        for part in backbone.text_model.modules()
+        if hasattr(part, "merged_adapters")
+    )
+    rounding = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+    return places, adapters, rounding
+
+
+def uncached_autocast() -> AbstractContextManager:
+    """Autocast as it is, but without its cache of rounded weights, which would not be there at a replay."""
+    if not torch.is_autocast_enabled("cuda"):
+        return nullcontext()
+    return torch.autocast("cuda", torch.get_autocast_dtype("cuda"), cache_enabled=False)
+
+
+class Block:
+    """Decoder layers ``depth`` .. L - 1 on all columns [B, S] of a batch, S at most ``size``."""
+
+    def __init__(self, backbone: LVLM, state: Prefill, size: int) -> None:
+        batch, _, width = state.hidden.shape
+        self.backbone, self.depth, self.size = backbone, state.depth, size
+        self.hidden = state.hidden.new_zeros(batch, size, width)
+        self.positions = state.positions.new_zeros(*state.positions.shape[:-1], size)
+        self.mask = state.mask.new_zeros(batch, size)
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        self.output = self.hidden
+        self.replay: Callable[[], None] | None = None
+        self.used = False
+
+    @property
+    def bytes(self) -> int:
+        held = (self.hidden, self.output, *self.keys.values(), *self.values.values())
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def __call__(self, state: Prefill) -> Prefill:
+        """``state`` behind all layers; its cache has theirs."""
+        start = self.size - state.mask.shape[1]
+        for buffer, x in ((self.hidden, state.hidden), (self.mask, state.mask)):
+            buffer[:, :start].zero_()
+            buffer[:, start:].copy_(x)
+        self.positions[..., :start].zero_()
+        self.positions[..., start:].copy_(state.positions)
+        self.used = True
+        (self.replay or self._run)()
+        for layer in self.keys:
+            keys, values = (x[:, :, start:].clone() for x in (self.keys[layer], self.values[layer]))
+            state.cache.update(keys, values, layer)
+        return replace(state, hidden=self.output[:, start:].clone(), depth=self.backbone.num_layers)
+
+    def _run(self) -> None:
+        text, hidden = self.backbone.text_model, self.hidden
+        rope = text.rotary_emb(hidden, self.positions)
+        mask = attention.mask(self.backbone.attention, self.mask, self.size, hidden.dtype, full=False)
+        for index in range(self.depth, self.backbone.num_layers):
+            hidden = text.layers[index](
+                hidden, attention_mask=mask, position_embeddings=rope, past_key_values=self, use_cache=True
+            )
+        self.output = hidden
+
+    def update(self, keys: Tensor, values: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As of a cache: layers call it."""
+        self.keys[layer], self.values[layer] = keys, values
+        return keys, values
+
+
+def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
+    """``state`` behind all layers, by a :class:`Block`; None where that does not pay, or is not possible."""
+    batch, columns = state.mask.shape
+    size = -(-columns // STEP) * STEP
+    ahead = backbone.num_layers - state.depth
+    if not may(backbone) or ahead < 2 or batch * size > FEW or state.hidden.shape[1] != columns or state.added:
+        return None
+    if backbone.attention == "flash_attention_2":
+        return None
+    sizes = ("block", batch, size, state.depth, state.hidden.dtype, state.positions.ndim)
+    block = held(backbone, sizes, lambda: Block(backbone, state, size))
+    try:
+        if block.used and block.replay is None:  # not the first time: recording takes as long as some ten runs
+            block.replay = record(block._run)
+        return block(state)
+    except RuntimeError as error:
+        given_up(backbone, "the decoder above the pruned tokens", error)
+        return None
