@@ -12,6 +12,7 @@ from torch import Tensor
 from conftest import TINY, prompts
 from glimpseprune import attention
 from glimpseprune.attention import Gate
+from glimpseprune.backbones import _lvlm
 from glimpseprune.decoder import run_layers, start
 
 B, H, H_KV, S, D = 2, 4, 2, 9, 8
@@ -159,6 +160,26 @@ def test_instrument_rejects_other_backends() -> None:
     text.config._attn_implementation = "flex_attention"
     with pytest.raises(ValueError, match="eager, sdpa, flash_attention_2"):
         attention.instrument(text)
+
+
+@pytest.mark.parametrize(
+    ("installed", "able", "dtype", "expected"),
+    [
+        ((), (9, 0), "bfloat16", "sdpa"),
+        (("flash_attn",), (9, 0), "bfloat16", "flash_attention_2"),
+        (("flash_attn", "flash_attn_interface"), (9, 0), "float16", "flash_attention_3"),
+        (("flash_attn", "flash_attn_interface"), (8, 6), "bfloat16", "flash_attention_2"),
+        (("flash_attn",), (7, 5), "bfloat16", "sdpa"),
+        (("flash_attn",), (9, 0), "float32", "sdpa"),
+        (("flash_attn",), (9, 0), "auto", "flash_attention_2"),
+    ],
+)
+def test_auto_is_what_is_there_and_can_run(installed, able, dtype, expected, monkeypatch, tmp_path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2_5_vl", "dtype": "bfloat16"}')
+    monkeypatch.setattr(_lvlm, "find_spec", lambda name: name in installed or None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
+    assert _lvlm.attention_of("auto", "cuda:0", dtype, tmp_path) == expected
+    assert _lvlm.attention_of("auto", "cpu", dtype, tmp_path) == "sdpa"
 
 
 @pytest.mark.parametrize("name", sorted(TINY))

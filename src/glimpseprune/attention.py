@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-IMPLEMENTATIONS = ("eager", "sdpa", "flash_attention_2")
+FLASH = ("flash_attention_2", "flash_attention_3")
+IMPLEMENTATIONS = ("eager", "sdpa", *FLASH)
 _PREFIX = "probed_"
 
 Probe = Callable[[int, Tensor, Tensor, float], None]
@@ -60,10 +62,10 @@ def mask(
     ``full``: whether there is no padding, where that is known.
 
     Every query sees itself, padding too, so that no row of a softmax is empty. None where the backend needs no mask.
-    sdpa: bool [B, 1, Q, S]; eager: the same, additive in ``dtype``; flash_attention_2: ``columns`` itself.
+    sdpa: bool [B, 1, Q, S]; eager: the same, additive in ``dtype``; flash attention: ``columns`` itself.
     """
     full = bool(columns.all()) if full is None else full
-    if implementation == "flash_attention_2":
+    if implementation in FLASH:
         return None if full else columns
     size = columns.shape[1]
     if full and implementation == "sdpa" and queries in (1, size):
@@ -168,11 +170,11 @@ def _probed(name: str) -> Callable:
 def _backend(name: str, module: nn.Module) -> Callable:
     if name == "eager":  # each model file has its own, and hands it to the registry as the default
         return sys.modules[type(module).__module__].eager_attention_forward
-    return _flash if name == "flash_attention_2" else ALL_ATTENTION_FUNCTIONS[name]
+    return partial(_flash, name) if name in FLASH else ALL_ATTENTION_FUNCTIONS[name]
 
 
 def _flash(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
+    name: str, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs
 ) -> tuple[Tensor, None]:
     # transformers' own wrapper would look for a kernel under the name of *our* backend. RoPE leaves q and k in float32
     # under autocast; the kernel takes half precision only.
@@ -183,7 +185,7 @@ def _flash(
         is_causal=True,
         dropout=kwargs.get("dropout", 0.0),
         softmax_scale=kwargs["scaling"],
-        attn_implementation="flash_attention_2",
+        attn_implementation=name,
     )
     return output, None
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, option
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
 Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32", "bf16", "16"]
 """Lightning's, without float64 and those that need a package more."""
@@ -35,7 +35,9 @@ STRATEGIES = (
 class BackboneOptions:
     path: str = option(MISSING, "Hugging Face folder or hub id of the LVLM", role=PLACE)
     dtype: Dtype = option("auto", "weights; auto: as stored")
-    attention: Attention = option("sdpa", "attention backend")
+    attention: Attention = option(
+        "sdpa", "attention backend; auto: flash-attn where it is installed and can run, else sdpa"
+    )
     min_pixels: int | None = option(
         None, "least pixels per image after resizing (default: the processor's)", least=1, most=PIXELS
     )

@@ -157,7 +157,7 @@ def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
     ahead = backbone.num_layers - state.depth
     if not may(backbone) or ahead < 2 or batch * size > FEW or state.hidden.shape[1] != columns or state.added:
         return None
-    if backbone.attention == "flash_attention_2":
+    if backbone.attention in attention.FLASH:
         return None
     sizes = ("block", batch, size, state.depth, state.hidden.dtype, state.positions.ndim)
     block = held(backbone, sizes, lambda: Block(backbone, state, size))

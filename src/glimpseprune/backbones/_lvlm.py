@@ -111,8 +111,8 @@ class LVLM(ABC):
             UserError: unknown dtype or attention backend, or flash-attn not installed; no processor there; files that
                 are damaged; tensors that are in no file, have no place in the model, or another shape, NaN or Inf.
         """
-        require_attention(attn, device)
         dtype = dtype_of(dtype)
+        attn = attention_of(attn, device, dtype, path)
         try:
             processor = cls.load_processor(path, min_pixels, max_pixels)
         except UserError:
@@ -467,12 +467,42 @@ def require_complete(info: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
+PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
+NEEDS = {"flash_attention_2": (8, 0), "flash_attention_3": (9, 0)}
+"""Compute capability of the GPU."""
+
+
+def attention_of(name: str, device: str | torch.device, dtype: str, path: str | Path) -> str:
+    """The attention backend that ``name`` means on ``device``. ``auto`` is the latest of flash-attn's that is installed
+    and can run there, and else sdpa: torch's own kernels on a GPU are FlashAttention-2's and cuDNN's, and prompts run
+    without masks, which is all that these ask for.
+
+    Raises:
+        UserError: there is none of this name, or it cannot run there.
+    """
+    require_attention(name, device)
+    if name != "auto":
+        return name
+    device = torch.device(device)
+    if device.type != "cuda" or dtype == "float32" or (dtype == "auto" and _saved_dtype(path) == "float32"):
+        return "sdpa"
+    able = torch.cuda.get_device_capability(device)
+    there = [flash for flash in attention.FLASH if find_spec(PACKAGES[flash]) is not None and able >= NEEDS[flash]]
+    return there[-1] if there else "sdpa"
+
+
+def _saved_dtype(path: str | Path) -> str:
+    said = PreTrainedConfig.get_config_dict(path)[0]
+    return str(said.get("dtype") or said.get("torch_dtype") or "float32").removeprefix("torch.")
+
+
 def require_attention(name: str, device: str | torch.device) -> None:
     """Raise UserError before anything is loaded if the attention backend ``name`` cannot run on ``device``."""
-    if name not in attention.IMPLEMENTATIONS:
-        raise UserError(f"unknown attention backend '{name}': choices are {', '.join(attention.IMPLEMENTATIONS)}")
-    if name == "flash_attention_2":
-        if find_spec("flash_attn") is None:
-            raise UserError("flash_attention_2 needs the package flash-attn (pip install flash-attn), or choose sdpa")
+    choices = ("auto", *attention.IMPLEMENTATIONS)
+    if name not in choices:
+        raise UserError(f"unknown attention backend '{name}': choices are {', '.join(choices)}")
+    if name in attention.FLASH:
+        if find_spec(PACKAGES[name]) is None:
+            raise UserError(f"{name} needs the package flash-attn (pip install flash-attn), or choose sdpa")
         if torch.device(device).type != "cuda":
-            raise UserError(f"flash_attention_2 needs a CUDA device, not '{device}'; choose sdpa")
+            raise UserError(f"{name} needs a CUDA device, not '{device}'; choose sdpa")
