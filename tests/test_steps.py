@@ -127,7 +127,9 @@ def test_what_is_held_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr(replay, "KEPT", 3)
 
     def thing(*sizes):
-        return replay.held(backbone, sizes, lambda: made.append(Thing()) or made[-1])
+        found = replay.take(backbone, sizes, lambda: made.append(Thing()) or made[-1])
+        replay.back(backbone, found)
+        return found
 
     first = thing(1)
     assert thing(2) is not first and thing(1) is first and len(made) == 2
@@ -136,7 +138,7 @@ def test_what_is_held_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr(replay, "BYTES", 15)
     assert thing(5) is made[-1] and len(backbone.captured) == 1
     made[-1].bytes = 20
-    assert thing(5) is made[-1]
+    assert thing(5) is made[-1] and not backbone.captured
 
 
 def test_draws_are_those_of_multinomial() -> None:
@@ -237,15 +239,28 @@ def test_replayed_decoding_is_decoding_and_waits_for_nothing(backbone, gpu, sett
 
 
 @torch.no_grad()
-def test_other_weights_are_captured_anew(gpu) -> None:
-    """A graph reads the addresses that it was recorded with."""
+def test_other_weights_are_recorded_anew_and_nobody_shares(gpu) -> None:
+    """A graph reads the addresses that it was recorded with, and has one set of buffers."""
     backbone = moved(TINY["qwen2_5_vl"]())
     state = prefill(backbone, backbone.encode(prompts(backbone)), Half())
     first = decoding(backbone, state)
+    assert decoding(backbone, state) is not first  # which has not ended
+    first.close()
     assert decoding(backbone, state) is first
+    first.close()
     layer = backbone.text_model.layers[0].mlp.down_proj
     layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
     assert decoding(backbone, state) is not first
+
+
+def test_what_was_recorded_in_inference_mode_serves_out_of_it(gpu) -> None:
+    backbone = moved(TINY["qwen2_5_vl"]())
+    pruner, inputs = Half(Stop(1)), prompts(backbone)
+    found = []
+    for mode in (torch.inference_mode, torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            found.append(generate(backbone, pruner, inputs, max_new_tokens=4).tokens)
+    assert all(torch.equal(tokens, found[0]) for tokens in found)
 
 
 def test_what_cannot_be_captured_is_decoded_step_by_step(gpu, monkeypatch) -> None:

@@ -130,6 +130,8 @@ def continue_from(
                 steps = decoding(backbone, first, graphs=not synced) if steps is None else steps
                 logits = steps(tokens)
             alive = alive and not full
+        if steps is not None:
+            steps.close()
         if streamer is not None:
             streamer.end()
         for values in extra.values():

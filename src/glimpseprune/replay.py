@@ -1,9 +1,9 @@
 """CUDA graphs: calls whose launches take longer than their work, recorded once and replayed.
 
-A graph repeats the same kernels on the same addresses. So what is recorded is a function of buffers, has no shape that
-depends on numbers and never asks the device for one; what it reads is copied in before and what it gives copied out.
-It lives with its backbone, is found again by the sizes it was made for and everything else that it depends on, and
-:func:`fingerprint` says what that is. Without a GPU the same functions run as they are.
+A graph repeats the same kernels on the same addresses, for one caller at a time. So what is recorded is a function of
+buffers, has no shape that depends on numbers and never asks the device for one; what it reads is copied in before and
+what it gives copied out. It lives with its backbone, is found again by the sizes it was made for and everything else
+that it depends on, and :func:`fingerprint` says what that is. Without a GPU the same functions run as they are.
 
 :class:`Block` is one for decoder layers on few columns: those above K, once the others are pruned.
 """
@@ -30,7 +30,7 @@ T = TypeVar("T")
 KEPT = 16
 """Graphs that a backbone holds on to."""
 BYTES = 1 << 30
-"""And what their buffers may come to; a larger one is used once."""
+"""And what their buffers may come to."""
 FEW = 1024
 """Columns of a batch up to which launching the layers takes longer than running them."""
 STEP = 64
@@ -40,15 +40,15 @@ STEP = 64
 def record(run: Callable[[], None], trial: Callable[[], None] | None = None) -> Callable[[], None]:
     """``run`` as a CUDA graph, ready to be replayed; ``trial`` is the same without consequences. Raises RuntimeError
     where something in it waits for the device."""
-    stream = torch.cuda.Stream()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), uncached_autocast():
-        for _ in range(2):  # libraries take their workspaces the first time
-            (trial or run)()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), uncached_autocast():
-        run()
+    with torch.inference_mode(False), torch.no_grad(), uncached_autocast():
+        with torch.cuda.stream(stream):
+            for _ in range(2):  # libraries take their workspaces the first time
+                (trial or run)()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            run()
     return graph.replay
 
 
@@ -66,17 +66,27 @@ def given_up(backbone: LVLM, what: str, error: RuntimeError) -> None:
     torch.cuda.synchronize()
 
 
-def held(backbone: LVLM, sizes: tuple, make: Callable[[], T]) -> T:
-    """What ``make`` made for these sizes before, or makes now; the least used ones are let go."""
-    kept: dict[Any, T] = backbone.captured
+def take(backbone: LVLM, sizes: tuple, make: Callable[[], T]) -> T:
+    """What ``make`` made for these sizes before, or makes now. Nobody else gets it until it is given :func:`back`:
+    two calls at once, of two threads, have two."""
     key = (*sizes, *fingerprint(backbone))
-    kept[key] = found = kept.pop(key, None) or make()  # the last one is the latest
-    room, number = BYTES, 0
-    for each in list(kept)[::-1]:
-        room, number = room - kept[each].bytes, number + 1
-        if (room < 0 or number > KEPT) and each != key:
-            del kept[each]
+    found = backbone.captured.pop(key, None)
+    if found is None:
+        with torch.inference_mode(False):  # its buffers are written to by every later call, in whatever mode
+            found = make()
+    found.key = key
     return found
+
+
+def back(backbone: LVLM, thing: Any) -> None:
+    """Keep what was taken for the next call; the least used ones are let go."""
+    kept: dict[Any, Any] = backbone.captured
+    kept[thing.key] = thing  # the last one is the latest
+    room = BYTES
+    for number, key in enumerate(list(kept)[::-1]):
+        room -= kept[key].bytes
+        if room < 0 or number >= KEPT:
+            del kept[key]
 
 
 def fingerprint(backbone: LVLM) -> tuple:
@@ -160,11 +170,13 @@ def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
     if backbone.attention in attention.FLASH:
         return None
     sizes = ("block", batch, size, state.depth, state.hidden.dtype, state.positions.ndim)
-    block = held(backbone, sizes, lambda: Block(backbone, state, size))
+    block = take(backbone, sizes, lambda: Block(backbone, state, size))
     try:
         if block.used and block.replay is None:  # not the first time: recording takes as long as some ten runs
             block.replay = record(block._run)
-        return block(state)
+        done = block(state)
+        back(backbone, block)
+        return done
     except RuntimeError as error:
         given_up(backbone, "the decoder above the pruned tokens", error)
         return None

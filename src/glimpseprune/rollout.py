@@ -92,6 +92,8 @@ def answer(
             steps.rows(kept)
             alive, running, drawn = alive[kept], running[kept], drawn[kept]
         logits = steps(drawn)
+    if steps is not None:
+        steps.close()
     return tokens[:, :length], log_probs[:, :length], mask[:, :length], ended
 
 

@@ -117,6 +117,11 @@ class Steps:
         logits = self.logits.float()
         return logits.clone() if logits is self.logits else logits  # the next step's are written to the same place
 
+    def close(self) -> None:
+        """There are no more tokens; what was recorded serves the next."""
+        if self.replay is not None and self.bytes <= replay.BYTES:
+            replay.back(self.backbone, self)
+
     def _run(self) -> None:
         backbone, text = self.backbone, self.backbone.text_model
         hidden = backbone.embed(self.tokens[:, None])  # [B, 1, D]
@@ -196,16 +201,17 @@ class _Buffers:
 
 
 def decoding(backbone: LVLM, state: Prefill, graphs: bool = True) -> Steps:
-    """Steps behind prefilled prompts; recorded ones where that may be, unless ``graphs`` is False."""
+    """Steps behind prefilled prompts; recorded ones where that may be, unless ``graphs`` is False. To be :meth:`~Steps.
+    close`d after the last."""
     if graphs and replay.may(backbone):
         spans = tuple((layers, _width(own.mask.shape[1], True)) for layers, own in spans_of(state))
         sizes = ("steps", len(state.mask), spans, state.cache.layers[0].keys.dtype, state.positions.ndim)
-        steps = replay.held(backbone, sizes, lambda: Steps(backbone, state, fixed=True))
+        steps = replay.take(backbone, sizes, lambda: Steps(backbone, state, fixed=True))
         steps.fill(state)
         try:
             if steps.replay is None:
                 steps.capture()
-            if steps.bytes > replay.BYTES:
+            if steps.bytes > replay.BYTES:  # too large to be kept
                 steps.lend(state)
             return steps
         except RuntimeError as error:
