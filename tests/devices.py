@@ -209,7 +209,7 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield from tensors(list(value.values()))
 
 
-PRETENDED = ((nn.Parameter, "__new__"), (host, "download"), (replay, "record"))
+PRETENDED = ((nn.Parameter, "__new__"), (host, "download"), (replay, "record"), (torch.cuda, "current_stream"))
 
 
 def pretend_cuda() -> None:
@@ -268,7 +268,8 @@ class Pretend(TorchFunctionMode):
         self.undo = [(owner, name, getattr(owner, name)) for owner, name in PRETENDED]
         nn.Parameter.__new__ = keeping(nn.Parameter.__new__)
         host.download = lambda x: lambda: mark(x.detach().clone(), False)
-        replay.record = lambda run, trial=None: (trial or run)() or run
+        replay.record = lambda backbone, run, trial=None: (trial or run)() or run
+        torch.cuda.current_stream = lambda device=None: None
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:

@@ -116,7 +116,7 @@ def test_a_block_is_its_layers(backbone) -> None:
                 torch.testing.assert_close(a.transpose(1, 2)[state.mask], b.transpose(1, 2)[state.mask], **CLOSE)
 
 
-def test_what_is_held_is_bounded(monkeypatch) -> None:
+def test_what_is_held_is_bounded(gpu, monkeypatch) -> None:
     """In number and size; the latest stays, and what is asked for again is what was made."""
     backbone, made = TINY["qwen2_5_vl"](), []
 
@@ -181,9 +181,10 @@ def gpu():
 
 def moved(backbone):
     """Another one like it, on the GPU, of which nothing has been captured."""
+    backbone = copy.copy(backbone)
+    backbone.captured, backbone.pools = {}, {}
     backbone = copy.deepcopy(backbone)
     backbone.model.to("cuda")
-    backbone.captured.clear()
     return backbone
 
 
@@ -266,7 +267,7 @@ def test_what_was_recorded_in_inference_mode_serves_out_of_it(gpu) -> None:
 def test_what_cannot_be_captured_is_decoded_step_by_step(gpu, monkeypatch) -> None:
     backbone = moved(TINY["qwen2_5_vl"]())
 
-    def refuse(run, trial=None):
+    def refuse(backbone, run, trial=None):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(replay, "record", refuse)

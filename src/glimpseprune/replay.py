@@ -31,15 +31,22 @@ KEPT = 16
 """Graphs that a backbone holds on to."""
 BYTES = 1 << 30
 """And what their buffers may come to."""
-FEW = 1024
+FEW = 512
 """Columns of a batch up to which launching the layers takes longer than running them."""
 STEP = 64
 """Columns are padded to a multiple of it."""
 
 
-def record(run: Callable[[], None], trial: Callable[[], None] | None = None) -> Callable[[], None]:
-    """``run`` as a CUDA graph, ready to be replayed; ``trial`` is the same without consequences. Raises RuntimeError
-    where something in it waits for the device."""
+def record(backbone: LVLM, run: Callable[[], None], trial: Callable[[], None] | None = None) -> Callable[[], None]:
+    """``run`` as a CUDA graph, ready to be replayed; ``trial`` is the same without consequences.
+
+    What it computes on the way lies where other graphs of this backbone and stream compute theirs: replays follow each
+    other, and results stay where nobody writes as long as their tensors are held.
+
+    Raises:
+        RuntimeError: something in it waits for the device.
+    """
+    pool = backbone.pools.setdefault(torch.cuda.current_stream(), torch.cuda.graph_pool_handle())
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.inference_mode(False), torch.no_grad(), uncached_autocast():
@@ -47,7 +54,7 @@ def record(run: Callable[[], None], trial: Callable[[], None] | None = None) -> 
             for _ in range(2):  # libraries take their workspaces the first time
                 (trial or run)()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
             run()
     return graph.replay
 
@@ -90,7 +97,7 @@ def back(backbone: LVLM, thing: Any) -> None:
 
 
 def fingerprint(backbone: LVLM) -> tuple:
-    """What a graph depends on beside its buffers: where the weights are, which adapters take part, autocast."""
+    """What a graph depends on beside its buffers: where the weights are, which adapters take part, autocast, stream."""
     modules = [backbone.text_model, backbone.lm_head]
     places = tuple(weight.data_ptr() for module in modules for weight in module.parameters())
     adapters = tuple(
@@ -99,7 +106,7 @@ def fingerprint(backbone: LVLM) -> tuple:
         if hasattr(part, "merged_adapters")
     )
     rounding = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-    return places, adapters, rounding
+    return places, adapters, rounding, torch.cuda.current_stream()
 
 
 def uncached_autocast() -> AbstractContextManager:
@@ -173,7 +180,7 @@ def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
     block = take(backbone, sizes, lambda: Block(backbone, state, size))
     try:
         if block.used and block.replay is None:  # not the first time: recording takes as long as some ten runs
-            block.replay = record(block._run)
+            block.replay = record(backbone, block._run)
         done = block(state)
         back(backbone, block)
         return done

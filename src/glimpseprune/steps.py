@@ -179,7 +179,7 @@ class Steps:
             self._run()
             self.count.copy_(count)
 
-        self.replay = replay.record(self._run, trial)
+        self.replay = replay.record(self.backbone, self._run, trial)
         self.count.copy_(count)
 
 

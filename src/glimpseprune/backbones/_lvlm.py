@@ -75,7 +75,8 @@ class LVLM(ABC):
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
         self.model, self.processor = model, processor
-        self.captured: dict[Any, Any] = {}  # of its decoder: see steps.py
+        self.captured: dict[Any, Any] = {}  # graphs of its decoder, and where they compute: see replay.py
+        self.pools: dict[Any, Any] = {}
         self.text_model, self.lm_head = model.model.language_model, model.lm_head
         config = self.text_model.config
         # Mistral has no layer_types, and a window of 4096 unless its config says null.
