@@ -36,7 +36,7 @@ from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 NO_PROCESSOR = "this backbone has no processor: load it from a folder with tokenizer and image processor"
-INDEX, SEEN = "image_index", "seen"
+INDEX, SEEN = ALONGSIDE = ("image_index", "seen")
 """What a prompt may have beside its tensors: which of its pictures each of its images is, where two are the same; and
 what the tower made of them, in the place of their pixels."""
 
@@ -255,9 +255,7 @@ class LVLM(ABC):
         for name, layers in found.items():
             for layer in layers.values():
                 if layer not in getattr(seen, name):
-                    raise UserError(
-                        f"{name} of the tower's layer {layer} were not kept: see the pictures for this method"
-                    )
+                    raise UserError(f"seen: {name} of the tower's layer {layer} were not kept, see the pictures again")
         seen = seen.pick(index)
 
         def lay(tokens: Tensor, into: Tensor) -> Tensor:
@@ -303,7 +301,7 @@ class LVLM(ABC):
         numbers = torch.arange(sum(map(len, layouts))).split([len(row) for row in layouts])
         index = torch.tensor(self._index(prompt))[torch.cat([numbers[row] for row in rows.tolist()])]
         shape = prompt["input_ids"].shape
-        texts = {name: x[rows.cpu()] for name, x in prompt.items() if isinstance(x, Tensor) and x.shape == shape}
+        texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if isinstance(x, Tensor) and x.shape == shape}
         pictures, place = index.unique(return_inverse=True)
         if len(pictures) == len(index):
             return texts | self._of_pictures(prompt, index)
@@ -372,10 +370,10 @@ class LVLM(ABC):
             raise UserError(f"the prompt has no {', '.join(missing)}: give all that the processor returns")
 
     def _hosted(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
-        """The prompt with everything on the CPU that decides where tokens lie: all but the pixels."""
-        pixels = self.image_keys[0]
+        """The prompt with all that on the CPU that says where tokens lie; what is neither tensor nor seen is left out."""
+        needed = {"input_ids", "attention_mask", INDEX, *self.image_keys[1:]}
         held = {name: x for name, x in prompt.items() if isinstance(x, Tensor | Seen)}
-        return {name: x.cpu() if isinstance(x, Tensor) and name != pixels else x for name, x in held.items()}
+        return {name: x.cpu() if name in needed else x for name, x in held.items()}
 
     def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
         """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from glimpseprune.types import Layout
 
-
 _KINDS = ("states", "keys", "attention", "added")
 
 

@@ -121,9 +121,8 @@ class Backbone(llava1_5.Backbone):
             newline = torch.full((tiles.rows, 1), -1)
             found += [start + torch.arange(side**2), torch.cat([patch, newline], 1).flatten()]
             start += (1 + tiles.down * tiles.across) * side**2
-        places = torch.cat(found).to(
-            self.device, non_blocking=True
-        )  # [N] patch behind each visual token, over all tiles; -1: none
+        # [N] patch behind each visual token, over all tiles; -1: none
+        places = torch.cat(found).to(self.device, non_blocking=True)
         patches = super().pooling(pictures)
 
         def pool(state: Tensor) -> Tensor:

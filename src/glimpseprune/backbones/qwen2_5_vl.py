@@ -202,14 +202,14 @@ class Backbone(LVLM):
                 pieces(lengths, chunk, tower) for lengths in (get_vision_cu_seqlens(sizes).diff().tolist(), windows)
             )
             layers = [parts if self.is_windowed(layer) else whole for layer in self.vision_layers]
-            for layer, hidden in walk(tower, hidden, rope, layers, chunk, **watching):
+            for layer, state in walk(tower, hidden, rope, layers, chunk, **watching):
                 if layer in needs.states:
-                    states[layer] = pool(hidden)
+                    states[layer] = pool(state)
                 if layer in self.deep:
-                    added[self.deep.index(layer)] = merge(tower.deepstack_merger_list[self.deep.index(layer)], hidden)
+                    added[self.deep.index(layer)] = merge(tower.deepstack_merger_list[self.deep.index(layer)], state)
         collected = (watch.collected(what, lambda x: pool(x[0])) for what in ("keys", "attention"))
         layouts = self.image_layouts(pictures)
-        return Seen(layouts, {"image_grid_thw": sizes}, merge(tower.merger, hidden), states, *collected, added)
+        return Seen(layouts, {"image_grid_thw": sizes}, merge(tower.merger, state), states, *collected, added)
 
     def is_windowed(self, layer: int) -> bool:
         return self.window is not None and layer not in self.shapes.tower.full
