@@ -17,13 +17,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from hashlib import blake2b
 
 import numpy as np
 from PIL import Image
 
 from glimpseprune.config import UserError
 
-__all__ = ["distinct", "shown", "shown_size"]
+__all__ = ["distinct", "fingerprint", "shown", "shown_size"]
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -84,6 +85,12 @@ def distinct(images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[int
             pictures.append(picture)
         numbers[key] = known[what]
     return pictures, [numbers[id(image)] for image in images]
+
+
+def fingerprint(image: Image.Image) -> bytes:
+    """The same for pictures of which the same is shown."""
+    picture = shown(image).convert("RGB")
+    return blake2b(picture.tobytes(), salt=b"%dx%d" % picture.size, digest_size=16).digest()
 
 
 def _load(image: Image.Image) -> None:

@@ -234,7 +234,7 @@ class LVLM(ABC):
                 that is missing; no such layer of the tower, or one that was not collected when its pictures were seen.
         """
         prompt, device = self._hosted(prompt), self.device
-        layouts, index = self.layouts(prompt), self._index(prompt)
+        layouts, index = self.layouts(prompt), self.picture_index(prompt)
         ids, mask, places = self._columns(prompt)
         sizes = prompt[SEEN].sizes if SEEN in prompt else {name: prompt[name] for name in self.image_keys[1:]}
         positions = self.positions(prompt | {name: x[index] for name, x in sizes.items()}, mask, places)
@@ -299,15 +299,17 @@ class LVLM(ABC):
         prompt = self._hosted(prompt)
         layouts = self.layouts(prompt)
         numbers = torch.arange(sum(map(len, layouts))).split([len(row) for row in layouts])
-        index = torch.tensor(self._index(prompt))[torch.cat([numbers[row] for row in rows.tolist()])]
+        index = torch.tensor(self.picture_index(prompt))[torch.cat([numbers[row] for row in rows.tolist()])]
         shape = prompt["input_ids"].shape
         texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if isinstance(x, Tensor) and x.shape == shape}
         pictures, place = index.unique(return_inverse=True)
         if len(pictures) == len(index):
-            return texts | self._of_pictures(prompt, index)
-        return texts | self._of_pictures(prompt, pictures) | {INDEX: place}
+            return texts | self.choose_pictures(prompt, index)
+        return texts | self.choose_pictures(prompt, pictures) | {INDEX: place}
 
-    def _of_pictures(self, prompt: Mapping[str, Any], pictures: Tensor) -> dict[str, Any]:
+    def choose_pictures(self, prompt: Mapping[str, Any], pictures: Tensor) -> dict[str, Any]:
+        """What the prompt has of the pictures with these numbers."""
+        prompt = self._hosted(prompt)
         return {SEEN: prompt[SEEN].pick(pictures.tolist())} if SEEN in prompt else self.choose_images(prompt, pictures)
 
     def unshared(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -322,7 +324,7 @@ class LVLM(ABC):
         if INDEX not in prompt:
             return prompt
         rest = {name: x for name, x in prompt.items() if name != INDEX}
-        return rest | self.choose_images(self._hosted(prompt), torch.tensor(self._index(prompt)))
+        return rest | self.choose_images(self._hosted(prompt), torch.tensor(self.picture_index(prompt)))
 
     def layouts(self, prompt: Mapping[str, Any]) -> list[list[Layout]]:
         """Per row, per image: how the visual tokens lie, without running the model. Raises as ``encode``."""
@@ -361,8 +363,8 @@ class LVLM(ABC):
             raise UserError(f"{INDEX}: there is no picture {odd[0]} among {len(pictures)}")
         return [pictures[number] for number in index]
 
-    def _index(self, prompt: Mapping[str, Any]) -> list[int]:
-        """Which picture each image of the prompts is."""
+    def picture_index(self, prompt: Mapping[str, Any]) -> list[int]:
+        """Which picture each image of the prompts is: the same number where two are the same."""
         return prompt[INDEX].tolist() if INDEX in prompt else list(range(len(self._image_layouts(prompt))))
 
     def _require(self, prompt: Mapping[str, Any]) -> None:
@@ -370,7 +372,7 @@ class LVLM(ABC):
             raise UserError(f"the prompt has no {', '.join(missing)}: give all that the processor returns")
 
     def _hosted(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
-        """The prompt with all that on the CPU that says where tokens lie; what is neither tensor nor seen is left out."""
+        """The prompt with all that on the CPU that says where tokens lie, and with nothing that is no part of it."""
         needed = {"input_ids", "attention_mask", INDEX, *self.image_keys[1:]}
         held = {name: x for name, x in prompt.items() if isinstance(x, Tensor | Seen)}
         return {name: x.cpu() if name in needed else x for name, x in held.items()}
