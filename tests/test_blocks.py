@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn.functional import pad
 
 from conftest import TINY, prompt, prompts
+from glimpseprune import backbones, memory, windows
 from glimpseprune.backbones import LVLM, _blocks, _tower
 from glimpseprune.types import Encoded, Needs
+from made_up import Live
 
 
 @pytest.fixture(params=sorted(TINY))
@@ -56,7 +58,7 @@ def test_chunks_do_not_matter(name, attn, chunk, monkeypatch) -> None:
     rows: list[int] = []
     (mlp,) = {type(block.mlp) for block in blocks(backbone)}
     forward = mlp.forward
-    monkeypatch.setattr(_blocks, "CHUNK", chunk)
+    monkeypatch.setattr(windows, "CHUNK", chunk)
     monkeypatch.setattr(mlp, "forward", lambda self, x: rows.append(x.shape[:-1].numel()) or forward(self, x))
     parts = tensors(backbone.encode(inputs, needs))
     for key, x in whole.items():
@@ -80,7 +82,7 @@ def test_a_tower_that_trains_runs_at_once(tiny, monkeypatch) -> None:
         return [weight.grad for weight in backbone.tower.parameters() if weight.grad is not None]
 
     expected = gradients()
-    monkeypatch.setattr(_blocks, "CHUNK", 10)
+    monkeypatch.setattr(windows, "CHUNK", 10)
     for own, other in zip(gradients(), expected, strict=True):
         assert torch.equal(own, other)
     pixels = {name: x.clone() for name, x in prompt(tiny).items()}
@@ -109,3 +111,27 @@ def test_rows_of_any_number() -> None:
     x = torch.arange(7)
     for chunk in (1, 3, 7, 100):
         assert torch.equal(_blocks.by_rows(lambda rows: x[rows] * 2, 7, chunk), x * 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["qwen2.5-vl-7b", "qwen3-vl-8b"])
+def test_memory_of_a_published_tower(name, monkeypatch) -> None:
+    """In shapes alone, attention being a fused kernel: as planned, what goes deep into the decoder counted, and bounded
+    by what states take beside a chunk."""
+    backbone = backbones.skeleton(backbones.published()[name](), "bfloat16")
+    monkeypatch.setattr(windows, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    tower = backbone.shapes.tower
+
+    def peak(rows: int, cols: int) -> int:
+        sizes = torch.tensor([[1, rows * tower.merge, cols * tower.merge]])
+        pixels = torch.zeros(1, tower.patch).expand(int(sizes.prod()), -1)
+        with Live(backbone.model) as live:
+            backbone.see({"pixel_values": pixels, "image_grid_thw": sizes})
+        return live.peak
+
+    large, small = peak(66, 76), peak(33, 76)
+    deep = 2 * len(backbone.deep) * backbone.hidden_size
+    assert large == pytest.approx(memory.tower_bytes(tower, 2, 66 * 76) + 66 * 76 * deep, rel=0.2)
+    assert large - small < 33 * 76 * (tower.merge**2 * 6 * tower.width * 2 + deep)
+    monkeypatch.setattr(windows, "CHUNK", 10**9)
+    assert large < 0.55 * peak(66, 76)

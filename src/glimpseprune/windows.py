@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+CHUNK = 4096
+"""Rows (patches) that a tower works on at a time, where it need not work on all at once."""
 NAME = "windows_like_flash"
 """transformers passes cumulative lengths only to backends whose name contains ``flash``."""
 

@@ -18,23 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 from transformers.utils.generic import is_flash_attention_requested
 
+from glimpseprune import windows
 from glimpseprune.attention import Enough
 from glimpseprune.backbones._tower import PREFIX, Watch
 from glimpseprune.sharded import is_split
-from glimpseprune.windows import NAME, Segments
-
-CHUNK = 4096
-"""Rows that are worked on at a time."""
+from glimpseprune.windows import Segments
 
 
 def chunk_of(*modules: nn.Module, given: Sequence[Tensor] = ()) -> int:
     """Rows that ``modules`` may work on at a time: all where they, or what is ``given`` to them, have a gradient."""
     weights = [weight for module in modules for weight in module.parameters()]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *given))
-    return sys.maxsize if trains or any(map(is_split, weights)) else CHUNK
+    return sys.maxsize if trains or any(map(is_split, weights)) else windows.CHUNK
 
 
 def by_rows(work: Callable[[slice], Tensor], total: int, chunk: int) -> Tensor:
@@ -146,7 +143,7 @@ def _long(
     if watch is not None:
         watch(block.attn, torch.cat(queries, 2), key, scaling, None)
     for part in parts:
-        seen = scaled_dot_product_attention(queries.pop(0), key, value, scale=scaling)  # [1, H, n, d]
+        seen = windows.scaled_dot_product_attention(queries.pop(0), key, value, scale=scaling)  # [1, H, n, d]
         state = hidden[part] + block.attn.proj(seen[0].transpose(0, 1).flatten(1))
         hidden[part] = state + block.mlp(block.norm2(state))
 
@@ -157,6 +154,6 @@ def _chunks(stop: int, chunk: int, start: int = 0) -> Iterator[slice]:
 
 def _kernel(tower: nn.Module) -> str:
     """``ours`` (:mod:`glimpseprune.windows`), transformers' ``flash`` attention, or a ``loop`` over segments."""
-    if tower.config._attn_implementation.removeprefix(PREFIX) == NAME:
+    if tower.config._attn_implementation.removeprefix(PREFIX) == windows.NAME:
         return "ours"
     return "flash" if is_flash_attention_requested(tower.config) else "loop"

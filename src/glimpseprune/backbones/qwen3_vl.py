@@ -129,8 +129,9 @@ class Backbone(qwen2_5_vl.Backbone):
         )
         index, weight = (x.to(self.device, non_blocking=True) for x in taps)  # [P, 4] neighbours in the learned grid
 
-        def position(rows: slice) -> Tensor:
-            return (tower.pos_embed(index[rows]) * weight[rows, :, None]).sum(1)
-
         hidden = super().embedded(pictures, chunk)
-        return hidden + by_rows(position, len(index), chunk).to(hidden.dtype)
+
+        def placed(rows: slice) -> Tensor:
+            return hidden[rows] + (tower.pos_embed(index[rows]) * weight[rows, :, None]).sum(1).to(hidden.dtype)
+
+        return by_rows(placed, len(index), chunk)
