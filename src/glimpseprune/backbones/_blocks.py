@@ -27,11 +27,17 @@ from glimpseprune.sharded import is_split
 from glimpseprune.windows import Segments
 
 
-def chunk_of(*modules: nn.Module, given: Sequence[Tensor] = ()) -> int:
-    """Rows that ``modules`` may work on at a time: all where they, or what is ``given`` to them, have a gradient."""
+def is_free(*modules: nn.Module, given: Sequence[Tensor] = ()) -> bool:
+    """Whether it is nobody's business how ``modules`` are run: neither they nor what is ``given`` to them have a
+    gradient, and no other process holds parts of their weights."""
     weights = [weight for module in modules for weight in module.parameters()]
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (*weights, *given))
-    return sys.maxsize if trains or any(map(is_split, weights)) else windows.CHUNK
+    return not trains and not any(map(is_split, weights))
+
+
+def chunk_of(*modules: nn.Module, given: Sequence[Tensor] = ()) -> int:
+    """Rows that ``modules`` may work on at a time."""
+    return windows.CHUNK if is_free(*modules, given=given) else sys.maxsize
 
 
 def by_rows(work: Callable[[slice], Tensor], total: int, chunk: int) -> Tensor:

@@ -9,6 +9,8 @@ are averaged over it (checked against HVision-NKU/GlimpsePrune@091a3d5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from glimpseprune import cost
-from glimpseprune.backbones._blocks import by_rows, chunk_of, pieces, walk
+from glimpseprune.backbones._aligned import Aligned
+from glimpseprune.backbones._blocks import by_rows, chunk_of, is_free, pieces, walk
 from glimpseprune.backbones._lvlm import LVLM, decoder_shape
 from glimpseprune.backbones._seen import Seen
 from glimpseprune.backbones._tower import Watch, watched
@@ -169,6 +172,21 @@ class Backbone(LVLM):
         }
 
     def run_tower(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
+        with self.aligned.widened() if self.aligns(pictures) else nullcontext():
+            return self.run_blocks(pictures, needs)
+
+    def aligns(self, pictures: Mapping[str, Tensor]) -> bool:
+        """Whether the tower's MLPs run wider than they are: on a GPU, where their own width is a slow one."""
+        free = is_free(self.tower, given=(pictures["pixel_values"],))
+        return self.device.type == "cuda" and free and self.aligned.is_needed
+
+    @cached_property
+    def aligned(self) -> Aligned:
+        mlps = [block.mlp for block in self.tower.blocks if hasattr(block.mlp, "gate_proj")]
+        outs = {p: 0 for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj) for p in linear.parameters()}
+        return Aligned(outs | {mlp.down_proj.weight: 1 for mlp in mlps})
+
+    def run_blocks(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
         tower, unit, sizes = self.tower, self.merge**2, pictures["image_grid_thw"]
         chunk = chunk_of(tower, given=(pictures["pixel_values"],))
         order, windows = self.windows(sizes)
