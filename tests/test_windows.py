@@ -23,7 +23,7 @@ def test_equals_the_loop_over_ragged_windows():
 
 @torch.no_grad()
 def test_calls_are_as_many_as_there_are_sizes(monkeypatch):
-    """Not as there are windows, or images: in a block of windows one per size of window, in others one per image size."""
+    """Not as windows, or images: in a block of windows one per size of window, in others one per size of image."""
     backbone = TINY["qwen2_5_vl"]()
     sizes: list[tuple[int, ...]] = []
     attend = windows.scaled_dot_product_attention

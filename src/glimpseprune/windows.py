@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from glimpseprune.host import upload
+
 CHUNK = 4096
 """Rows (patches) that a tower works on at a time, where it need not work on all at once."""
 NAME = "windows_like_flash"
@@ -44,7 +46,7 @@ class Segments:
         for length, start in zip(lengths, edges.tolist()):
             starts.setdefault(length, []).append(start)
         sizes = tuple((size, _rows(size, starts[size], device)) for size in sorted(starts))
-        return cls(lengths, sizes, edges.to(edges_on, non_blocking=True))
+        return cls(lengths, sizes, upload(edges, edges_on))
 
     @property
     def longest(self) -> int:
@@ -56,7 +58,7 @@ def _rows(size: int, starts: Sequence[int], device: torch.device) -> slice | Ten
     if last - starts[0] == size * len(starts):
         return slice(starts[0], last)
     rows = torch.tensor(starts)[:, None] + torch.arange(size)
-    return rows.flatten().to(device, non_blocking=True)
+    return upload(rows.flatten(), device)
 
 
 def windowed_attention(

@@ -30,11 +30,14 @@ from glimpseprune.backbones import _asked
 from glimpseprune.backbones._seen import Seen
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
+from glimpseprune.host import Columns, upload
 from glimpseprune.images import distinct, shown
 from glimpseprune.legible import surrogate
 from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+COLLECTED = ("states", "keys", "attention")
+"""Kinds of :class:`.types.Needs` that a tower meets."""
 NO_PROCESSOR = "this backbone has no processor: load it from a folder with tokenizer and image processor"
 INDEX, SEEN = ALONGSIDE = ("image_index", "seen")
 """What a prompt may have beside its tensors: which of its pictures each of its images is, where two are the same; and
@@ -242,20 +245,12 @@ class LVLM(ABC):
         if any(part.newline_stays for row in layouts for layout in row for part in layout.parts):
             free = [free for row in layouts for layout in row for part in layout.parts for free in part.free]
             visual = places.masked_scatter(places, torch.tensor(free))
-        columns = places.flatten().nonzero()[:, 0]  # [n]
-        text = ids.masked_fill(places, 0)
+        known = Columns(mask, visual, ids)
+        text, columns = ids.masked_fill(places, 0), places.flatten().nonzero()[:, 0]  # [B, S], [n]
         ids, text, mask, visual, columns, positions = (
-            x.to(device, non_blocking=True) for x in (ids, text, mask, visual, columns, positions)
+            upload(x, device) for x in (ids, text, mask, visual, columns, positions)
         )
         seen = prompt[SEEN].to(device) if SEEN in prompt else self.see(prompt, needs)
-        found = {
-            name: {layer: self.tower_layer(layer) for layer in getattr(needs, name)}
-            for name in ("states", "keys", "attention")
-        }
-        for name, layers in found.items():
-            for layer in layers.values():
-                if layer not in getattr(seen, name):
-                    raise UserError(f"seen: {name} of the tower's layer {layer} were not kept, see the pictures again")
         seen = seen.pick(index)
 
         def lay(tokens: Tensor, into: Tensor) -> Tensor:
@@ -269,13 +264,18 @@ class LVLM(ABC):
             mask=mask,
             visual=visual,
             layouts=layouts,
-            **{
-                name: {layer: getattr(seen, name)[number] for layer, number in layers.items()}
-                for name, layers in found.items()
-            },
+            **{kind: self._collected(seen, kind, getattr(needs, kind)) for kind in COLLECTED},
             added={layer: lay(tokens, torch.zeros_like(embeds)) for layer, tokens in seen.added.items()},
             targets=targets,
+            known=known,
         )
+
+    def _collected(self, seen: Seen, kind: str, layers: Sequence[int]) -> dict[int, Tensor]:
+        """What was kept of these layers of the tower, under the numbers by which they are asked for."""
+        there, numbers = getattr(seen, kind), {layer: self.tower_layer(layer) for layer in layers}
+        if missing := [number for number in numbers.values() if number not in there]:
+            raise UserError(f"seen: {kind} of the tower's layer {missing[0]} were not kept, see the pictures again")
+        return {layer: there[number] for layer, number in numbers.items()}
 
     def see(self, pictures: Mapping[str, Any], needs: Needs = Needs()) -> Seen:  # noqa: B008 (frozen)
         """What the vision tower makes of pictures, to be laid into any number of prompts: :meth:`prepare` takes it in
@@ -289,10 +289,9 @@ class LVLM(ABC):
             UserError: no such layer of the tower, or a tensor that is missing.
         """
         self._require(pictures)
-        kinds = ("states", "keys", "attention")
-        wanted = {name: dict.fromkeys(map(self.tower_layer, getattr(needs, name))) for name in kinds}
+        layers = {kind: tuple(dict.fromkeys(map(self.tower_layer, getattr(needs, kind)))) for kind in COLLECTED}
         with without_tf32():
-            return self.run_tower(self._hosted(pictures), Needs(**{name: tuple(each) for name, each in wanted.items()}))
+            return self.run_tower(self._hosted(pictures), Needs(**layers))
 
     def choose(self, prompt: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
         """The prompts ``rows`` [B'] of a batch, in that order, with their images and as much padding as there was."""

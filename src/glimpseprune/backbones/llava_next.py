@@ -30,6 +30,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from glimpseprune.backbones import llava1_5
 from glimpseprune.config import UserError
+from glimpseprune.host import upload
 from glimpseprune.types import Layout, Part
 
 MODEL_TYPE = "llava_next"
@@ -122,7 +123,7 @@ class Backbone(llava1_5.Backbone):
             found += [start + torch.arange(side**2), torch.cat([patch, newline], 1).flatten()]
             start += (1 + tiles.down * tiles.across) * side**2
         # [N] patch behind each visual token, over all tiles; -1: none
-        places = torch.cat(found).to(self.device, non_blocking=True)
+        places = upload(torch.cat(found), self.device)
         patches = super().pooling(pictures)
 
         def pool(state: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from glimpseprune.backbones._lvlm import LVLM, decoder_shape
 from glimpseprune.backbones._seen import Seen
 from glimpseprune.backbones._tower import Watch, watched
 from glimpseprune.config import UserError
+from glimpseprune.host import upload
 from glimpseprune.types import Layout, Needs
 from glimpseprune.windows import batch_windows
 
@@ -191,8 +192,8 @@ class Backbone(LVLM):
         chunk = chunk_of(tower, given=(pictures["pixel_values"],))
         order, windows = self.windows(sizes)
         # The tower keeps its patches window by window, each unit's together.
-        inward = None if order is None else order.to(self.device, non_blocking=True)
-        outward = None if order is None else order.argsort().to(self.device, non_blocking=True)
+        inward = None if order is None else upload(order, self.device)
+        outward = None if order is None else upload(order.argsort(), self.device)
 
         def by_unit(x: Tensor, index: Tensor | None) -> Tensor:
             return x if index is None else x.unflatten(0, (-1, unit))[index].flatten(0, 1)
@@ -208,7 +209,7 @@ class Backbone(LVLM):
 
         places = by_unit(get_vision_position_ids(sizes, self.merge), order)  # [P, 2]
         hidden = by_unit(self.embedded(pictures, chunk), inward)  # [P, C]
-        rope = tower.rotary_pos_emb(hidden, places.to(self.device, non_blocking=True))
+        rope = tower.rotary_pos_emb(hidden, upload(places, self.device))
         states, added, keys, attention = (
             {},
             {},

@@ -25,6 +25,7 @@ from glimpseprune import cost
 from glimpseprune.backbones import qwen2_5_vl
 from glimpseprune.backbones._blocks import by_rows
 from glimpseprune.backbones._lvlm import decoder_shape
+from glimpseprune.host import upload
 
 MODEL_TYPE = "qwen3_vl"
 
@@ -127,7 +128,7 @@ class Backbone(qwen2_5_vl.Backbone):
             align_corners=tower.interpolation_align_corners,
             spatial_merge_size=self.merge,
         )
-        index, weight = (x.to(self.device, non_blocking=True) for x in taps)  # [P, 4] neighbours in the learned grid
+        index, weight = (upload(x, self.device) for x in taps)  # [P, 4] neighbours in the learned grid
 
         hidden = super().embedded(pictures, chunk)
 
