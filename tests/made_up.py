@@ -1,8 +1,10 @@
-"""Encodings out of random numbers, as large as a test wants them, and a watch on the largest tensor that is made."""
+"""Encodings out of random numbers, as large as a test wants them, and watches on the tensors that are made."""
 
 from __future__ import annotations
 
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -53,4 +55,26 @@ class Largest(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         made = [x.numel() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
         self.numel = max([self.numel, *made])
+        return result
+
+
+class Live(TorchDispatchMode):
+    """``peak``: most bytes on a module's device that were held at a time while this lasts, its weights not counted."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        own = [*module.parameters(), *module.buffers()]
+        self.device, self.own = own[0].device, {x.untyped_storage()._cdata for x in own}
+        self.held: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.device == self.device:
+                storage = x.untyped_storage()
+                if storage._cdata not in self.own:
+                    self.held[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.held = {key: (ref, size) for key, (ref, size) in self.held.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.held.values()))
         return result

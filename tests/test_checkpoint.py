@@ -211,7 +211,7 @@ def test_images_in_the_forms_that_people_have_them(model, tmp_path):
     for form in (np.asarray(grey), np.asarray(grey)[..., None], torch.tensor(np.asarray(grey))[None]):
         assert torch.equal(model.prepare("why?", form)["pixel_values"], wanted)
     two = model.prepare("why?", [image, array])
-    assert len(two["input_ids"]) == 1 and len(two["image_grid_thw"]) == 2
+    assert len(two["input_ids"]) == 1 and len(two["image_grid_thw"]) == 1 and two["image_index"].tolist() == [0, 0]
     clear = np.concatenate([array, np.full_like(array[..., :1], 255)], 2)
     assert torch.equal(model.prepare("why?", clear)["pixel_values"], model.prepare("why?", image)["pixel_values"])
     assert "system: give a text, not int" in refused(model.prepare, "why?", image, system=5)

@@ -23,9 +23,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from conftest import picture
-from glimpseprune import checkpoint, config, cost, evaluate, hub, lora, results
+from glimpseprune import checkpoint, config, cost, evaluate, evaluation, hub, lora, results
 from glimpseprune.backbones import LVLM
 from glimpseprune.data import shards
+from glimpseprune.data.collate import Collator
 from glimpseprune.options import BackboneOptions, DataOptions, LoraOptions, PrunerOptions, TrainConfig
 from glimpseprune.types import Sample
 from staged import FLOPS
@@ -670,3 +671,66 @@ def test_no_boxes_for_an_oracle_that_is_asked_for(first, tmp_path, capsys):
     shards.write([Sample("a", "what?", ("a",), [picture(140, 112)])], tmp_path / "data", split="test")
     args = [f"ckpt={first}", "methods=[oracle]", f"data.path={tmp_path / 'data'}", f"out={tmp_path / 'out'}"]
     assert "no sample of" in refused(capsys, *args, "data.workers=0") and not (tmp_path / "out").exists()
+
+
+def test_pictures_of_neighbours_are_seen_once(first, tmp_path, monkeypatch):
+    """Three questions on each of four pictures, in batches of three to which the pictures do not keep; what is said and
+    what it costs is what it is without sharing anything."""
+    samples = [
+        Sample(f"{i}", QUESTIONS[i % 4], ("a",), [picture(*SIZES[i // 3], i // 3)], [[(0, 0, 40, 40)]])
+        for i in range(1, 12)
+    ]
+    shards.write(samples, tmp_path / "data", split="test")
+    towers: list[int] = []
+    kind = type(checkpoint.load(first).backbone)
+    own = kind.run_tower
+
+    def run_tower(self, pictures, needs):
+        towers.append(len(self.image_layouts(pictures)))
+        return own(self, pictures, needs)
+
+    monkeypatch.setattr(kind, "run_tower", run_tower)
+    args = [f"data.path={tmp_path / 'data'}", "controls=[none,random]"]
+    rows, said = scored(first, tmp_path / "shared", *args)
+    assert towers == [2, 1, 1]  # samples 1 2 3, 4 5 6, 7 8 9 and 10 11
+    monkeypatch.setattr(evaluation.Sights, "__init__", lambda self: vars(self).update(limit=0, held={}))
+    towers.clear()
+    assert scored(first, tmp_path / "by batch", *args)[1] == said and towers == [2, 2, 2, 1]
+    monkeypatch.setattr(kind, "prepare", lambda self, *args: dict(self.unshared(LVLM.prepare(self, *args))))
+    towers.clear()
+    separate, other = scored(first, tmp_path / "separate", *args)
+    assert towers == [3, 3, 3, 2] and other == said
+    for name, row in separate.items():
+        times = {key for key in row if key.startswith("time")}
+        assert {key: x for key, x in row.items() if key not in times} == {
+            key: x for key, x in rows[name].items() if key not in times
+        }
+
+
+def test_what_is_held_of_pictures_counts_as_it_did(first, monkeypatch):
+    """In seconds, and never more bytes than there may be."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def measure(device):
+        measured = cost.Measured()
+        yield measured
+        measured.seconds = 1.0
+
+    monkeypatch.setattr(cost, "measure", measure)
+    model = checkpoint.load(first)
+    collate, needs = Collator(model.backbone), model.pruner.needs
+    a, b, c = (Sample(str(i), "why?", ("a",), [picture(112, 112, i)]) for i in range(3))
+    sights = evaluation.Sights()
+    with torch.inference_mode():
+        seconds = [
+            sights.encode(model.backbone, collate(batch), needs)[1].seconds for batch in ([a, b], [b, c], [c, c])
+        ]
+        assert seconds == [1.0, 1.5, 2.0] and len(sights.held) == 2
+        (one,) = {seen.nbytes for seen, _ in sights.held.values()}
+        sights.limit = one
+        expected = model.backbone.encode(collate([b, c]).prompt, needs)
+        found, _ = sights.encode(model.backbone, collate([b, c]), needs)
+        torch.testing.assert_close(found.embeds, expected.embeds)
+        assert len(sights.held) == 1 and sights.held == {key: x for key, x in sights.held.items() if x[0].nbytes == one}
+        assert sights.encode(model.backbone, collate([a]), replace(needs, states=()))[0].states == {}

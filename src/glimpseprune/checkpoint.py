@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
 
 from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, sharded
-from glimpseprune.backbones import LVLM
+from glimpseprune.backbones import ALONGSIDE, LVLM, Seen
 from glimpseprune.config import UserError
 from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
 from glimpseprune.resources import CONFIG, TRAINABLE
@@ -36,7 +36,8 @@ LVLM_PREFIX = "lvlm."
 
 
 class GlimpsePrune:
-    """A backbone with its pruner: ``prepare`` makes the inputs, ``generate`` answers from the pruned cache."""
+    """A backbone with its pruner: ``prepare`` makes the inputs, ``generate`` answers from the pruned cache; ``see``
+    runs the vision tower once for all questions on a picture."""
 
     def __init__(self, backbone: LVLM, pruner: nn.Module, name: str):
         self.backbone, self.pruner, self.name = backbone, pruner, name
@@ -74,13 +75,28 @@ class GlimpsePrune:
         self.pruner.to(where)
         return self
 
-    def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
+    @torch.no_grad()
+    def see(self, images: Any) -> Seen:
+        """What the vision tower makes of an image, or of a list of them: ``prepare`` takes it in the place of images,
+        as often as there are questions, and ``generate`` then runs no tower.
+
+        ``len(seen)`` pictures are there; ``seen[0]`` is the first. All of it lies on the device of the model.
+
+        Raises:
+            UserError: as ``prepare``; or this method looks at pictures before the tower does, for each question anew.
+        """
+        if hasattr(self.pruner, "look"):
+            raise UserError(f"{self.name} looks at pictures before the tower does: give prepare the images themselves")
+        return self.backbone.see(self.backbone.pictures(images), self.pruner.needs)
+
+    def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Any]:
         """What ``generate`` takes, of questions and their images in the forms that people have them.
 
         Args:
             questions: a text, or a list of them.
             images: of one question, an image or a list of images; of several, a list with one of these per question. An
-                image is a PIL image, a path, an array [H, W] or [H, W, C], or a tensor [C, H, W].
+                image is a PIL image, a path, an array [H, W] or [H, W, C], or a tensor [C, H, W]; or all of them are
+                what ``see`` returned, which may be given once for all questions.
             system: system prompt; None is the backbone's default.
 
         Raises:
@@ -119,7 +135,7 @@ class GlimpsePrune:
         Raises:
             UserError: a tensor of the prompt is missing, no such argument, or a value that it cannot have.
         """
-        prompt = {name: inputs.pop(name) for name in self.backbone.prompt_keys if name in inputs}
+        prompt = {name: inputs.pop(name) for name in (*self.backbone.prompt_keys, *ALONGSIDE) if name in inputs}
         if not isinstance(prompt.get("input_ids"), Tensor):
             raise UserError("generate takes what prepare returns, and has got no input_ids: generate(**inputs, ...)")
         options = {name: inputs.pop(name) for name in self.options if name in inputs}

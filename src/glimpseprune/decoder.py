@@ -113,7 +113,7 @@ def see(backbone: Backbone, pruner: Pruner, prompt: Mapping[str, Any], targets: 
     """A prompt as ``pruner`` wants it: after its look before the tower, if it takes one, and with what it needs."""
     flops: Sequence[float] = ()
     if hasattr(pruner, "look"):
-        prompt, flops = pruner.look(backbone, prompt)
+        prompt, flops = pruner.look(backbone, backbone.unshared(prompt))
     return replace(backbone.encode(prompt, pruner.needs, targets), flops=flops)
 
 

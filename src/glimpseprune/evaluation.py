@@ -22,9 +22,9 @@ from zlib import crc32
 from glimpseprune.config import UserError
 
 if TYPE_CHECKING:
-    from glimpseprune.backbones import LVLM
+    from glimpseprune.backbones import LVLM, Seen
     from glimpseprune.cost import Account, Measured
-    from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout, Sample
+    from glimpseprune.types import Encoded, Inputs, Layout, Needs, Prefill, Rollout, Sample
 
 Record = dict[str, Any]
 """A line of predictions.jsonl: method, key, kind, question, prediction, answers, score (of the first metric), metrics
@@ -95,6 +95,7 @@ class Evaluation:
         self.done: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.remember(earlier)
         self.timings: list[Timing] = []
+        self.sights = Sights()
         self.panels: dict[str, list[Any]] = defaultdict(list)
 
     def batch(self, inputs: Inputs) -> tuple[list[Record], list[Timing]]:
@@ -137,7 +138,7 @@ class Evaluation:
         from glimpseprune.cost import measure
         from glimpseprune.decoder import see
 
-        shared = None
+        shared: tuple[Encoded, Measured] | None = None
         for method in methods:
             backbone = method.backbone
             if hasattr(method.pruner, "look"):
@@ -147,8 +148,7 @@ class Evaluation:
                 continue
             if shared is None:
                 needs = reduce(or_, (m.pruner.needs for m in methods if not hasattr(m.pruner, "look")))
-                with measure(backbone.device) as measured:
-                    shared = backbone.encode(inputs.prompt, needs, inputs.targets), measured
+                shared = self.sights.encode(backbone, inputs, needs)
             yield method, *shared
 
     def follow(self, method: Method, samples: Sequence[Sample]) -> None:
@@ -260,6 +260,48 @@ class Evaluation:
         if method.listed and len(self.panels.get(method.name, ())) < self.cfg.pictures:
             lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {kept:.1%}"]
             self.panels[method.name].append(panel(sample, rollout.keep_maps()[draw], lines))
+
+
+class Sights:
+    """What the tower made of the pictures that a batch ended with: samples of one scene are neighbours, so the next
+    batch may begin with the same ones. Kept in the memory of the CPU, where it is in nobody's way, at most ``limit``
+    bytes; what nobody asked about for the longest time goes first."""
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.limit = limit
+        self.held: dict[Any, tuple[Seen, float]] = {}
+
+    def encode(self, backbone: LVLM, inputs: Inputs, needs: Needs) -> tuple[Encoded, Measured]:
+        """As ``backbone.encode``, and what it takes; the seconds of what is held are those that it took once."""
+        import torch
+
+        from glimpseprune.backbones import Seen
+        from glimpseprune.cost import measure
+        from glimpseprune.images import fingerprint
+
+        index = backbone.picture_index(inputs.prompt)  # of each image
+        images = [image for sample in inputs.samples for image in sample.images]
+        keys = {number: (id(backbone), needs, fingerprint(image)) for number, image in zip(index, images, strict=True)}
+        known = {number: self.held.pop(key) for number, key in keys.items() if key in self.held}
+        new = [number for number in sorted(keys) if number not in known]
+        with measure(backbone.device) as measured:
+            parts = [seen.to(backbone.device) for seen, _ in known.values()]
+            if new:
+                chosen = backbone.choose_pictures(inputs.prompt, torch.tensor(new)) if known else inputs.prompt
+                parts.append(backbone.see(chosen, needs))
+            order = [*known, *new]
+            seen = Seen.join(parts).pick([order.index(number) for number in sorted(keys)])
+            encoded = backbone.encode({**inputs.prompt, "seen": seen}, needs, inputs.targets)
+        tokens = sum(seen.layouts[number].count for number in new)
+        last = set(index[len(index) - len(inputs.samples[-1].images) :])
+        for number in last - set(known):
+            seconds = measured.seconds * seen.layouts[number].count / tokens
+            known[number] = seen[number].to("cpu"), seconds
+        measured.seconds += sum(seconds for number, (_, seconds) in known.items() if number not in new)
+        self.held |= {keys[number]: sight for number, sight in known.items()}
+        while sum(sight.nbytes for sight, _ in self.held.values()) > self.limit:
+            del self.held[next(iter(self.held))]
+        return encoded, measured
 
 
 def read(backbone: LVLM, encoded: Encoded, row: int, state: Prefill, draw: int, layouts: Sequence[Layout]) -> Account:

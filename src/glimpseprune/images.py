@@ -15,12 +15,16 @@ Left out: colour profiles, which the image processors of transformers ignore, to
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
+from hashlib import blake2b
+
 import numpy as np
 from PIL import Image
 
 from glimpseprune.config import UserError
 
-__all__ = ["shown", "shown_size"]
+__all__ = ["distinct", "fingerprint", "shown", "shown_size"]
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -65,6 +69,28 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
     _load(image)
     width, height = image.size
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
+
+
+def distinct(images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[int]]:
+    """The pictures that differ in what is shown, as RGB and in their order; and which of them each image is."""
+    given = {id(image): image for image in images}
+    made = {key: shown(image).convert("RGB") for key, image in given.items()}
+    sizes = Counter(picture.size for picture in made.values())
+    known: dict[object, int] = {}
+    pictures, numbers = [], {}
+    for key, picture in made.items():
+        what = (picture.size, picture.tobytes()) if sizes[picture.size] > 1 else key
+        if what not in known:
+            known[what] = len(pictures)
+            pictures.append(picture)
+        numbers[key] = known[what]
+    return pictures, [numbers[id(image)] for image in images]
+
+
+def fingerprint(image: Image.Image) -> bytes:
+    """The same for pictures of which the same is shown."""
+    picture = shown(image).convert("RGB")
+    return blake2b(picture.tobytes(), salt=b"%dx%d" % picture.size, digest_size=16).digest()
 
 
 def _load(image: Image.Image) -> None:

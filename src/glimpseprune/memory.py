@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from glimpseprune import cost, lookup
+from glimpseprune import cost, lookup, windows
 from glimpseprune.config import UserError
 from glimpseprune.options import LoraOptions, TrainConfig
 
@@ -175,8 +175,11 @@ def scratch_bytes(decoder: cost.Decoder, itemsize: int, columns: int) -> float:
 
 
 def tower_bytes(tower: cost.Tower, itemsize: int, visual: int) -> float:
-    """What a layer of the vision tower holds while it runs, without gradient, on all ``visual`` tokens of a batch."""
-    return visual * tower.merge**2 * (4 * tower.mlp + 8 * tower.width) * itemsize
+    """What the vision tower holds while it runs, without gradient, on all ``visual`` tokens of a batch: states,
+    queries, keys and values of all, and what a layer makes of a chunk. (Where ZeRO-3 splits it, all is one chunk.)"""
+    patches = visual * tower.merge**2
+    chunk = min(patches, windows.CHUNK)
+    return (patches * 4 * tower.width + chunk * (4 * tower.mlp + 8 * tower.width)) * itemsize
 
 
 def prompt_bytes(shapes: cost.Shapes, load: Load, depth: int, vision_layers: int) -> float:

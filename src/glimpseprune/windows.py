@@ -1,19 +1,64 @@
-"""Attention of a windowed vision tower in as few calls as there are window sizes.
+"""Attention of a vision tower within segments (windows, whole images) in as few calls as there are sizes of them.
 
 transformers hands a packed sequence of images or windows to flash attention in one call, but to every other backend
-one window at a time: a loop over hundreds of small calls. Here windows of equal length become the batch of one SDPA
+one segment at a time: a loop over hundreds of small calls. Here segments of equal length become the batch of one SDPA
 call. The numbers are those of the loop; only the order of the calls differs.
+
+How long the segments are is known before anything runs (:class:`Segments`). Who runs a tower's blocks hands it to them
+as ``segments=``, and nothing is read back from the device; a call without it reads the cumulative lengths.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from glimpseprune.host import upload
+
+CHUNK = 4096
+"""Rows (patches) that a tower works on at a time, where it need not work on all at once."""
 NAME = "windows_like_flash"
 """transformers passes cumulative lengths only to backends whose name contains ``flash``."""
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Consecutive rows of a packed sequence, each run of which attends within itself."""
+
+    lengths: tuple[int, ...]
+    sizes: tuple[tuple[int, slice | Tensor], ...]
+    """Every length there is, and the rows of all segments that have it: together, where they lie side by side."""
+    edges: Tensor
+    """[segments + 1] int32, cumulative lengths."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device, edges_on: torch.device | str = "cpu") -> Segments:
+        """``device``: of the rows; ``edges_on``: of the cumulative lengths, which only flash attention has there."""
+        lengths = tuple(length for length in lengths if length)
+        edges = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        starts: dict[int, list[int]] = {}
+        for length, start in zip(lengths, edges.tolist()):
+            starts.setdefault(length, []).append(start)
+        sizes = tuple((size, _rows(size, starts[size], device)) for size in sorted(starts))
+        return cls(lengths, sizes, upload(edges, edges_on))
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+def _rows(size: int, starts: Sequence[int], device: torch.device) -> slice | Tensor:
+    last = starts[-1] + size
+    if last - starts[0] == size * len(starts):
+        return slice(starts[0], last)
+    rows = torch.tensor(starts)[:, None] + torch.arange(size)
+    return upload(rows.flatten(), device)
 
 
 def windowed_attention(
@@ -24,23 +69,28 @@ def windowed_attention(
     attention_mask: Tensor | None = None,
     scaling: float | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    segments: Segments | None = None,
+    take: Callable[[Tensor, Tensor, Tensor, float], None] | None = None,
     **_: object,
 ) -> tuple[Tensor, None]:
-    """Bidirectional attention within consecutive segments. query, key, value [1, H, N, d] -> [1, N, H, d]."""
+    """Bidirectional attention within consecutive segments. query, key, value [1, H, N, d] -> [1, N, H, d].
+
+    ``take`` gets them, and the scale of q . k, and ends the call by raising something: no attention is computed."""
+    if take is not None:
+        take(query, key, value, scaling)
     _, heads, total, width = query.shape
-    lengths = (cu_seq_lens_q[1:] - cu_seq_lens_q[:-1]).tolist()
-    sizes = sorted(set(lengths) - {0})
-    if len(sizes) == 1:
-        parts = [t[0].view(heads, -1, sizes[0], width).transpose(0, 1) for t in (query, key, value)]
-        out = scaled_dot_product_attention(*parts, scale=scaling)  # [windows, H, size, d]
-        return out.transpose(1, 2).reshape(1, total, heads, width), None
-    length = torch.tensor(lengths, device=query.device)
-    start = length.cumsum(0) - length
-    out = query.new_empty(total, heads, width)
-    for size in sizes:
-        rows = (start[length == size, None] + torch.arange(size, device=query.device)).flatten()
+    if segments is None:
+        segments = Segments.of(cu_seq_lens_q.diff().tolist(), query.device)
+
+    def attend(size: int, rows: slice | Tensor) -> Tensor:
         parts = [t[0][:, rows].view(heads, -1, size, width).transpose(0, 1) for t in (query, key, value)]
-        out = out.index_copy(0, rows, scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).flatten(0, 1))
+        return scaled_dot_product_attention(*parts, scale=scaling).transpose(1, 2).reshape(-1, heads, width)
+
+    if len(segments.sizes) == 1:
+        return attend(*segments.sizes[0])[None], None
+    out = query.new_empty(total, heads, width)
+    for size, rows in segments.sizes:
+        out[rows] = attend(size, rows)
     return out[None], None
 
 

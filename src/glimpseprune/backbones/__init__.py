@@ -20,9 +20,11 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 from glimpseprune import hub, resources
+from glimpseprune.backbones._lvlm import ALONGSIDE as ALONGSIDE
 from glimpseprune.backbones._lvlm import LVLM
 from glimpseprune.backbones._lvlm import dtype_of as dtype_of
 from glimpseprune.backbones._lvlm import require_attention as require_attention
+from glimpseprune.backbones._seen import Seen as Seen
 from glimpseprune.config import UserError
 from glimpseprune.cost import Shapes
 from glimpseprune.lookup import find, names

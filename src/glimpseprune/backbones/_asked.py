@@ -2,7 +2,8 @@
 
 An image is a PIL image, a path, an array or a tensor: uint8, or floats from 0 to 1, of shape [H, W], [H, W, C], or, as
 torch has them, [C, H, W], with 1, 3 or 4 channels. What an image looks like (orientation, transparency, more than 8
-bits) is not decided here. Left out: addresses on the web, which nothing of ours opens.
+bits) is not decided here. Pictures that a tower has seen (:class:`._seen.Seen`) take the place of images, of all or of
+none. Left out: addresses on the web, which nothing of ours opens.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from glimpseprune.backbones._seen import Seen
 from glimpseprune.config import UserError
 
 KINDS = "a PIL image, a path, an array or a tensor (uint8, or floats from 0 to 1: [H, W], [H, W, C] or [C, H, W])"
 CHANNELS = (1, 3, 4)
 
 
-def rows(questions: Any, images: Any) -> tuple[list[str], list[list[Image.Image]]]:
+def rows(questions: Any, images: Any) -> tuple[list[str], list[list[Image.Image]] | list[list[Seen]]]:
     """One text and its images per prompt. A question alone is one prompt, with one image or a list of them; in a list,
-    every question has one image or a list of them.
+    every question has one image or a list of them. What was seen may be given once for all questions.
 
     Raises:
         UserError: numbers that do not match, a prompt without an image, or something that is no text or no image.
@@ -39,6 +41,8 @@ def rows(questions: Any, images: Any) -> tuple[list[str], list[list[Image.Image]
             raise UserError(f"question {row}: give a text, not {_kind(question)}")
     if not questions:
         raise UserError("there is no question: give a text and its image, or a list of texts and one of images")
+    if isinstance(images, Seen):
+        images = [images] * len(questions)
     if _is_image(images) or not isinstance(images, Iterable):
         got = "one image" if _is_image(images) else _kind(images)
         raise UserError(f"images: give a list with one image, or a list of images, per question, not {got}")
@@ -49,12 +53,15 @@ def rows(questions: Any, images: Any) -> tuple[list[str], list[list[Image.Image]
             f"{of} and images for {len(images)} of them: images is a list with one entry per question, an image or a "
             "list of images"
         )
-    return list(questions), [_row(row, of_row) for row, of_row in enumerate(images)]
+    made = [_row(row, of_row) for row, of_row in enumerate(images)]
+    if len({isinstance(image, Seen) for row in made for image in row}) == 2:
+        raise UserError("images: some were seen, others were not: see all of them, or none")
+    return list(questions), made
 
 
-def picture(image: Any, where: str) -> Image.Image:
+def picture(image: Any, where: str) -> Image.Image | Seen:
     """``image`` as a PIL image, read from its file if it is a path; ``where`` begins what errors say."""
-    if isinstance(image, Image.Image):
+    if isinstance(image, (Image.Image, Seen)):
         return image
     if isinstance(image, (str, PathLike)):
         if str(image).startswith(("http://", "https://")):
@@ -86,7 +93,7 @@ def _nested(images: Any) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, (Image.Image, str, PathLike, np.ndarray, Tensor))
+    return isinstance(value, (Image.Image, Seen, str, PathLike, np.ndarray, Tensor))
 
 
 def _opened(path: Path, where: str) -> Image.Image:

@@ -13,38 +13,35 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glimpseprune import attention, cost, weights
 from glimpseprune.backbones import _asked
+from glimpseprune.backbones._seen import Seen
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
-from glimpseprune.images import shown
+from glimpseprune.host import Columns, upload
+from glimpseprune.images import distinct, shown
 from glimpseprune.legible import surrogate
 from glimpseprune.types import Encoded, Grid, Layout, Needs
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-@dataclass
-class Seen:
-    """What the vision tower made of the images of a batch."""
-
-    tokens: Tensor  # [n, D], one for every place of the layouts, in order
-    states: dict[int, Tensor] = field(default_factory=dict)  # as in Encoded, [N, ...]; 0 for tokens that are no cell
-    keys: dict[int, Tensor] = field(default_factory=dict)
-    attention: dict[int, Tensor] = field(default_factory=dict)
-    added: dict[int, Tensor] = field(default_factory=dict)
-    """Decoder layer -> [n, D], added to its output at the places of the tokens."""
+COLLECTED = ("states", "keys", "attention")
+"""Kinds of :class:`.types.Needs` that a tower meets."""
+NO_PROCESSOR = "this backbone has no processor: load it from a folder with tokenizer and image processor"
+INDEX, SEEN = ALONGSIDE = ("image_index", "seen")
+"""What a prompt may have beside its tensors: which of its pictures each of its images is, where two are the same; and
+what the tower made of them, in the place of their pixels."""
 
 
 class LVLM(ABC):
@@ -66,7 +63,7 @@ class LVLM(ABC):
     prompt_keys: tuple[str, ...]
     """Tensors that the processor returns."""
     image_keys: tuple[str, ...]
-    """Those of them that a prompt with images has."""
+    """Those of them that a prompt with images has: the pixels, and what else there is to know of each image."""
     model_class: type[PreTrainedModel]
     """transformers' class of ``model``."""
 
@@ -169,20 +166,21 @@ class LVLM(ABC):
         default to the published processor's. Raises ValueError for an image that the processor refuses."""
 
     @abstractmethod
-    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
-        """Of each image in the prompt, in order."""
+    def image_layouts(self, pictures: Mapping[str, Tensor]) -> list[Layout]:
+        """Of each picture, in order; of ``image_keys`` all but the pixels are on the CPU, here and below."""
 
     @abstractmethod
-    def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        """What the processor made of the images with these numbers."""
+    def choose_images(self, pictures: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        """What the processor made of the pictures with these numbers, repeats allowed."""
 
     @abstractmethod
-    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
-        """Run the vision tower, and collect what is needed of it."""
+    def run_tower(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
+        """Run the vision tower, and collect what is needed of it. Nothing may be read back from the device."""
 
     @abstractmethod
     def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
-        """Position ids, [B, S] or [3, B, S]; anything at padding. ``places`` [B, S]: columns of visual tokens."""
+        """Position ids, [B, S] or [3, B, S]; anything at padding. ``places`` [B, S]: columns of visual tokens. All is
+        on the CPU; of ``image_keys`` there is no pixel, and what there is is said of each image anew."""
 
     @property
     def device(self) -> torch.device:
@@ -223,70 +221,116 @@ class LVLM(ABC):
 
     def encode(
         self,
-        prompt: Mapping[str, Tensor],
+        prompt: Mapping[str, Any],
         needs: Needs = Needs(),  # noqa: B008 (frozen)
         targets: list[Tensor] | None = None,
     ) -> Encoded:
-        """Run the vision tower once and lay its tokens into the embedded prompt.
+        """Run the vision tower once on every picture and lay its tokens into the embedded prompt. Nothing is read back
+        from the device but what of the prompt lies there, pixels excepted.
 
         Args:
-            prompt: what the processor returns; without an attention mask no column is padding.
+            prompt: what :meth:`prepare` or the processor returns; without an attention mask no column is padding.
             needs: what of the tower is wanted (nothing else is kept).
             targets: handed through, see :class:`Encoded`.
 
         Raises:
             UserError: a prompt without an image, images whose number of tokens is not that of the prompt, or a tensor
-                that is missing; no such layer of the tower.
+                that is missing; no such layer of the tower, or one that was not collected when its pictures were seen.
         """
-        prompt = {key: value.to(self.device) for key, value in prompt.items() if isinstance(value, Tensor)}
-        layouts = self.layouts(prompt)
+        prompt, device = self._hosted(prompt), self.device
+        layouts, index = self.layouts(prompt), self.picture_index(prompt)
         ids, mask, places = self._columns(prompt)
-        asked = {
-            name: {layer: self.tower_layer(layer) for layer in getattr(needs, name)}
-            for name in ("states", "keys", "attention")
-        }
-        with without_tf32():
-            seen = self.see(prompt, Needs(**{name: tuple(layers.values()) for name, layers in asked.items()}))
-        found = {
-            name: {layer: getattr(seen, name)[number] for layer, number in layers.items()}
-            for name, layers in asked.items()
-        }
+        sizes = prompt[SEEN].sizes if SEEN in prompt else {name: prompt[name] for name in self.image_keys[1:]}
+        positions = self.positions(prompt | {name: x[index] for name, x in sizes.items()}, mask, places)
+        visual = places
+        if any(part.newline_stays for row in layouts for layout in row for part in layout.parts):
+            free = [free for row in layouts for layout in row for part in layout.parts for free in part.free]
+            visual = places.masked_scatter(places, torch.tensor(free))
+        known = Columns(mask, visual, ids)
+        text, columns = ids.masked_fill(places, 0), places.flatten().nonzero()[:, 0]  # [B, S], [n]
+        ids, text, mask, visual, columns, positions = (
+            upload(x, device) for x in (ids, text, mask, visual, columns, positions)
+        )
+        seen = prompt[SEEN].to(device) if SEEN in prompt else self.see(prompt, needs)
+        seen = seen.pick(index)
 
         def lay(tokens: Tensor, into: Tensor) -> Tensor:
-            return into.masked_scatter(places[..., None], tokens.to(into.dtype))  # [B, S, D]
+            return into.flatten(0, 1).index_copy(0, columns, tokens.to(into.dtype)).view(into.shape)  # [B, S, D]
 
-        embeds = lay(seen.tokens, self.embed(ids.masked_fill(places, 0)))
-        visual, parts = places, [part for row in layouts for layout in row for part in layout.parts]
-        if any(part.newline_stays for part in parts):
-            free = [free for part in parts for free in part.free]
-            visual = places.masked_scatter(places, torch.tensor(free, device=places.device))
+        embeds = lay(seen.tokens, self.embed(text))
         return Encoded(
             input_ids=ids,
             embeds=embeds,
-            positions=self.positions(prompt, mask, places),
+            positions=positions,
             mask=mask,
             visual=visual,
             layouts=layouts,
-            **found,
+            **{kind: self._collected(seen, kind, getattr(needs, kind)) for kind in COLLECTED},
             added={layer: lay(tokens, torch.zeros_like(embeds)) for layer, tokens in seen.added.items()},
             targets=targets,
+            known=known,
         )
 
-    def choose(self, prompt: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    def _collected(self, seen: Seen, kind: str, layers: Sequence[int]) -> dict[int, Tensor]:
+        """What was kept of these layers of the tower, under the numbers by which they are asked for."""
+        there, numbers = getattr(seen, kind), {layer: self.tower_layer(layer) for layer in layers}
+        if missing := [number for number in numbers.values() if number not in there]:
+            raise UserError(f"seen: {kind} of the tower's layer {missing[0]} were not kept, see the pictures again")
+        return {layer: there[number] for layer, number in numbers.items()}
+
+    def see(self, pictures: Mapping[str, Any], needs: Needs = Needs()) -> Seen:  # noqa: B008 (frozen)
+        """What the vision tower makes of pictures, to be laid into any number of prompts: :meth:`prepare` takes it in
+        the place of images.
+
+        Args:
+            pictures: what :meth:`pictures` returns, or a prompt with images.
+            needs: what of the tower the methods will want that are to decide.
+
+        Raises:
+            UserError: no such layer of the tower, or a tensor that is missing.
+        """
+        self._require(pictures)
+        layers = {kind: tuple(dict.fromkeys(map(self.tower_layer, getattr(needs, kind)))) for kind in COLLECTED}
+        with without_tf32():
+            return self.run_tower(self._hosted(pictures), Needs(**layers))
+
+    def choose(self, prompt: Mapping[str, Any], rows: Tensor) -> dict[str, Any]:
         """The prompts ``rows`` [B'] of a batch, in that order, with their images and as much padding as there was."""
+        prompt = self._hosted(prompt)
         layouts = self.layouts(prompt)
         numbers = torch.arange(sum(map(len, layouts))).split([len(row) for row in layouts])
-        images = torch.cat([numbers[row] for row in rows.tolist()])
-        texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if x.shape == prompt["input_ids"].shape}
-        return texts | self.choose_images(prompt, images)
+        index = torch.tensor(self.picture_index(prompt))[torch.cat([numbers[row] for row in rows.tolist()])]
+        shape = prompt["input_ids"].shape
+        texts = {name: x[rows.to(x.device)] for name, x in prompt.items() if isinstance(x, Tensor) and x.shape == shape}
+        pictures, place = index.unique(return_inverse=True)
+        if len(pictures) == len(index):
+            return texts | self.choose_pictures(prompt, index)
+        return texts | self.choose_pictures(prompt, pictures) | {INDEX: place}
 
-    def layouts(self, prompt: Mapping[str, Tensor]) -> list[list[Layout]]:
+    def choose_pictures(self, prompt: Mapping[str, Any], pictures: Tensor) -> dict[str, Any]:
+        """What the prompt has of the pictures with these numbers."""
+        prompt = self._hosted(prompt)
+        return {SEEN: prompt[SEEN].pick(pictures.tolist())} if SEEN in prompt else self.choose_images(prompt, pictures)
+
+    def unshared(self, prompt: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The prompt with the pixels of each image, repeated where two are the same: what processors make, and what a
+        method gets that looks before the tower.
+
+        Raises:
+            UserError: its pictures have been seen already.
+        """
+        if SEEN in prompt:
+            raise UserError("this method looks at pictures before the tower does: give it images, not what was seen")
+        if INDEX not in prompt:
+            return prompt
+        rest = {name: x for name, x in prompt.items() if name != INDEX}
+        return rest | self.choose_images(self._hosted(prompt), torch.tensor(self.picture_index(prompt)))
+
+    def layouts(self, prompt: Mapping[str, Any]) -> list[list[Layout]]:
         """Per row, per image: how the visual tokens lie, without running the model. Raises as ``encode``."""
+        prompt = self._hosted(prompt)
         counts = self._columns(prompt)[2].sum(1).tolist()
-        missing = [name for name in self.image_keys if name not in prompt]
-        if missing and len(missing) < len(self.image_keys):
-            raise UserError(f"the prompt has no {', '.join(missing)}: give all that the processor returns")
-        images = iter(() if missing else self.image_layouts(prompt))
+        images = iter(self._image_layouts(prompt))
         result: list[list[Layout]] = []
         for row, count in enumerate(counts):
             found: list[Layout] = []
@@ -303,12 +347,43 @@ class LVLM(ABC):
             raise UserError(f"{left} more images than the prompts have places for")
         return result
 
+    def _image_layouts(self, prompt: Mapping[str, Any]) -> list[Layout]:
+        """Of each image of the prompts, in order."""
+        if SEEN in prompt:
+            pictures = prompt[SEEN].layouts
+        elif any(name in prompt for name in self.image_keys):
+            self._require(prompt)
+            pictures = self.image_layouts(prompt)
+        else:
+            return []
+        if INDEX not in prompt:
+            return pictures
+        index = prompt[INDEX].tolist()
+        if odd := [number for number in index if not 0 <= number < len(pictures)]:
+            raise UserError(f"{INDEX}: there is no picture {odd[0]} among {len(pictures)}")
+        return [pictures[number] for number in index]
+
+    def picture_index(self, prompt: Mapping[str, Any]) -> list[int]:
+        """Which picture each image of the prompts is: the same number where two are the same."""
+        return prompt[INDEX].tolist() if INDEX in prompt else list(range(len(self._image_layouts(prompt))))
+
+    def _require(self, prompt: Mapping[str, Any]) -> None:
+        if missing := [name for name in self.image_keys if name not in prompt]:
+            raise UserError(f"the prompt has no {', '.join(missing)}: give all that the processor returns")
+
+    def _hosted(self, prompt: Mapping[str, Any]) -> dict[str, Any]:
+        """The prompt with all that on the CPU that says where tokens lie, and with nothing that is no part of it."""
+        needed = {"input_ids", "attention_mask", INDEX, *self.image_keys[1:]}
+        held = {name: x for name, x in prompt.items() if isinstance(x, Tensor | Seen)}
+        return {name: x.cpu() if name in needed else x for name, x in held.items()}
+
     def grids(self, prompt: Mapping[str, Tensor]) -> list[list[Grid]]:
         """Per row, of each part of its images: rows and columns of its visual tokens. Raises as :meth:`layouts`."""
         return [[grid for layout in row for grid in layout.grids] for row in self.layouts(prompt)]
 
     def prepare(self, questions: Any, images: Any, system: str | None = None) -> dict[str, Tensor]:
         """Chat template, tokenizer and image processor: one prompt per question, its images first, left-padded.
+        Of images that are the same one is processed, and ``image_index`` says which picture each of them is.
 
         Ids are made here and not by the processor, which looks for image tokens in the finished text, where those that
         a question quotes are the same: what a question or a system prompt says is text, never a special token.
@@ -316,7 +391,8 @@ class LVLM(ABC):
         Args:
             questions: a text, or one per prompt.
             images: of one question, an image or a list of them; of several, a list of these. An image is a PIL image, a
-                path, an array or a tensor (:mod:`._asked`).
+                path, an array or a tensor (:mod:`._asked`), or all of them are pictures that were seen (:meth:`see`);
+                one such may be given for all questions.
             system: system prompt of all of them.
 
         Raises:
@@ -324,31 +400,53 @@ class LVLM(ABC):
                 that the processor refuses; or a checkpoint folder without tokenizer and image processor.
         """
         if self.processor is None:
-            raise UserError("this backbone has no processor: load it from a folder with tokenizer and image processor")
+            raise UserError(NO_PROCESSOR)
         if system is not None and not isinstance(system, str):
             raise UserError(f"system: give a text, not {type(system).__name__}")
         questions, images = _asked.rows(questions, images)
         for name, text in (("system prompt", system or ""), *(("question", question) for question in questions)):
             if half := surrogate(text):
                 raise UserError(f"a {name} holds {half}, half of a surrogate pair")
-        flat = [shown(picture).convert("RGB") for pictures in images for picture in pictures]
-        try:
-            seen = dict(self.processor.image_processor(images=flat, return_tensors="pt"))
-        except ValueError as error:  # such as an image that is too narrow
-            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in flat[:4])
-            said = (str(error).splitlines() or ["it raises a ValueError"])[0]
-            raise UserError(f"the processor refuses images of {sizes}{', ...' * (len(flat) > 4)}: {said}") from error
-        places = iter([layout.places for layout in self.image_layouts(seen)])
+        flat = [image for row in images for image in row]
+        if any(isinstance(image, Seen) for image in flat):
+            given = list({id(seen): seen for seen in flat}.values())
+            first = dict(zip(map(id, given), accumulate(map(len, given), initial=0)))
+            index = [first[id(seen)] + picture for seen in flat for picture in range(len(seen))]
+            pictures: dict[str, Any] = {SEEN: Seen.join(given)}
+            counts = [sum(map(len, row)) for row in images]
+        else:
+            different, index = distinct(flat)
+            pictures, counts = self._processed(different), list(map(len, images))
+        if len(set(index)) < len(index):
+            pictures[INDEX] = torch.tensor(index)
+        places = iter([layout.places for layout in self._image_layouts(pictures)])
         rows = []
-        for ids, pictures in zip(self._token_ids(questions, list(map(len, images)), system), images):
-            if ids.count(self.image_token_id) != len(pictures):
-                raise UserError(f"the chat template makes {ids.count(self.image_token_id)} of {len(pictures)} images")
+        for ids, count in zip(self._token_ids(questions, counts, system), counts):
+            if ids.count(self.image_token_id) != count:
+                raise UserError(f"the chat template makes {ids.count(self.image_token_id)} of {count} images")
             rows.append([i for i in ids for _ in range(next(places) if i == self.image_token_id else 1)])
         texts = self.processor.tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        prompt = {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"], **seen}
+        prompt = {"input_ids": texts["input_ids"], "attention_mask": texts["attention_mask"], **pictures}
         if "mm_token_type_ids" in self.prompt_keys:
             prompt["mm_token_type_ids"] = (prompt["input_ids"] == self.image_token_id).long()
         return prompt
+
+    def pictures(self, images: Any) -> dict[str, Tensor]:
+        """What the processor makes of an image, or of a list of them: what :meth:`see` takes, and prompts have of them.
+        Raises as :meth:`prepare`."""
+        _, (row,) = _asked.rows("?", images)
+        return self._processed([shown(picture).convert("RGB") for picture in row])
+
+    def _processed(self, pictures: Sequence[Image]) -> dict[str, Tensor]:
+        if self.processor is None:
+            raise UserError(NO_PROCESSOR)
+        try:
+            return dict(self.processor.image_processor(images=list(pictures), return_tensors="pt"))
+        except ValueError as error:  # such as an image that is too narrow
+            sizes = ", ".join(f"{picture.width}x{picture.height}" for picture in pictures[:4])
+            said = (str(error).splitlines() or ["it raises a ValueError"])[0]
+            many = ", ..." * (len(pictures) > 4)
+            raise UserError(f"the processor refuses images of {sizes}{many}: {said}") from error
 
     def _token_ids(self, questions: Sequence[str], pictures: Sequence[int], system: str | None) -> list[list[int]]:
         """Of each question in the chat template, with one image token per picture."""

@@ -144,9 +144,10 @@ def _watching(name: str) -> Callable:
         watch: Watch | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        lengths = kwargs.get("cu_seq_lens_q")
+        lengths, segments = kwargs.get("cu_seq_lens_q"), kwargs.get("segments")
         if watch is not None:
-            watch(module, query, key, kwargs["scaling"], None if lengths is None else lengths.diff().tolist())
+            known = segments.lengths if segments else None if lengths is None else lengths.diff().tolist()
+            watch(module, query, key, kwargs["scaling"], known)
         if name == "eager":  # each model file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:  # a tower without segments has no windows to be batched

@@ -24,7 +24,9 @@ from transformers import (
 )
 
 from glimpseprune import cost
-from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape
+from glimpseprune.backbones._blocks import chunk_of
+from glimpseprune.backbones._lvlm import LVLM, decoder_shape
+from glimpseprune.backbones._seen import Seen
 from glimpseprune.backbones._tower import Watch, tapped, watched
 from glimpseprune.config import UserError
 from glimpseprune.types import Layout, Needs
@@ -126,26 +128,43 @@ class Backbone(LVLM):
         side = config.vision_config.image_size // config.vision_config.patch_size
         return Layout.of((side, side))
 
-    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
-        return [self.layout_of(self.model.config, (1, 1))] * len(prompt["pixel_values"])
+    def image_layouts(self, pictures: Mapping[str, Tensor]) -> list[Layout]:
+        return [self.layout_of(self.model.config, (1, 1))] * len(pictures["pixel_values"])
 
-    def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        return {name: prompt[name][images] for name in self.image_keys}
+    def choose_images(self, pictures: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        return {name: pictures[name][images] for name in self.image_keys}
 
-    def pooling(self, prompt: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
-        """From what the tower has of all its tokens [pictures, 1 + patches, ...] to visual tokens [N, ...]."""
+    def pooling(self, pictures: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+        """From what the tower has of all its tokens [tiles, 1 + patches, ...] to visual tokens [N, ...]."""
         return lambda state: state[:, 1:].flatten(0, 1)
 
-    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
-        layers, pool = self.tower.encoder.layers, self.pooling(prompt)
-        pictures = {name: prompt[name] for name in self.image_keys}
-        pictures["pixel_values"] = pictures["pixel_values"].to(self.model.dtype)
+    def run_tower(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
+        chunk = chunk_of(self.tower, self.projector, given=(pictures["pixel_values"],))
+        groups: list[list[int]] = [[]]
+        size = 0
+        for number, layout in enumerate(self.image_layouts(pictures)):
+            own = sum(rows * cols + 1 for rows, cols in layout.encoded)
+            if size + own > chunk and groups[-1]:
+                groups.append([])
+                size = 0
+            groups[-1].append(number)
+            size += own
+        if len(groups) == 1:
+            return self.run_at_once(pictures, needs)
+        parts = (self.choose_images(pictures, torch.tensor(group)) for group in groups)
+        return Seen.join([self.run_at_once(part, needs) for part in parts])
+
+    def run_at_once(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
+        layers, pool = self.tower.encoder.layers, self.pooling(pictures)
+        given = {name: pictures[name] for name in self.image_keys}
+        given["pixel_values"] = given["pixel_values"].to(self.device, self.model.dtype, non_blocking=True)
         modules = [{layer: layers[layer - 1].self_attn for layer in wanted} for wanted in (needs.keys, needs.attention)]
         watch = Watch(*modules, from_class_token=True)
         with tapped(layers, needs.states, pool, first=1) as states, watched(self.tower, watch) as watching:
-            images = self.model.model.get_image_features(**pictures, **watching)
+            images = self.model.model.get_image_features(**given, **watching)
         collected = (watch.collected(what, pool) for what in ("keys", "attention"))
-        return Seen(torch.cat(tuple(images.pooler_output)), states, *collected)  # [N, D]
+        sizes = {name: pictures[name] for name in self.image_keys[1:]}
+        return Seen(self.image_layouts(pictures), sizes, torch.cat(tuple(images.pooler_output)), states, *collected)
 
     def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
         return (mask.cumsum(1) - 1).clamp(min=0)  # [B, S]

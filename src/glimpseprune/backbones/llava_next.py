@@ -30,6 +30,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from glimpseprune.backbones import llava1_5
 from glimpseprune.config import UserError
+from glimpseprune.host import upload
 from glimpseprune.types import Layout, Part
 
 MODEL_TYPE = "llava_next"
@@ -105,14 +106,14 @@ class Backbone(llava1_5.Backbone):
             parts += (Part(tiles.rows, tiles.cols, box, newline=True),)
         return Layout(parts, ((side, side),) * (1 + tiles.down * tiles.across))
 
-    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
-        sizes = prompt["image_sizes"].tolist()
+    def image_layouts(self, pictures: Mapping[str, Tensor]) -> list[Layout]:
+        sizes = pictures["image_sizes"].tolist()
         return [self.layout_of(self.model.config, (width, height)) for height, width in sizes]
 
-    def pooling(self, prompt: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def pooling(self, pictures: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
         vision, found, start = self.model.config.vision_config, [], 0
         side = vision.image_size // vision.patch_size
-        for height, width in prompt["image_sizes"].tolist():
+        for height, width in pictures["image_sizes"].tolist():
             tiles = tiling(self.model.config, (width, height))
             row = torch.arange(tiles.top, tiles.top + tiles.rows)[:, None]
             col = torch.arange(tiles.left, tiles.left + tiles.cols)
@@ -121,8 +122,9 @@ class Backbone(llava1_5.Backbone):
             newline = torch.full((tiles.rows, 1), -1)
             found += [start + torch.arange(side**2), torch.cat([patch, newline], 1).flatten()]
             start += (1 + tiles.down * tiles.across) * side**2
-        places = torch.cat(found).to(self.device)  # [N] patch behind each visual token, over all tiles; -1: none
-        patches = super().pooling(prompt)
+        # [N] patch behind each visual token, over all tiles; -1: none
+        places = upload(torch.cat(found), self.device)
+        patches = super().pooling(pictures)
 
         def pool(state: Tensor) -> Tensor:
             picked = patches(state)[places.clamp(min=0)]  # [N, ...]

@@ -8,7 +8,9 @@ are averaged over it (checked against HVision-NKU/GlimpsePrune@091a3d5).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,18 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
-from transformers.modeling_outputs import ModelOutput
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from glimpseprune import cost
-from glimpseprune.backbones._lvlm import LVLM, Seen, decoder_shape
-from glimpseprune.backbones._tower import Watch, tapped, watched
+from glimpseprune.backbones._aligned import Aligned
+from glimpseprune.backbones._blocks import by_rows, chunk_of, is_free, pieces, walk
+from glimpseprune.backbones._lvlm import LVLM, decoder_shape
+from glimpseprune.backbones._seen import Seen
+from glimpseprune.backbones._tower import Watch, watched
 from glimpseprune.config import UserError
+from glimpseprune.host import upload
 from glimpseprune.types import Layout, Needs
-from glimpseprune.vip import window_ids
 from glimpseprune.windows import batch_windows
 
 MODEL_TYPE = "qwen2_5_vl"
@@ -70,6 +75,8 @@ class Backbone(LVLM):
     image_keys = ("pixel_values", "image_grid_thw")
     prompt_keys = ("input_ids", "attention_mask", "mm_token_type_ids", *image_keys)
     model_class, processor_class = Qwen2_5_VLForConditionalGeneration, ImageProcessor
+    deep: Sequence[int] = ()
+    """Blocks whose output is merged on its own, for the decoder's first layers."""
     pixels = (4 * 28 * 28, 16384 * 28 * 28)
     """Least and most pixels of an image, in the published preprocessor_config.json."""
 
@@ -155,36 +162,91 @@ class Backbone(LVLM):
         height, width = smart_resize(size[1], size[0], side, min_pixels or cls.pixels[0], max_pixels or cls.pixels[1])
         return Layout.of((height // side, width // side))
 
-    def image_layouts(self, prompt: Mapping[str, Tensor]) -> list[Layout]:
-        return [Layout.of((h // self.merge, w // self.merge)) for _, h, w in prompt["image_grid_thw"].tolist()]
+    def image_layouts(self, pictures: Mapping[str, Tensor]) -> list[Layout]:
+        return [Layout.of((h // self.merge, w // self.merge)) for _, h, w in pictures["image_grid_thw"].tolist()]
 
-    def choose_images(self, prompt: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
-        patches = prompt["pixel_values"].split(prompt["image_grid_thw"].prod(1).tolist())
+    def choose_images(self, pictures: Mapping[str, Tensor], images: Tensor) -> dict[str, Tensor]:
+        patches = pictures["pixel_values"].split(pictures["image_grid_thw"].prod(1).tolist())
         return {
             "pixel_values": torch.cat([patches[image] for image in images.tolist()]),
-            "image_grid_thw": prompt["image_grid_thw"][images],
+            "image_grid_thw": pictures["image_grid_thw"][images],
         }
 
-    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
-        return self.run_tower(prompt, needs)[0]
+    def run_tower(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
+        with self.aligned.widened() if self.aligns(pictures) else nullcontext():
+            return self.run_blocks(pictures, needs)
 
-    def run_tower(self, prompt: Mapping[str, Tensor], needs: Needs) -> tuple[Seen, ModelOutput]:
-        """What is seen, and all that the tower returns."""
-        # It keeps its patches window by window: undo that.
-        grids = [grid for layout in self.image_layouts(prompt) for grid in layout.grids]
-        raster = window_ids(grids, self.window).argsort(stable=True).argsort().to(self.device)  # [N]
+    def aligns(self, pictures: Mapping[str, Tensor]) -> bool:
+        """Whether the tower's MLPs run wider than they are: on a GPU, where their own width is a slow one."""
+        free = is_free(self.tower, given=(pictures["pixel_values"],))
+        return self.device.type == "cuda" and free and self.aligned.is_needed
+
+    @cached_property
+    def aligned(self) -> Aligned:
+        mlps = [block.mlp for block in self.tower.blocks if hasattr(block.mlp, "gate_proj")]
+        outs = {p: 0 for mlp in mlps for linear in (mlp.gate_proj, mlp.up_proj) for p in linear.parameters()}
+        return Aligned(outs | {mlp.down_proj.weight: 1 for mlp in mlps})
+
+    def run_blocks(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
+        tower, unit, sizes = self.tower, self.merge**2, pictures["image_grid_thw"]
+        chunk = chunk_of(tower, given=(pictures["pixel_values"],))
+        order, windows = self.windows(sizes)
+        # The tower keeps its patches window by window, each unit's together.
+        inward = None if order is None else upload(order, self.device)
+        outward = None if order is None else upload(order.argsort(), self.device)
+
+        def by_unit(x: Tensor, index: Tensor | None) -> Tensor:
+            return x if index is None else x.unflatten(0, (-1, unit))[index].flatten(0, 1)
 
         def pool(state: Tensor) -> Tensor:
-            return state.unflatten(0, (-1, self.merge**2)).mean(1)[raster]  # [N, ...]
+            pooled = state.unflatten(0, (-1, unit)).mean(1)
+            return pooled if outward is None else pooled[outward]  # [N, ...]
 
-        modules = [
-            {layer: self.tower.blocks[layer].attn for layer in wanted} for wanted in (needs.keys, needs.attention)
-        ]
-        watch, pixels, sizes = Watch(*modules), prompt["pixel_values"], prompt["image_grid_thw"]
-        with tapped(self.tower.blocks, needs.states, pool) as states, watched(self.tower, watch) as watching:
-            images = self.model.model.get_image_features(pixels, sizes, **watching)
+        def merge(merger: nn.Module, state: Tensor) -> Tensor:
+            units = state.unflatten(0, (-1, unit))
+            tokens = by_rows(lambda rows: merger(units[rows].flatten(0, 1)), len(units), max(1, chunk // unit))
+            return tokens if outward is None else tokens[outward]  # [N, D]
+
+        places = by_unit(get_vision_position_ids(sizes, self.merge), order)  # [P, 2]
+        hidden = by_unit(self.embedded(pictures, chunk), inward)  # [P, C]
+        rope = tower.rotary_pos_emb(hidden, upload(places, self.device))
+        states, added, keys, attention = (
+            {},
+            {},
+            *({layer: tower.blocks[layer].attn for layer in layers} for layers in (needs.keys, needs.attention)),
+        )
+        watch = Watch(keys, attention)
+        with watched(tower, watch) as watching:
+            whole, parts = (
+                pieces(lengths, chunk, tower) for lengths in (get_vision_cu_seqlens(sizes).diff().tolist(), windows)
+            )
+            layers = [parts if self.is_windowed(layer) else whole for layer in self.vision_layers]
+            for layer, state in walk(tower, hidden, rope, layers, chunk, **watching):
+                if layer in needs.states:
+                    states[layer] = pool(state)
+                if layer in self.deep:
+                    added[self.deep.index(layer)] = merge(tower.deepstack_merger_list[self.deep.index(layer)], state)
         collected = (watch.collected(what, lambda x: pool(x[0])) for what in ("keys", "attention"))
-        return Seen(torch.cat(tuple(images.pooler_output)), states, *collected), images  # [N, D]
+        layouts = self.image_layouts(pictures)
+        return Seen(layouts, {"image_grid_thw": sizes}, merge(tower.merger, state), states, *collected, added)
+
+    def is_windowed(self, layer: int) -> bool:
+        return self.window is not None and layer not in self.shapes.tower.full
+
+    def windows(self, sizes: Tensor) -> tuple[Tensor | None, list[int]]:
+        """The units of all images in the order in which the tower keeps them, and the patches of each window."""
+        config = self.tower.config
+        order, ends = get_vision_window_index(sizes, self.merge, config.window_size, config.patch_size)
+        return order, ends.diff().tolist()
+
+    def embedded(self, pictures: Mapping[str, Tensor], chunk: int) -> Tensor:
+        """What goes into the first block: patches in raster order, each unit's together, [P, C]."""
+        pixels, tower = pictures["pixel_values"], self.tower
+
+        def embed(rows: slice) -> Tensor:
+            return tower.patch_embed(pixels[rows].to(self.device, tower.dtype, non_blocking=True))
+
+        return by_rows(embed, len(pixels), chunk)
 
     def positions(self, prompt: Mapping[str, Tensor], mask: Tensor, places: Tensor) -> Tensor:
         return self.model.model.get_rope_index(

@@ -9,10 +9,8 @@ experts (``qwen3_vl_moe``), whose layers :class:`glimpseprune.cost.Decoder` does
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 from transformers import (
     PreTrainedConfig,
@@ -21,11 +19,13 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLProcessor,
 )
+from transformers.vision_utils import get_vision_interpolation_indices_and_weights
 
 from glimpseprune import cost
 from glimpseprune.backbones import qwen2_5_vl
-from glimpseprune.backbones._lvlm import Seen, decoder_shape
-from glimpseprune.types import Needs
+from glimpseprune.backbones._blocks import by_rows
+from glimpseprune.backbones._lvlm import decoder_shape
+from glimpseprune.host import upload
 
 MODEL_TYPE = "qwen3_vl"
 
@@ -61,6 +61,10 @@ class ImageProcessor(qwen2_5_vl.WithoutVideo, Qwen3VLProcessor):
 class Backbone(qwen2_5_vl.Backbone):
     model_class, processor_class = Qwen3VLForConditionalGeneration, ImageProcessor
     pixels = (64 * 32 * 32, 16384 * 32 * 32)
+
+    @property
+    def deep(self) -> Sequence[int]:
+        return self.tower.deepstack_visual_indexes
 
     @classmethod
     def tiny(cls, attn: str = "sdpa", seed: int = 0) -> Backbone:
@@ -112,8 +116,23 @@ class Backbone(qwen2_5_vl.Backbone):
         merger = ((merged, merged), (merged, decoder.width))
         return cost.Shapes(decoder, tower, merger * (1 + len(vision.deepstack_visual_indexes)))
 
-    def see(self, prompt: Mapping[str, Tensor], needs: Needs) -> Seen:
-        seen, images = self.run_tower(prompt, needs)
-        # One tensor per feature, or (transformers 5.23) one per image of each.
-        deep = [x if isinstance(x, Tensor) else torch.cat(tuple(x)) for x in images.deepstack_features]  # [N, D] each
-        return replace(seen, added=dict(enumerate(deep)))
+    def windows(self, sizes: Tensor) -> tuple[Tensor | None, list[int]]:
+        return None, []
+
+    def embedded(self, pictures: Mapping[str, Tensor], chunk: int) -> Tensor:
+        tower = self.tower
+        taps = get_vision_interpolation_indices_and_weights(
+            pictures["image_grid_thw"],
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=self.merge,
+        )
+        index, weight = (upload(x, self.device) for x in taps)  # [P, 4] neighbours in the learned grid
+
+        hidden = super().embedded(pictures, chunk)
+
+        def placed(rows: slice) -> Tensor:
+            return hidden[rows] + (tower.pos_embed(index[rows]) * weight[rows, :, None]).sum(1).to(hidden.dtype)
+
+        return by_rows(placed, len(index), chunk)
