@@ -202,7 +202,7 @@ class Evaluation:
         from glimpseprune.rollout import sample_keep
 
         backbone, pruner = method.backbone, method.pruner
-        state = approach(backbone, start(encoded), pruner)
+        state = approach(backbone, start(encoded), pruner, encoded)
         index = torch.arange(len(encoded.mask), device=backbone.device).repeat_interleave(self.cfg.samples)  # [B k]
         view = View(state, encoded, backbone, pruner.stops[0])
         keep, _ = sample_keep(state, pruner.logits(view), index)
