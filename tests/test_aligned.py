@@ -84,7 +84,7 @@ def test_parameters_stay_what_they_were(odd, on_gpu, tmp_path) -> None:
     torch.testing.assert_close(copy.deepcopy(odd).encode(prompts(odd)).embeds, odd.encode(prompts(odd)).embeds)
 
 
-def test_weights_that_change_or_are_replaced(odd, on_gpu) -> None:
+def test_weights_that_change_or_are_replaced(odd, on_gpu, monkeypatch) -> None:
     """In place, as a checkpoint is restored; or by others, as a model is moved or cast."""
     first = odd.encode(prompts(odd)).embeds
     down = odd.tower.blocks[0].mlp.down_proj.weight
@@ -97,6 +97,8 @@ def test_weights_that_change_or_are_replaced(odd, on_gpu) -> None:
     third = odd.encode(prompts(odd)).embeds
     assert odd.aligned.whole[down].dtype == torch.float64 and third.dtype == torch.float64
     torch.testing.assert_close(third.float(), second, atol=1e-4, rtol=1e-4)
+    monkeypatch.undo()  # back on the CPU
+    assert widths(odd) == {ODD} and not odd.aligned.whole
 
 
 def test_nothing_is_widened_that_trains_or_fits(odd, on_gpu) -> None:

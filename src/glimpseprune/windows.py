@@ -23,6 +23,8 @@ from glimpseprune.host import upload
 
 CHUNK = 4096
 """Rows (patches) that a tower works on at a time, where it need not work on all at once."""
+CACHED = 1024
+"""The same on a CPU, at most: what is made of so many stays in its caches, which makes a tower a fifth faster."""
 NAME = "windows_like_flash"
 """transformers passes cumulative lengths only to backends whose name contains ``flash``."""
 

@@ -34,6 +34,10 @@ class Aligned:
     def is_needed(self) -> bool:
         return any(parameter.shape[dim] % ALIGNED for parameter, dim in self.dims.items())
 
+    def forget(self) -> None:
+        """Let go of the wider tensors, once the model is where they are of no use."""
+        self.whole.clear()
+
     @contextmanager
     def widened(self) -> Iterator[None]:
         """While it lasts they are as wide as kernels want them."""

@@ -37,7 +37,10 @@ def is_free(*modules: nn.Module, given: Sequence[Tensor] = ()) -> bool:
 
 def chunk_of(*modules: nn.Module, given: Sequence[Tensor] = ()) -> int:
     """Rows that ``modules`` may work on at a time."""
-    return windows.CHUNK if is_free(*modules, given=given) else sys.maxsize
+    if not is_free(*modules, given=given):
+        return sys.maxsize
+    on_cpu = next(modules[0].parameters()).device.type == "cpu"
+    return min(windows.CHUNK, windows.CACHED) if on_cpu else windows.CHUNK
 
 
 def by_rows(work: Callable[[slice], Tensor], total: int, chunk: int) -> Tensor:

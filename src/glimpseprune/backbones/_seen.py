@@ -28,6 +28,9 @@ class Seen:
     added: dict[int, Tensor] = field(default_factory=dict)
     """Decoder layer -> [n, D], added to its output at the places of the tokens."""
 
+    def __post_init__(self) -> None:
+        self.sizes = {name: x.cpu() for name, x in self.sizes.items()}
+
     def __len__(self) -> int:
         return len(self.layouts)
 

@@ -9,7 +9,6 @@ are averaged over it (checked against HVision-NKU/GlimpsePrune@091a3d5).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -173,8 +172,12 @@ class Backbone(LVLM):
         }
 
     def run_tower(self, pictures: Mapping[str, Tensor], needs: Needs) -> Seen:
-        with self.aligned.widened() if self.aligns(pictures) else nullcontext():
-            return self.run_blocks(pictures, needs)
+        if self.aligns(pictures):
+            with self.aligned.widened():
+                return self.run_blocks(pictures, needs)
+        if self.device.type == "cpu":
+            self.aligned.forget()
+        return self.run_blocks(pictures, needs)
 
     def aligns(self, pictures: Mapping[str, Tensor]) -> bool:
         """Whether the tower's MLPs run wider than they are: on a GPU, where their own width is a slow one."""
