@@ -100,6 +100,7 @@ def test_pieces_are_whole_segments() -> None:
     module.config = TINY["qwen2_5_vl"]().tower.config
     found = _blocks.pieces([4, 4, 0, 2, 9, 1, 1], 8, module)
     assert [piece.segments.lengths for piece in found] == [(4, 4), (2,), (9,), (1, 1)]
+    assert [len(piece.segments.lengths) for piece in _blocks.pieces([4] * 9, 20, module)] == [5, 4]
     assert [(piece.rows.start, piece.rows.stop) for piece in found] == [(0, 8), (8, 10), (10, 19), (19, 21)]
     (mixed,) = _blocks.pieces([4, 2, 4, 1, 1], 100, module)
     plan = {size: rows if isinstance(rows, slice) else rows.tolist() for size, rows in mixed.segments.sizes}
@@ -129,9 +130,9 @@ def test_memory_of_a_published_tower(name, monkeypatch) -> None:
             backbone.see({"pixel_values": pixels, "image_grid_thw": sizes})
         return live.peak
 
-    large, small = peak(66, 76), peak(33, 76)
+    large, small = peak(66, 76), peak(44, 76)  # in chunks of the same size
     deep = 2 * len(backbone.deep) * backbone.hidden_size
     assert large == pytest.approx(memory.tower_bytes(tower, 2, 66 * 76) + 66 * 76 * deep, rel=0.2)
-    assert large - small < 33 * 76 * (tower.merge**2 * 6 * tower.width * 2 + deep)
+    assert large - small < 22 * 76 * (tower.merge**2 * 7 * tower.width * 2 + deep)
     monkeypatch.setattr(windows, "CHUNK", 10**9)
-    assert large < 0.55 * peak(66, 76)
+    assert large < 0.6 * peak(66, 76)

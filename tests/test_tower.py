@@ -12,6 +12,7 @@ from conftest import TINY, prompt, prompts
 from eager_tower import eager_tower
 from glimpseprune.backbones import LVLM, _tower
 from glimpseprune.types import Needs
+from glimpseprune.windows import Segments
 from made_up import Largest
 
 
@@ -126,7 +127,7 @@ def test_segments_are_looked_at_apart() -> None:
     """Packed into one call with their lengths, or one call each."""
     module, (query, key) = nn.Identity(), random_attention(12)
     packed, looped = (_tower.Watch({0: module}, {0: module}) for _ in range(2))
-    packed(module, query[:1], key[:1], 0.3, [5, 3, 4])
+    packed(module, query[:1], key[:1], 0.3, Segments.of([5, 3, 4], query.device))
     for q, k in zip(query[:1].split([5, 3, 4], 2), key[:1].split([5, 3, 4], 2)):
         looped(module, q, k, 0.3, None)
     packed(nn.Identity(), query, key, 0.3, None)  # of no interest

@@ -47,3 +47,10 @@ def test_other_backends_are_left_alone(backend):
     tower.config._attn_implementation = backend
     batch_windows(tower)
     assert tower.config._attn_implementation == backend
+
+
+def test_chunks_are_even_and_few():
+    assert [windows.even(total, 10) for total in (0, 1, 10, 11, 20, 21, 100)] == [10, 1, 10, 6, 10, 7, 10]
+    for total in range(1, 60):
+        step = windows.even(total, 10)
+        assert step <= 10 and -(-total // step) == -(-total // 10)

@@ -175,11 +175,14 @@ def scratch_bytes(decoder: cost.Decoder, itemsize: int, columns: int) -> float:
 
 
 def tower_bytes(tower: cost.Tower, itemsize: int, visual: int) -> float:
-    """What the vision tower holds while it runs, without gradient, on all ``visual`` tokens of a batch: states,
-    queries, keys and values of all, and what a layer makes of a chunk. (Where ZeRO-3 splits it, all is one chunk.)"""
+    """What the vision tower holds while it runs, without gradient, on all ``visual`` tokens of a batch: states, and
+    what a layer makes of a chunk; or of half a chunk, with queries, keys and values of all (:mod:`.backbones._blocks`).
+    Where ZeRO-3 splits it, all is one chunk."""
     patches = visual * tower.merge**2
-    chunk = min(patches, windows.CHUNK)
-    return (patches * 4 * tower.width + chunk * (4 * tower.mlp + 8 * tower.width)) * itemsize
+    made = windows.even(patches, windows.CHUNK) * (4 * tower.mlp + 8 * tower.width)
+    if patches > windows.CHUNK:
+        made = max(made, 3 * tower.width * patches + made / 2)
+    return (patches * tower.width + made) * itemsize
 
 
 def prompt_bytes(shapes: cost.Shapes, load: Load, depth: int, vision_layers: int) -> float:

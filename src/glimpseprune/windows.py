@@ -21,8 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glimpseprune.host import upload
 
-CHUNK = 4096
-"""Rows (patches) that a tower works on at a time, where it need not work on all at once."""
+CHUNK = 8192
+"""Rows (patches) that a tower works on at a time, at most, where it need not work on all at once: few enough to bound
+its memory, and so many that a GPU is not kept waiting for launches."""
 CACHED = 1024
 """The same on a CPU, at most: what is made of so many stays in its caches, which makes a tower a fifth faster."""
 NAME = "windows_like_flash"
@@ -97,6 +98,11 @@ def windowed_attention(
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, windowed_attention)
+
+
+def even(total: int, most: int) -> int:
+    """Rows of a chunk where ``total`` of them are cut into as few chunks as can be, of about equal size."""
+    return -(-total // -(-total // most)) if total else most
 
 
 def batch_windows(vision_tower: nn.Module) -> None:

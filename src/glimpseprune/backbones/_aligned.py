@@ -29,10 +29,7 @@ class Aligned:
     def __init__(self, dims: Mapping[nn.Parameter, int]) -> None:
         self.dims = dims
         self.whole: dict[nn.Parameter, Tensor] = {}
-
-    @property
-    def is_needed(self) -> bool:
-        return any(parameter.shape[dim] % ALIGNED for parameter, dim in self.dims.items())
+        self.is_needed = any(parameter.shape[dim] % ALIGNED for parameter, dim in dims.items())
 
     def forget(self) -> None:
         """Let go of the wider tensors, once the model is where they are of no use."""

@@ -65,10 +65,11 @@ class Piece:
 
 def pieces(lengths: Sequence[int], chunk: int, tower: nn.Module) -> list[Piece]:
     """Consecutive segments of these ``lengths``, as many as make a chunk in each piece, and at least one."""
-    device = next(tower.parameters()).device
+    device, step = next(tower.parameters()).device, windows.even(sum(lengths), chunk)
     groups: list[list[int]] = [[]]
     for length in filter(None, lengths):
-        if groups[-1] and sum(groups[-1]) + length > chunk:
+        size = sum(groups[-1])
+        if size and (size >= step or size + length > chunk):
             groups.append([])
         groups[-1].append(length)
     found, start, edges_on = [], 0, device if _kernel(tower) == "flash" else "cpu"
@@ -123,7 +124,9 @@ def _long(
     block: nn.Module, hidden: Tensor, rope: Sequence[Tensor], rows: slice, chunk: int, watch: Watch | None
 ) -> None:
     """A block on one segment of more rows than a chunk, written over ``hidden``."""
-    total, parts = rows.stop - rows.start, list(_chunks(rows.stop, chunk, rows.start))
+    total = rows.stop - rows.start
+    step = windows.even(total, max(1, chunk // 2))  # queries, keys and values of all rows are held beside
+    parts = list(_chunks(rows.stop, step, rows.start))
     taken: list[tuple[Tensor, Tensor, Tensor, float]] = []
     queries: list[Tensor] = []
     whole: list[Tensor] = []

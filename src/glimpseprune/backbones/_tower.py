@@ -85,7 +85,7 @@ class Watch:
         self.seen: dict[tuple[str, int], list[Tensor]] = {}
 
     def __call__(
-        self, module: nn.Module, query: Tensor, key: Tensor, scaling: float, lengths: Sequence[int] | None
+        self, module: nn.Module, query: Tensor, key: Tensor, scaling: float, segments: windows.Segments | None
     ) -> None:
         if id(module) in self.wanted:
             self.seen.setdefault(self.wanted[id(module)], []).append(key.transpose(1, 2))  # [b, T, H, d]
@@ -93,9 +93,14 @@ class Watch:
             place = ("attention", self.received[id(module)])
             if self.from_class_token:
                 mean = received(query[:, :, :1], key, scaling)
+            elif segments is None:
+                mean = received(query, key, scaling)
             else:
-                parts = (x.split(list(lengths or [x.shape[2]]), 2) for x in (query, key))
-                mean = torch.cat([received(q, k, scaling) for q, k in zip(*parts)], 1)
+                mean = torch.empty(query.shape[2], device=query.device)
+                for size, rows in segments.sizes:
+                    parts = (x[0][:, rows].unflatten(1, (-1, size)).transpose(0, 1) for x in (query, key))
+                    mean[rows] = received(*parts, scaling).flatten()  # all segments of a size at once
+                mean = mean[None]
             self.seen.setdefault(place, []).append(mean)  # [b, T]
 
     def collected(self, what: str, pool: Callable[[Tensor], Tensor]) -> dict[int, Tensor]:
@@ -146,8 +151,9 @@ def _watching(name: str) -> Callable:
     ) -> tuple[Tensor, Tensor | None]:
         lengths, segments = kwargs.get("cu_seq_lens_q"), kwargs.get("segments")
         if watch is not None:
-            known = segments.lengths if segments else None if lengths is None else lengths.diff().tolist()
-            watch(module, query, key, kwargs["scaling"], known)
+            if segments is None and lengths is not None:
+                segments = windows.Segments.of(lengths.diff().tolist(), query.device)
+            watch(module, query, key, kwargs["scaling"], segments)
         if name == "eager":  # each model file has its own
             attend = sys.modules[type(module).__module__].eager_attention_forward
         else:  # a tower without segments has no windows to be batched

@@ -213,16 +213,13 @@ class Backbone(LVLM):
         places = by_unit(get_vision_position_ids(sizes, self.merge), order)  # [P, 2]
         hidden = by_unit(self.embedded(pictures, chunk), inward)  # [P, C]
         rope = tower.rotary_pos_emb(hidden, upload(places, self.device))
-        states, added, keys, attention = (
-            {},
-            {},
-            *({layer: tower.blocks[layer].attn for layer in layers} for layers in (needs.keys, needs.attention)),
-        )
-        watch = Watch(keys, attention)
+        wanted = needs.keys, needs.attention
+        watch = Watch(*({layer: tower.blocks[layer].attn for layer in layers} for layers in wanted))
+        states: dict[int, Tensor] = {}
+        added: dict[int, Tensor] = {}
         with watched(tower, watch) as watching:
-            whole, parts = (
-                pieces(lengths, chunk, tower) for lengths in (get_vision_cu_seqlens(sizes).diff().tolist(), windows)
-            )
+            whole = pieces(get_vision_cu_seqlens(sizes).diff().tolist(), chunk, tower)
+            parts = pieces(windows, chunk, tower)
             layers = [parts if self.is_windowed(layer) else whole for layer in self.vision_layers]
             for layer, state in walk(tower, hidden, rope, layers, chunk, **watching):
                 if layer in needs.states:
