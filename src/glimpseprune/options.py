@@ -85,12 +85,24 @@ class LossOptions:
     value_until: float = option(
         0.3, "fraction of the steps with the `value` estimator; `stc` afterwards", least=0, most=1
     )
+    dropped: int | None = option(
+        None,
+        "under `stc` the student runs so many dropped tokens per sample, those nearest to coming back, and takes the "
+        "others from the teacher; null: runs all",
+        least=0,
+        most=10**6,
+    )
+    exact: float = option(
+        0.0, "fraction of the steps that run all of them and set the gradient right on average", least=0, most=1
+    )
     dice: float = option(1.0, "weight of dice within the mask loss", least=0, most=1e6)
     bce: float = option(0.1, "weight of binary cross-entropy within the mask loss", least=0, most=1e6)
 
     def __post_init__(self) -> None:
         if not (self.kl or self.pressure or self.mask or self.answer):
             raise UserError("loss: kl, pressure, mask and answer are all 0: there is nothing to train for")
+        if self.exact and self.dropped is None:
+            raise UserError("loss.exact: without loss.dropped every step is exact; leave it out")
 
 
 @dataclass

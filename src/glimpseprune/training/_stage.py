@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from glimpseprune import decoder, lora, pruners
+from glimpseprune import decoder, lora, prefix, pruners
 from glimpseprune.config import UserError, check
 from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
@@ -104,11 +104,21 @@ class StageModule(L.LightningModule):
 
     @torch.no_grad()
     def prompt(self, inputs: Inputs) -> tuple[Encoded, Prefill]:
-        """The batch of prompts, encoded and run to the pruner's first stop."""
+        """The batch of prompts, encoded and run to the pruner's first stop; what begins alike, once."""
         encoded = decoder.see(self.backbone, self.pruner, inputs.prompt, inputs.targets)
         if hasattr(self.pruner, "look") and inputs.targets:
             encoded.targets = list(self.targets(inputs, encoded.layouts).split(encoded.counts))
-        return encoded, decoder.approach(self.backbone, decoder.start(encoded), self.pruner)
+        state = decoder.start(encoded)
+        shared = self.alike(inputs, encoded, state)
+        if shared is None:
+            return encoded, decoder.approach(self.backbone, state, self.pruner)
+        return encoded, prefix.run(self.backbone, state, self.depth, shared, probes=self.pruner.needs.probes)
+
+    def alike(self, inputs: Inputs, encoded: Encoded, state: Prefill) -> prefix.Alike | None:
+        """Which of the prompts begin alike; None where none do, or a look has given each its own images."""
+        if hasattr(self.pruner, "look"):
+            return None
+        return prefix.alike(state, prefix.pictures(inputs, encoded.layouts))
 
     def targets(self, inputs: Inputs, layouts: Sequence[Sequence[Layout]]) -> Tensor | None:
         """Visual tokens under an evidence box, [N], of images that lie as ``layouts`` say: a look before the tower may
