@@ -278,6 +278,12 @@ class TrainerOptions:
     )
     precision: Precision = option("32-true", "Lightning's precision")
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)
+    checkpointing: bool = option(
+        False, "compute the decoder's activations again in the backward pass, and do not hold them: slower", role=FREE
+    )
+    compile: Literal["inductor", "aot_eager", "eager"] | None = option(
+        None, "torch.compile of the layers from K on and of the predictor, by this backend; null: none", role=FREE
+    )
     val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8, role=FREE)
     log_every: int = option(10, "optimiser steps between log lines", least=1, most=10**8, role=FREE)
     logger: list[str] = option(["tensorboard"], f"what curves go to, beside metrics.jsonl, of {LOGGERS}", role=FREE)

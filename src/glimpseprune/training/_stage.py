@@ -20,6 +20,7 @@ from glimpseprune.generate import generate
 from glimpseprune.options import PARTS, TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.running.strategies import Zero
+from glimpseprune.training._layers import checkpointed, compile_parts
 from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout
 
 NO_DECAY = "_no_decay"
@@ -39,6 +40,8 @@ class StageModule(L.LightningModule):
             check(getattr(config, section), f"{section}.")
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
+        self.learner = checkpointed(backbone) if config.trainer.checkpointing else backbone
+        """The model as passes run it whose gradient goes through its layers."""
         self.unpruned = pruners.build("none", {}, backbone)
         self.origin = 0  # the step at which the training began, or began anew
         self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
@@ -48,6 +51,9 @@ class StageModule(L.LightningModule):
         for part in config.train:
             for parameter in self.parameters_of(part):
                 parameter.requires_grad_(True)
+        if config.trainer.compile:
+            layers = backbone.text_model.layers[self.depth :]
+            compile_parts(config.trainer.compile, layers, getattr(pruner, "vip", None))
         self.train()
 
     def parameters_of(self, part: str) -> list[nn.Parameter]:

@@ -84,7 +84,7 @@ class GlimpseModule(StageModule):
 
     def answer_logits(self, state: Prefill, ids: Tensor, mask: Tensor, gate: Gate | None = None) -> Tensor:
         """Logits that predict the answer ``ids`` [B, T], given a prompt at depth K: [B, T, vocabulary]."""
-        return decoder.follow(self.backbone, state, ids, mask, gate=gate)
+        return decoder.follow(self.learner, state, ids, mask, gate=gate)
 
     def kl(self, shared: Shared, ids: Tensor, mask: Tensor) -> Tensor:
         """KL(teacher || student) on the answer ``ids`` [B, T]."""
@@ -94,7 +94,7 @@ class GlimpseModule(StageModule):
         gate = self.gate(shared, self.estimator)
         if dropped is None or gate.estimator != "stc":
             return losses.kl(teacher, self.answer_logits(shared.state, ids, mask, gate), mask)
-        student = follow(self.backbone, shared.state, ids, mask, gate, shared.whole.cache, dropped)
+        student = follow(self.learner, shared.state, ids, mask, gate, shared.whole.cache, dropped)
         few = losses.kl(teacher, student, mask)
         # On all ranks the same steps, or some would wait for others.
         if np.random.default_rng((self.config.seed, self.global_step)).random() >= exact:
