@@ -63,6 +63,13 @@ class DataOptions:
         None, "what `python -m src.prepare` is given if `path` is not there", role=FREE
     )
     batch_size: int = option(16, "samples per device and step", least=1, most=65536)
+    together: int = option(
+        1,
+        "consecutive training samples that stay together when they are shuffled: how many questions the shards have on "
+        "an image, which then share what of a step does not depend on the question",
+        least=1,
+        most=65536,
+    )
     val_samples: int = option(128, "samples per validation", least=1, most=10**9)
     workers: int = option(1, "loader processes per device", least=0, most=256, role=FREE)
     verify: bool = option(False, "check the shards' hashes before the start", role=FREE)
