@@ -10,9 +10,10 @@ rank in turn. So in an epoch
   under any number of workers; under another number of ranks or another batch size it goes on from the same sample.
 
 The order of an epoch is a permutation of the shards, shuffled within groups of ``shuffle_shards`` consecutive ones
-(``together`` samples as one, where questions on an image come one after the other), so that reading stays local however large the data: at any time one such group is in use. Workers take whole batches, so
-there may be more of them, and more ranks, than shards. webdataset's and torchdata's streams were left out: they tie
-order and state to the number of ranks, workers and shards.
+(``together`` samples as one, where questions on an image come one after the other), so that reading stays local however
+large the data: at any time one such group is in use. Workers take whole batches, so there may be more of them, and more
+ranks, than shards. webdataset's and torchdata's streams were left out: they tie order and state to the number of ranks,
+workers and shards.
 
 A damaged sample is replaced by a random intact one, which ``Sample.stands_in`` marks, is counted in ``damaged``, and is
 reported once.
