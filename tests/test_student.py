@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import TINY, picture, watched_layers
 from glimpseprune import decoder, losses, prefix
@@ -169,3 +170,32 @@ def test_validation_prunes_for_real():
     counts = [int(row.sum()) for row in keep.split(module.share(inputs).counts)]
     left = max(int(count) + own for count, own in zip(text.sum(1), counts))
     assert columns[-1] == left + inputs.answer_ids.shape[1] - 1
+
+
+@pytest.mark.parametrize("dropped", [None, 4])
+def test_under_mixed_precision_the_predictor_multiplies_in_bfloat16(monkeypatch, dropped):
+    """Forward and backward, while RoPE and the residual stream stay float32; and it learns the same."""
+    monkeypatch.setattr(GlimpseModule, "progress", 0.9)
+    (module, inputs), (plain, _) = stage(SAMPLES, dropped=dropped), stage(SAMPLES, dropped=dropped)
+    seen: set[torch.dtype] = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            if call.__name__.split(".")[0] in ("mm", "addmm", "bmm") or "attention" in call.__name__:
+                seen.update(x.dtype for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
+            return call(*args, **(kwargs or {}))
+
+    run = module.pruner.vip.forward
+    monkeypatch.setattr(module.pruner.vip, "forward", lambda *given: watched(run, *given))
+
+    def watched(run, *given):
+        with Watch():
+            return run(*given)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = module.training_step(inputs, 0)
+    assert seen == {torch.bfloat16}
+    loss.backward()
+    ours = torch.cat([p.grad.flatten() for p in module.pruner.vip.parameters() if p.grad is not None])
+    assert all(p.dtype == torch.float32 for p in module.pruner.parameters())
+    assert off(ours, gradient(plain, inputs)) < 0.3
