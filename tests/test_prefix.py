@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from conftest import TINY, flops_of, picture, watched_layers
 from glimpseprune import prefix
 from glimpseprune.backbones import LVLM
 from glimpseprune.decoder import branch, run_layers, start
-from glimpseprune.types import Inputs, Prefill, Sample
+from glimpseprune.types import Prefill
 
 ONE, TWO, THREE = [picture(112, 168, 0)], [picture(140, 84, 1), picture(84, 84, 2)], [picture(196, 112, 3)]
 IMAGES = [ONE, TWO, ONE, TWO, THREE]
@@ -46,7 +45,7 @@ def same(one: Prefill, other: Prefill, layers: range) -> None:
 def test_is_what_whole_prompts_come_to(backbone, depth):
     """All backbones, positions and deepstack with them; below K, and from there on as the teacher goes."""
     state = begun(backbone)
-    shared = prefix.alike(state, SCENES)
+    shared = prefix.alike(state.known, SCENES)
     assert shared.group.tolist() == [0, 1, 0, 1, 2]
     expected = run_layers(backbone, branch(state), depth, probes=(0,))
     ours = prefix.run(backbone, state, depth, shared, probes=(0,))
@@ -60,7 +59,7 @@ def test_is_what_whole_prompts_come_to(backbone, depth):
 def test_beginnings_run_once():
     backbone = TINY["qwen2_5_vl"]("sdpa")
     state = begun(backbone)
-    shared = prefix.alike(state, SCENES)
+    shared = prefix.alike(state.known, SCENES)
     with watched_layers(backbone) as columns:
         prefix.run(backbone, state, 1, shared)
     padding = (~state.mask).sum(1)
@@ -72,17 +71,17 @@ def test_beginnings_run_once():
 def test_rows_that_do_not_begin_alike_are_not_shared():
     backbone = TINY["qwen2_5_vl"]("sdpa")
     state = begun(backbone)
-    assert prefix.alike(state, list(range(5))) is None
-    assert prefix.alike(state, ["same"] * 5).group.tolist() == [0, 1, 0, 1, 2], "ids differ: not the same images"
+    assert prefix.alike(state.known, list(range(5))) is None
+    assert prefix.alike(state.known, ["same"] * 5).group.tolist() == [0, 1, 0, 1, 2], "ids differ: not the same images"
     with torch.no_grad():
         alone = prefix.run(backbone, state, DEPTH, None)
     same(alone, run_layers(backbone, branch(state), DEPTH), range(DEPTH))
 
 
-def test_images_are_told_apart_by_their_pictures_or_their_scenes():
-    samples = [Sample("k", "q", ("a",), [], scene=scene, dataset="d") for scene in ("s", "s", "")]
-    samples.append(Sample("k", "q", ("a",), [], scene="s", dataset="e"))
-    first, second, nowhere, elsewhere = prefix.pictures(Inputs({}, samples), [[None]] * 4)
-    assert first == second and len({first, nowhere, elsewhere}) == 3
-    index: dict[str, Tensor] = {"image_index": torch.tensor([0, 1, 0, 1, 1])}
-    assert prefix.pictures(Inputs(index, samples), [[None] * 2, [None] * 2, [None]]) == [(0, 1), (0, 1), (1,)]
+def test_prepared_prompts_tell_which_pictures_they_show(backbone):
+    prompt = backbone.prepare(QUESTIONS, [[picture.copy() for picture in row] for row in IMAGES])
+    images = prefix.pictures(prompt, backbone.layouts(prompt))
+    assert images == [(0,), (1, 2), (0,), (1, 2), (3,)]
+    assert prefix.alike(start(backbone.encode(prompt)).known, images).group.tolist() == [0, 1, 0, 1, 2]
+    alone = backbone.prepare(QUESTIONS[:2], IMAGES[:2])
+    assert prefix.alike(start(backbone.encode(alone)).known, prefix.pictures(alone, backbone.layouts(alone))) is None

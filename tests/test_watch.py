@@ -110,6 +110,20 @@ def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     assert module.flops(padded) == pytest.approx(module.flops(inputs) + module.flops(short))
 
 
+def test_flops_of_questions_on_one_image(monkeypatch):
+    monkeypatch.setattr(GlimpseModule, "progress", 0.9)
+    module = stage("llava1_5", dropped=0)
+    pair = [replace(SAMPLES[0], question=question) for question in ("what is it?", "where is it?")]
+    inputs = Collator(module.backbone)(pair)
+    with torch.no_grad():
+        module.config.loss.target = float((module.share(inputs).logits[-1] > 0).float().mean())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module.training_step(inputs, 0).backward()
+    apart = sum(module.flops(Collator(module.backbone)([sample])) for sample in pair)
+    assert module.flops(inputs) < 0.9 * apart
+    assert module.flops(inputs) == pytest.approx(counter.get_total_flops(), rel=0.08)  # which the padding is part of
+
+
 # --------------------------------------------------------------------------------------------------- the command, once
 
 

@@ -9,7 +9,7 @@ Left out: prompts whose images a look before the tower has chosen, which know th
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from transformers import DynamicCache
 
 from glimpseprune.decoder import fork, rows, run_layers
 from glimpseprune.host import Columns, upload
-from glimpseprune.types import Inputs, Layout, Prefill
+from glimpseprune.types import Layout, Prefill
 
 if TYPE_CHECKING:
     from glimpseprune.backbones import Backbone
@@ -34,19 +34,19 @@ class Alike:
     end: Tensor  # [B] the column behind the last visual token
 
 
-def pictures(inputs: Inputs, layouts: Sequence[Sequence[Layout]]) -> list[Hashable]:
-    """Of each row, what tells its images from those of other rows."""
-    index = inputs.prompt.get("image_index")  # of each image, which of the batch's pictures it is
-    if index is not None:
-        return [tuple(row.tolist()) for row in index.cpu().split([len(row) for row in layouts])]
-    return [(sample.dataset, sample.scene) if sample.scene else object() for sample in inputs.samples]
+def pictures(prompt: Mapping[str, Tensor], layouts: Sequence[Sequence[Layout]]) -> list[Hashable] | None:
+    """Which pictures each row shows, by their numbers among those of the batch; None where no two images are the
+    same."""
+    index = prompt.get("image_index")
+    if index is None:
+        return None
+    return [tuple(row.tolist()) for row in index.cpu().split([len(row) for row in layouts])]
 
 
-def alike(state: Prefill, images: Sequence[Hashable]) -> Alike | None:
+def alike(known: Columns | None, images: Sequence[Hashable] | None) -> Alike | None:
     """Rows of whole prompts with the same ``images``, and the same tokens up to the last of these; None where no two
-    begin alike."""
-    known = state.known
-    if known is None or known.visual is None or known.ids is None:
+    begin alike, or the host does not know."""
+    if images is None or known is None or known.visual is None or known.ids is None:
         return None
     columns = torch.arange(1, known.mask.shape[1] + 1)
     end = (known.visual * columns).amax(1)  # [B]

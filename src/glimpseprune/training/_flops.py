@@ -41,10 +41,16 @@ class Work:
 
 
 def of_sample(
-    work: Work, text: int, layouts: Sequence[Layout], answer: int, estimator: str = "stc", looks: int = 1
+    work: Work,
+    text: int,
+    layouts: Sequence[Layout],
+    answer: int,
+    estimator: str = "stc",
+    looks: int = 1,
+    begun: int = 0,
 ) -> float:
     """FLOPs of one sample in a step: ``text`` tokens, images, ``answer`` tokens (end of turn included), and so many
-    positions of the glimpse."""
+    positions of the glimpse; ``begun`` columns of its prompt, and its images, have run in another sample."""
     shapes, loss, depth, layers = work.shapes, work.loss, work.depth, work.shapes.decoder.layers
     visual = sum(layout.count for layout in layouts)
     prompt = text + visual
@@ -52,13 +58,18 @@ def of_sample(
     segments = window_ids([grid for layout in layouts for grid in layout.grids], work.window).bincount().tolist()
     head = answer * parts.lm_head
     weights = 2 if work.decoder_trains else 1
-    total = parts.tower + parts.projector + _run(work, depth, prompt) + 3 * vip_flops(work.vip, shapes, segments)
+    total = (
+        parts.tower
+        + parts.projector
+        + _run(work, depth, prompt - begun, begun)
+        + 3 * vip_flops(work.vip, shapes, segments)
+    )
     behind = answer if loss.answer else 0
     total += 3 * row_flops(shapes.decoder, prompt + looks + behind, work.vip.probes * looks)
     if work.asks:
         total += 2 * 2 * shapes.decoder.width**2 * looks  # W on the tokens, which need no gradient
     if loss.answer:  # the glimpse with the answer behind it, through every layer
-        total += _run(work, layers - depth, prompt)
+        total += _run(work, layers - depth, prompt - begun, begun)
         total += _run(work, layers, answer + looks, prompt, weights=weights) + 2 * head
     else:  # of the last layer nothing behind queries and keys is used
         decoder = shapes.decoder
@@ -68,7 +79,7 @@ def of_sample(
     if loss.kl:
         follow = answer - 1
         if not loss.answer:
-            total += _run(work, layers - depth, prompt)
+            total += _run(work, layers - depth, prompt - begun, begun)
         total += _run(work, layers, follow, prompt) + head  # the teacher
         kept, thinned = text + loss.target * visual, estimator == "stc" and loss.dropped is not None
         there = min(prompt, kept + loss.dropped) if thinned else prompt

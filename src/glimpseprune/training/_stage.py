@@ -124,7 +124,7 @@ class StageModule(L.LightningModule):
         """Which of the prompts begin alike; None where none do, or a look has given each its own images."""
         if hasattr(self.pruner, "look"):
             return None
-        return prefix.alike(state, prefix.pictures(inputs, encoded.layouts))
+        return prefix.alike(state.known, prefix.pictures(inputs.prompt, encoded.layouts))
 
     def targets(self, inputs: Inputs, layouts: Sequence[Sequence[Layout]]) -> Tensor | None:
         """Visual tokens under an evidence box, [N], of images that lie as ``layouts`` say: a look before the tower may

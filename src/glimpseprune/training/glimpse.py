@@ -24,6 +24,7 @@ from glimpseprune import decoder, losses, prefix
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.cost import Vip
+from glimpseprune.host import Columns
 from glimpseprune.options import TrainConfig
 from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
@@ -159,11 +160,15 @@ class GlimpseModule(StageModule):
             self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains, asks
         )
         ids, mask = inputs.prompt["input_ids"], inputs.prompt["attention_mask"].bool()
-        rows = zip(mask.sum(1), self.backbone.layouts(inputs.prompt), inputs.answer_mask.sum(1))
+        layouts = self.backbone.layouts(inputs.prompt)
+        rows = zip(mask.sum(1), layouts, inputs.answer_mask.sum(1), self.pruner.looks(ids, mask, self.backbone))
+        known = Columns(*(x.cpu() for x in (mask, mask & (ids == self.backbone.image_token_id), ids)))
+        shared = None if hasattr(self.pruner, "look") else prefix.alike(known, prefix.pictures(inputs.prompt, layouts))
         total = 0.0
-        for (length, layouts, answer), looks in zip(rows, self.pruner.looks(ids, mask, self.backbone)):
-            text = int(length) - sum(layout.count for layout in layouts)
-            total += flops.of_sample(work, text, layouts, int(answer), self.estimator, int(looks))
+        for row, (length, images, answer, looks) in enumerate(rows):
+            text = int(length) - sum(layout.count for layout in images)
+            begun = 0 if shared is None or row in shared.first else int(known.mask[row, : shared.end[row]].sum())
+            total += flops.of_sample(work, text, images, int(answer), self.estimator, int(looks), begun)
         return total
 
     def begin_anew(self, number: int) -> None:
