@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import DynamicCache
 
 from conftest import TINY, prompts
 from glimpseprune import attention
-from glimpseprune.attention import Gate
+from glimpseprune.attention import Away, Gate
 from glimpseprune.backbones import _lvlm
 from glimpseprune.decoder import run_layers, start
 
@@ -62,11 +63,20 @@ def test_stc_forward_is_hard_pruning(tensors, columns) -> None:
     torch.testing.assert_close(run(tensors, columns, Gate(WEIGHT.clone().requires_grad_())), expected)
 
 
-def test_stc_gradient_is_the_stated_surrogate(tensors, columns) -> None:
+def upstream_of(out: Tensor) -> Tensor:
+    """A gradient of what attention says, as it is in a decoder, where nothing reads what dropped columns say."""
+    live = (WEIGHT > 0.5)[:, S - out.shape[2] :]
+    return torch.randn_like(out) * live[:, None, :, None]
+
+
+@pytest.mark.parametrize("most", [None, 1])
+def test_stc_gradient_is_the_stated_surrogate(tensors, columns, most, monkeypatch) -> None:
+    if most:  # one row of attention at a time
+        monkeypatch.setattr(attention, "_MOST", most)
     query, key, value = tensors
     weight = WEIGHT.clone().requires_grad_()
     out = run(tensors, columns, Gate(weight))
-    upstream = torch.randn_like(out)
+    upstream = upstream_of(out)
     ours = torch.autograd.grad(out, [weight, *tensors], upstream, retain_graph=True)
 
     # d out / d weight_j = a_full_j (v_j - out), summed over heads and queries
@@ -80,6 +90,32 @@ def test_stc_gradient_is_the_stated_surrogate(tensors, columns) -> None:
     hard = run(tensors, columns, Gate(WEIGHT))
     for mine, theirs in zip(ours[1:], torch.autograd.grad(hard, tensors, upstream), strict=True):
         torch.testing.assert_close(mine, theirs)
+
+
+def test_columns_that_are_away_have_a_gradient(tensors, columns) -> None:
+    """Where the unpruned model has the same keys and values, it is the gradient of a prompt that is all there."""
+    query, key, value = tensors
+    queries = query.shape[2]
+    if queries == S:  # as in a decoder: what does not run does not ask either
+        query = query[:, :, [0, 1, 3, 5, 6, 7, 8]]
+    there = torch.tensor([[0, 1, 3, 5, 6, 7, 8], [0, 2, 3, 5, 6, 7, 8]])
+    away = torch.ones(B, S, dtype=torch.bool).scatter(1, there, False)
+    assert not (away & (WEIGHT > 0.5)).any()
+    cache = DynamicCache()
+    cache.update(key, value, 0)
+    place = there[:, None, :, None].expand(-1, H_KV, -1, D)
+    few = [x.gather(2, place) for x in (key, value)]
+    asking = there[:, -query.shape[2] :]
+    visible = everything_visible(columns, S).expand(B, 1, S, S)[torch.arange(B)[:, None], 0, asking]  # [B, Q, S]
+    mine = visible.gather(2, there[:, None].expand(-1, query.shape[2], -1))[:, None]
+    weight = WEIGHT.clone().requires_grad_()
+    away = Away(away & columns, cache)
+    out = attention.gated(query, *few, mine, Gate(weight, columns=there, away=away), SCALE)
+    upstream = torch.randn_like(out) * (WEIGHT > 0.5).gather(1, asking)[:, None, :, None]
+    (ours,) = torch.autograd.grad(out, weight, upstream)
+    full = probabilities(query, key, visible[:, None])
+    difference = value.repeat_interleave(H // H_KV, 1)[:, :, None] - out[:, :, :, None]  # [B, H, Q, S, d]
+    torch.testing.assert_close(ours, torch.einsum("bhqs,bhqsd,bhqd->bs", full, difference, upstream))
 
 
 def test_value_gate_scales_probabilities_without_renormalising(tensors, columns) -> None:

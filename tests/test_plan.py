@@ -117,6 +117,29 @@ def test_a_step_of_stage_1(dtype, batch, sight, recipe):
     assert held.optimizer == size_of(moments) and held.buffers == 0
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize(
+    ("name", "progress", "more"),
+    [
+        ("loss of the first steps", 0.1, []),
+        ("loss", 0.9, ["loss.dropped=8"]),
+        ("loss", 0.9, ["trainer.checkpointing=true"]),
+    ],
+    ids=["value", "dropped", "checkpointing"],
+)
+def test_a_step_of_stage_1_in_other_ways(monkeypatch, batch, name, progress, more):
+    monkeypatch.setattr(Driven, "progress", progress)
+    cfg = load("conf/demo.yaml", f"data.batch_size={batch}", *more)
+    module, inputs, model, size = world(cfg)
+    with torch.no_grad():
+        cfg.loss.target = float((module.share(inputs).logits[-1] > 0).float().mean())
+    with (saved := Saved(module)):
+        module.training_step(inputs, 0)
+    # Recomputed layers hold nothing of their own until the backward pass.
+    near = 0.5 if cfg.trainer.checkpointing else 0.1
+    assert moment(name, cfg, model, size).saved == pytest.approx(saved.bytes, rel=near)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "trains",

@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -109,6 +110,23 @@ def test_order_is_local_and_depends_on_seed_and_epoch_alone():
     assert (Deal(counts, 7, True, seed=1, shuffle_shards=3, rank=1, world=2).order() == order).all()
     assert (Deal(counts, 4, True, seed=2, shuffle_shards=3).order() != order).any()
     assert (Deal(counts, 4, True, seed=1, shuffle_shards=3, epoch=1).order() != order).any()
+
+
+def test_questions_on_one_image_stay_together():
+    counts = [7, 6, 9, 5]  # the last block of a shard may be short
+    deal = Deal(counts, 4, True, seed=1, shuffle_shards=2, together=3)
+    order, starts = deal.order(), np.cumsum([0, *counts])
+    assert sorted(order) == list(range(sum(counts)))
+    shard = np.searchsorted(starts, order, side="right") - 1
+    block = list(zip(shard.tolist(), ((order - starts[shard]) // 3).tolist()))
+    runs = [key for place, key in enumerate(block) if place == 0 or block[place - 1] != key]
+    assert len(runs) == len(set(runs)), "a block was torn"
+    assert runs != sorted(runs)
+    assert (Deal(counts, 5, True, seed=1, shuffle_shards=2, rank=1, world=2, together=3).order() == order).all()
+    assert (Deal(counts, 4, True, seed=1, shuffle_shards=2, together=3, epoch=1).order() != order).any()
+    batches = [index for batch in deal for index in batch]
+    later = Deal(counts, 4, True, seed=1, shuffle_shards=2, together=3, consumed=8)
+    assert [index for batch in later for index in batch] == batches[8:]
 
 
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 3), (2, 0), (2, 2), (5, 0)])

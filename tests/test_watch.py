@@ -87,14 +87,17 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, sight: str = "on
         ({"kl": 1.0, "answer": 1.0}, 0.9),
         ({"sight": "question"}, 0.9),
         ({"sight": "question", "kl": 1.0, "answer": 1.0}, 0.9),
+        ({"dropped": 4}, 0.9),
     ],
-    ids=["stc", "value", "boxes", "mask", "both", "question", "question, both"],
+    ids=["stc", "value", "boxes", "mask", "both", "question", "question, both", "dropped"],
 )
 def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     monkeypatch.setattr(GlimpseModule, "progress", progress)
     module = stage(name, **loss)
     long = Sample("a", "what is it? " * 4, ("abcdefgh" * 3,), [picture(196, 196)], [[(0, 0, 30, 30)]])
     inputs = Collator(module.backbone)([long])
+    with torch.no_grad():  # what is kept is what the pressure aims at
+        module.config.loss.target = float((module.share(inputs).logits[-1] > 0).float().mean())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         module.training_step(inputs, 0).backward()
     # The predictor pads its values to the width of its keys: not in the account, but run.
@@ -105,6 +108,20 @@ def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     short = Collator(module.backbone)(SAMPLES[1:2])
     padded = Collator(module.backbone)([long, SAMPLES[1]])
     assert module.flops(padded) == pytest.approx(module.flops(inputs) + module.flops(short))
+
+
+def test_flops_of_questions_on_one_image(monkeypatch):
+    monkeypatch.setattr(GlimpseModule, "progress", 0.9)
+    module = stage("llava1_5", dropped=0)
+    pair = [replace(SAMPLES[0], question=question) for question in ("what is it?", "where is it?")]
+    inputs = Collator(module.backbone)(pair)
+    with torch.no_grad():
+        module.config.loss.target = float((module.share(inputs).logits[-1] > 0).float().mean())
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module.training_step(inputs, 0).backward()
+    apart = sum(module.flops(Collator(module.backbone)([sample])) for sample in pair)
+    assert module.flops(inputs) < 0.9 * apart
+    assert module.flops(inputs) == pytest.approx(counter.get_total_flops(), rel=0.08)  # which the padding is part of
 
 
 # --------------------------------------------------------------------------------------------------- the command, once

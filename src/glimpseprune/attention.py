@@ -3,8 +3,8 @@
 transformers looks attention up by name and decoder layers pass extra keyword arguments through to it. So a wrapper
 per backend is registered as ``probed_<backend>``, attention and mask alike; a call without ``probe`` and ``gate`` is
 the backend's own. No hooks, no state on modules. Gated calls always run on SDPA, whose masks can express them, and
-never hold an attention matrix of their own. Left out: sliding windows (no supported checkpoint uses them; backbones
-refuse them) and flex attention (no backward on the CPU).
+hold no attention matrix of their own but, backward, a few rows at a time. Left out: sliding windows (no supported
+checkpoint uses them; backbones refuse them) and flex attention (no backward on the CPU).
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -24,6 +26,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 FLASH = ("flash_attention_2", "flash_attention_3")
 IMPLEMENTATIONS = ("eager", "sdpa", *FLASH)
 _PREFIX = "probed_"
+_MOST = 1 << 24
+"""Numbers in a matrix of attention that the gradient of a gate may hold at a time."""
 
 Probe = Callable[[int, Tensor, Tensor, float], None]
 """Called with layer index, query [B, H, Q, d] and key [B, H_kv, S, d], both after RoPE, and the scale of q . k."""
@@ -34,8 +38,16 @@ class Enough(Exception):
 
 
 @dataclass
+class Away:
+    """Columns that a gate drops and that are not run, as the unpruned model has them (docs/method.md §2.5)."""
+
+    which: Tensor  # [B, S] bool
+    cache: DynamicCache  # of the unpruned prompt, whose columns these are, at least as deep as the layers that run
+
+
+@dataclass
 class Gate:
-    """How far each key may be seen (docs/method.md §5); needs no gradient at inference.
+    """How far each key may be seen (docs/method.md §2.3); needs no gradient at inference.
 
     ``stc``: forward is exact hard pruning (weight > 0.5); backward is d out / d weight_j = a_full_j (v_j - out), the
     true derivative of renormalised attention times Z_kept / Z_full <= 1, hence bounded.
@@ -44,6 +56,10 @@ class Gate:
 
     weight: Tensor  # [B, S] in [0, 1]; text columns weigh 1, columns beyond S (appended tokens) too
     estimator: str = "stc"
+    columns: Tensor | None = None
+    """[B, S']: which of these S columns run, where not all do (``stc`` only)."""
+    away: Away | None = None
+    """The others, where the gradient is to know of them."""
 
 
 def instrument(text_model: nn.Module) -> str:
@@ -106,37 +122,117 @@ def single(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, sc
     return out.flatten(1, 2)[:, None]
 
 
-def gated(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, gate: Gate, scaling: float) -> Tensor:
+def gated(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, gate: Gate, scaling: float, layer: int = 0
+) -> Tensor:
     """Attention whose keys are weighed by ``gate``; ``visible`` is :func:`mask`'s bool form. Returns [B, H, Q, d]."""
-    heads, queries, size = query.shape[1], query.shape[2], key.shape[2]
-    key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))  # [B, H, S, d]
-    weight = F.pad(gate.weight, (0, size - gate.weight.shape[1]), value=1.0)[:, None, :, None]  # [B, 1, S, 1]
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None) -> Tensor:
-        causal = visible is None and queries > 1
-        return F.scaled_dot_product_attention(query, key, value, visible, scale=scaling, is_causal=causal)
-
+    queries, size = query.shape[2], key.shape[2]
+    weight = gate.weight if gate.columns is None else gate.weight.gather(1, gate.columns)
+    weight = F.pad(weight, (0, size - weight.shape[1]), value=1.0)  # [B, S]
     if gate.estimator == "value":
-        return attend(query, key, value * weight.to(value.dtype), visible)
+        return _attend(query, key, value * weight[:, None, :, None].to(value.dtype), visible, scaling)
     if gate.estimator != "stc":
         raise ValueError(f"unknown gate estimator '{gate.estimator}': choices are stc, value")
-
     index = torch.arange(size, device=query.device)
     own = index == index[size - queries :, None]  # [Q, S]
-    kept = (weight > 0.5).transpose(-1, -2)  # [B, 1, 1, S]
     allowed = index <= index[size - queries :, None] if visible is None else visible
-    hard = attend(query, key, value, allowed & kept | own)  # [B, H, Q, d]
+    hard = _attend(query, key, value, allowed & (weight > 0.5)[:, None, None] | own, scaling)  # [B, H, Q, d]
     if not (torch.is_grad_enabled() and weight.requires_grad):
         return hard
-    # One more SDPA yields sum_j a_j w_j v_j and sum_j a_j w_j at once: w rides along as an extra value channel. Zero
-    # channels keep q . k as it was and the widths equal and aligned, which is what fused kernels ask for.
-    query, key, value = (F.pad(x.detach(), (0, 8)) for x in (query, key, value))
-    carrier = torch.zeros_like(value[:, :, :1])
-    carrier[..., -1] = 1.0
-    width = hard.shape[-1]
-    soft = attend(query, key, (value + carrier) * weight.to(value.dtype), visible)
-    soft = soft - soft.detach()  # zero in the forward
-    return hard + soft[..., :width] - hard.detach() * soft[..., -1:]
+    return _Credited.apply(hard, weight, gate.weight, gate, query, key, value, visible, scaling, layer)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
+    if visible is not None and query.is_cuda:  # fused kernels of CUDA that take a mask know no groups
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    causal, grouped = visible is None and query.shape[2] > 1, key.shape[1] < query.shape[1]
+    return F.scaled_dot_product_attention(
+        query, key, value, visible, scale=scaling, is_causal=causal, enable_gqa=grouped
+    )
+
+
+class _Credited(torch.autograd.Function):
+    """``hard`` [B, H, Q, d] as it is, and backward the gradient of ``weight`` that ``stc`` states: of the columns that
+    run [B, S'], and of those that are ``away`` [B, S]. Forward it costs nothing and holds nothing that attention itself
+    does not."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hard: Tensor,
+        weight: Tensor,
+        everywhere: Tensor,
+        gate: Gate,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        visible: Tensor | None,
+        scaling: float,
+        layer: int,
+    ) -> Tensor:
+        ctx.save_for_backward(hard, weight, query, key, value, visible)
+        ctx.gate, ctx.scaling, ctx.layer = gate, scaling, layer
+        return hard.view_as(hard)
+
+    @staticmethod
+    @torch.no_grad()
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(upstream.device.type, enabled=False):
+            own, away = _credit(upstream, *ctx.saved_tensors, ctx.gate, ctx.scaling, ctx.layer)
+        return upstream, own, away, *[None] * 7
+
+
+def _credit(
+    upstream: Tensor,
+    out: Tensor,
+    weight: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor | None,
+    gate: Gate,
+    scaling: float,
+    layer: int,
+) -> tuple[Tensor, Tensor | None]:
+    """sum over heads and queries of a_full_j ``upstream`` . (v_j - ``out``), for each column.
+
+    Only queries that are kept themselves are asked: nothing reads what a dropped column says, so nothing comes back.
+    """
+    batch, heads, queries, width = query.shape
+    size, groups = key.shape[2], key.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)
+    live = weight[:, size - queries :] > 0.5  # [B, Q]
+    order = (~live).long().argsort(dim=1, stable=True)[:, : int(live.sum(1).max())]  # [B, M]
+    index, row = torch.arange(size, device=key.device), torch.arange(batch, device=key.device)[:, None]
+    key, value, others = key.to(wide), value.to(wide), 0
+    if gate.away is not None:
+        which, held = gate.away.which, gate.away.cache.layers[layer]  # [B, S]
+        others = which.shape[1]
+        key, value = (
+            torch.cat([own, all[:, :, :others].to(wide)], 2) for own, all in ((key, held.keys), (value, held.values))
+        )  # [B, H_kv, S' + S, d] each
+        place = F.pad(gate.columns, (0, size - gate.columns.shape[1]), value=others)  # [B, S'], appended ones behind
+        everywhere = torch.arange(others, device=key.device)
+    total = torch.zeros(batch, size + others, dtype=wide, device=key.device)
+    for own in order.split(max(1, _MOST // (batch * heads * (size + others))), dim=1):  # [B, m]
+        where = own[:, None, :, None].expand(-1, heads, -1, width)
+        q, u, o = (x.gather(2, where).to(wide).unflatten(1, (groups, -1)) for x in (query, upstream, out))
+        if visible is None:
+            seen = index <= (size - queries + own)[..., None]  # [B, m, S']
+        else:
+            seen = visible.expand(batch, 1, -1, -1)[row, 0, own]
+        if others:
+            before = everywhere < place.gather(1, size - queries + own)[..., None]  # [B, m, S]
+            seen = torch.cat([seen, before & which[:, None]], -1)
+        full = (_rows(q, key) * scaling).masked_fill(~seen[:, None, None], -torch.inf).softmax(-1)
+        total += (full * (_rows(u, value) - (u * o).sum(-1, keepdim=True))).sum((1, 2, 3))
+    own, away = total.to(weight.dtype).split([size, others], dim=1)
+    return own, away if others else None
+
+
+def _rows(x: Tensor, y: Tensor) -> Tensor:
+    """[B, H_kv, G, m, d] . [B, H_kv, S, d] -> [B, H_kv, G, m, S]."""
+    return (x.flatten(2, 3) @ y.transpose(-1, -2)).unflatten(2, x.shape[2:4])
 
 
 def _probed(name: str) -> Callable:
@@ -161,7 +257,8 @@ def _probed(name: str) -> Callable:
         if step:
             return single(query, key, value, attention_mask, kwargs["scaling"]), None
         if gate is not None:
-            return gated(query, key, value, attention_mask, gate, kwargs["scaling"]).transpose(1, 2).contiguous(), None
+            out = gated(query, key, value, attention_mask, gate, kwargs["scaling"], module.layer_idx)  # [B, H, Q, d]
+            return out.transpose(1, 2).contiguous(), None
         return _backend(name, module)(module, query, key, value, attention_mask, **kwargs)
 
     return forward

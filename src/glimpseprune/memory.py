@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from glimpseprune import cost, lookup, windows
@@ -131,21 +132,20 @@ def layer_saved(
     decoder: cost.Decoder,
     itemsize: int,
     *,
-    stc: bool = False,
+    gate: str | None = None,
     lora: LoraOptions | None = None,
     full: bool = False,
 ) -> float:
     """Bytes per column that one decoder layer saves when its input has a gradient.
 
     Frozen linear layers save nothing, so what is left are: float32 inputs of both norms; gate, its SiLU and up of the
-    MLP; q, k, v (repeated to all heads) and output of attention. ``stc``: attention is gated (attention.py), which
-    adds a second one with keys and values eight channels wider. ``lora``: float32 inputs of the adapted layers, and
-    what is between A and B. ``full``: inputs of all linear layers and of the norms' weights.
+    MLP; q, k, v (repeated to all heads) and output of attention. ``gate``: its estimator; gated attention
+    (attention.py) repeats neither keys nor values, and ``value`` has these twice. ``lora``: float32 inputs of the
+    adapted layers, and what is between A and B. ``full``: inputs of all linear layers and of the norms' weights.
     """
     width, heads, mlp = decoder.width, decoder.heads * decoder.head_width, decoder.mlp
-    total = 8 * width + (3 * mlp + 4 * heads) * itemsize
-    if stc:
-        total += 5 * (heads + 8 * decoder.heads) * itemsize
+    held = 2 * heads if gate is None else _keys(decoder, gate)
+    total = 8 * width + (3 * mlp + 2 * heads + held) * itemsize
     if full:
         total += (4 * width + mlp) * itemsize
     if lora is not None:
@@ -156,6 +156,11 @@ def layer_saved(
             copies = adapted if itemsize < 4 or lora.dropout else min(adapted, 1)
             total += copies * size * (5 if lora.dropout else 4) + adapted * 4 * lora.rank
     return total
+
+
+def _keys(decoder: cost.Decoder, gate: str) -> int:
+    """Numbers of a column's keys and values in gated attention."""
+    return (3 if gate == "value" else 2) * decoder.kv_heads * decoder.head_width
 
 
 def mask_saved(itemsize: int, rows: int, queries: int, keys: int) -> float:
@@ -236,16 +241,29 @@ def vip_saved(vip: cost.Vip, shapes: cost.Shapes, tokens: int, itemsize: int = 4
     return tokens * itemsize * (vip.blocks * block + 2 * vip.width + vip.probes * shapes.decoder.heads)
 
 
-def student_saved(decoder: cost.Decoder, load: Load, depth: int, lora: LoraOptions | None, full: bool) -> float:
-    """Stage 1: the gated pass. In layers < ``depth`` the answer's tokens alone run, but gated attention copies the
-    prompt's keys and values, twice, to all heads and saves them; from there on all columns run."""
+def student_saved(
+    decoder: cost.Decoder,
+    load: Load,
+    depth: int,
+    lora: LoraOptions | None,
+    full: bool,
+    gate: str = "stc",
+    prompt: float | None = None,
+    checkpointing: bool = False,
+) -> float:
+    """Stage 1: the gated pass. In layers < ``depth`` the answer's tokens alone run, with a copy of the prompt's keys
+    and values; from there on ``prompt`` columns of the prompt (default: all) do, too. With ``checkpointing`` layers
+    hold their inputs, and one of them the rest."""
     itemsize, queries = load.itemsize, load.answer - 1
-    columns = load.prompt + queries
-    per_column = layer_saved(decoder, itemsize, stc=True, lora=lora, full=full)
-    keys = decoder.heads * (5 * decoder.head_width + 24) * itemsize * columns
-    below = queries * per_column + keys + 2 * mask_saved(itemsize, 1, queries, columns) if queries else 0
-    masks = 2 if load.padded else 1
-    above = columns * per_column + masks * mask_saved(itemsize, 1, columns, columns)
+    columns = (load.prompt if prompt is None else prompt) + queries
+    per_column = layer_saved(decoder, itemsize, gate=gate, lora=lora, full=full)
+    keys = _keys(decoder, gate) * itemsize * (load.prompt + queries)
+    below = queries * per_column + keys + mask_saved(itemsize, 1, queries, load.prompt + queries) if queries else 0
+    masked = gate == "stc" or load.padded
+    above = columns * per_column + masked * mask_saved(itemsize, 1, columns, columns)
+    if checkpointing:
+        ran = (depth * queries + (decoder.layers - depth) * columns) * decoder.width * itemsize
+        return load.batch * (ran + max(below, above))
     return load.batch * (depth * below + (decoder.layers - depth) * above)
 
 
@@ -324,15 +342,20 @@ def _stage1(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
         logits += words * (b + 16)  # as they are; in float32; log-softmax; gradients of both
     else:
         saved += glimpse_saved(decoder, load, model.probed, model.vip.probes, model.asks)
-    if loss.kl:
-        saved += student_saved(decoder, load, model.depth, *_trains(cfg))
-        cache += whole
-        logits += words * (2 * b + 20)  # teacher and student; log-softmax of both; what the divergence makes
-    columns = load.batch * (load.prompt + load.answer)
-    return [
-        _prompting(model, load, waiting),
-        Peak("loss", saved, cache, logits, scratch_bytes(decoder, b, columns)),
-    ]
+    scratch = scratch_bytes(decoder, b, load.batch * (load.prompt + load.answer))
+    found = [_prompting(model, load, waiting)]
+    if not loss.kl:
+        return [*found, Peak("loss", saved, cache, logits, scratch)]
+    cache += whole
+    logits += words * (2 * b + 20)  # teacher and student; log-softmax of both; what the divergence makes
+    student = partial(student_saved, decoder, load, model.depth, *_trains(cfg), checkpointing=cfg.trainer.checkpointing)
+    few = load.prompt
+    if loss.dropped is not None and not loss.exact:
+        few = min(few, load.text + loss.target * load.visual + loss.dropped)
+    found.append(Peak("loss", saved + student("stc", few), cache, logits, scratch))
+    if loss.value_until:
+        found.append(Peak("loss of the first steps", saved + student("value"), cache, logits, scratch))
+    return found
 
 
 def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:

@@ -63,6 +63,13 @@ class DataOptions:
         None, "what `python -m src.prepare` is given if `path` is not there", role=FREE
     )
     batch_size: int = option(16, "samples per device and step", least=1, most=65536)
+    together: int = option(
+        1,
+        "consecutive training samples that stay together when they are shuffled: how many questions the shards have on "
+        "an image, which then share what of a step does not depend on the question",
+        least=1,
+        most=65536,
+    )
     val_samples: int = option(128, "samples per validation", least=1, most=10**9)
     workers: int = option(1, "loader processes per device", least=0, most=256, role=FREE)
     verify: bool = option(False, "check the shards' hashes before the start", role=FREE)
@@ -85,12 +92,24 @@ class LossOptions:
     value_until: float = option(
         0.3, "fraction of the steps with the `value` estimator; `stc` afterwards", least=0, most=1
     )
+    dropped: int | None = option(
+        None,
+        "under `stc` the student runs so many dropped tokens per sample, those nearest to coming back, and takes the "
+        "others from the teacher; null: runs all",
+        least=0,
+        most=10**6,
+    )
+    exact: float = option(
+        0.0, "fraction of the steps that run all of them and set the gradient right on average", least=0, most=1
+    )
     dice: float = option(1.0, "weight of dice within the mask loss", least=0, most=1e6)
     bce: float = option(0.1, "weight of binary cross-entropy within the mask loss", least=0, most=1e6)
 
     def __post_init__(self) -> None:
         if not (self.kl or self.pressure or self.mask or self.answer):
             raise UserError("loss: kl, pressure, mask and answer are all 0: there is nothing to train for")
+        if self.exact and self.dropped is None:
+            raise UserError("loss.exact: without loss.dropped every step is exact; leave it out")
 
 
 @dataclass
@@ -266,6 +285,12 @@ class TrainerOptions:
     )
     precision: Precision = option("32-true", "Lightning's precision")
     accumulate: int = option(1, "batches per optimiser step", least=1, most=10**6)
+    checkpointing: bool = option(
+        False, "compute the decoder's activations again in the backward pass, and do not hold them: slower", role=FREE
+    )
+    compile: Literal["inductor", "aot_eager", "eager"] | None = option(
+        None, "torch.compile of the layers from K on and of the predictor, by this backend; null: none", role=FREE
+    )
     val_every: int = option(200, "optimiser steps between validations and checkpoints", least=1, most=10**8, role=FREE)
     log_every: int = option(10, "optimiser steps between log lines", least=1, most=10**8, role=FREE)
     logger: list[str] = option(["tensorboard"], f"what curves go to, beside metrics.jsonl, of {LOGGERS}", role=FREE)

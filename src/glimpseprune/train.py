@@ -99,6 +99,7 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         val_limit=cfg.data.val_samples,
         workers=cfg.data.workers,
         seed=cfg.seed,
+        together=cfg.data.together,
         verify=cfg.data.verify,
     )
     name = strategies.choose(

@@ -31,6 +31,7 @@ class ShardDataModule(LightningDataModule):
         workers: processes per loader.
         seed: of the order of training samples.
         shuffle_shards: shards that are shuffled together.
+        together: consecutive training samples of a shard that stay next to each other.
         verify: compare the hashes of all shards with the manifest first.
 
     Attributes:
@@ -54,12 +55,14 @@ class ShardDataModule(LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         shuffle_shards: int = 16,
+        together: int = 1,
         verify: bool = False,
     ) -> None:
         super().__init__()
         self.collate = collate
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.workers, self.seed, self.shuffle_shards = workers, seed, shuffle_shards
+        self.together = together
         self.datasets = {
             role: ShardDataset(folder, split, limit=val_limit if role == "val" else None, verify=verify)
             for role, split in {"train": train, "val": val, "test": test}.items()
@@ -109,6 +112,7 @@ class ShardDataModule(LightningDataModule):
             workers=self.workers,
             seed=self.seed,
             shuffle_shards=self.shuffle_shards,
+            together=self.together,
             rank=self.trainer.global_rank if self.trainer else 0,
             world=self.trainer.world_size if self.trainer else 1,
         )

@@ -9,10 +9,11 @@ rank in turn. So in an epoch
 - the place in it is two numbers, equal on all ranks. A run resumes exactly there, without reading anything again,
   under any number of workers; under another number of ranks or another batch size it goes on from the same sample.
 
-The order of an epoch is a permutation of the shards, shuffled within groups of ``shuffle_shards`` consecutive ones, so
-that reading stays local however large the data: at any time one such group is in use. Workers take whole batches, so
-there may be more of them, and more ranks, than shards. webdataset's and torchdata's streams were left out: they tie
-order and state to the number of ranks, workers and shards.
+The order of an epoch is a permutation of the shards, shuffled within groups of ``shuffle_shards`` consecutive ones
+(``together`` samples as one, where questions on an image come one after the other), so that reading stays local however
+large the data: at any time one such group is in use. Workers take whole batches, so there may be more of them, and more
+ranks, than shards. webdataset's and torchdata's streams were left out: they tie order and state to the number of ranks,
+workers and shards.
 
 A damaged sample is replaced by a random intact one, which ``Sample.stands_in`` marks, is counted in ``damaged``, and is
 reported once.
@@ -98,6 +99,8 @@ class Deal:
     shuffle_shards: int = 16
     rank: int = 0
     world: int = 1
+    together: int = 1
+    """Consecutive samples of a shard that stay next to each other, such as the questions on one image."""
     epoch: int = 0
     consumed: int = 0
     """Samples of this epoch dealt so far, to all ranks."""
@@ -136,8 +139,15 @@ class Deal:
         shards = rng.permutation(len(self.counts))
         order = np.concatenate([np.arange(ends[shard] - self.counts[shard], ends[shard]) for shard in shards])
         edges = np.cumsum([self.counts[shard] for shard in shards])[self.shuffle_shards - 1 :: self.shuffle_shards]
-        for part in np.split(order, edges):  # views
-            rng.shuffle(part)
+        parts = np.split(order, edges)  # views
+        if self.together == 1:
+            for part in parts:
+                rng.shuffle(part)
+            return order
+        begins = np.concatenate([np.arange(self.counts[shard]) for shard in shards]) % self.together == 0
+        for part, begin in zip(parts, np.split(begins, edges)):
+            blocks = np.split(part, np.flatnonzero(begin)[1:])
+            part[:] = np.concatenate([blocks[block] for block in rng.permutation(len(blocks))]) if len(part) else part
         return order
 
 
@@ -153,6 +163,7 @@ class ShardLoader:
         batch_size: samples per batch and rank.
         workers: processes beside this one; 0 reads here. They affect speed only.
         rank, world: this process among all that share an epoch.
+        together: consecutive samples of a shard that stay next to each other.
 
     Attributes:
         deal: the place, see :class:`Deal`.
@@ -175,11 +186,12 @@ class ShardLoader:
         shuffle_shards: int = 16,
         rank: int = 0,
         world: int = 1,
+        together: int = 1,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: at least 1 sample per batch")
         self.dataset, self.collate, self.workers = dataset, collate, workers
-        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world)
+        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world, together)
         self.damaged: Counter[str] = Counter()
         self.waited = 0.0
         self._loader: DataLoader | None = None
@@ -218,15 +230,17 @@ class ShardLoader:
         """The place, equal on all ranks, and what makes it mean the same samples."""
         deal = self.deal
         identity = {"samples": deal.total, "seed": deal.seed, "window": deal.shuffle_shards}
+        identity |= {"together": deal.together}
         return {"epoch": deal.epoch, "consumed": deal.consumed, **identity}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Go on from ``state`` with the next iterator; raises UserError where that would be other samples."""
         for name, here in self.state_dict().items():
-            if name not in ("epoch", "consumed") and state[name] != here:
+            there = state.get(name, 1)  # a checkpoint of before says nothing of `together`
+            if name not in ("epoch", "consumed") and there != here:
                 folder = self.dataset.shards.folder
                 raise UserError(
-                    f"cannot resume: the data of the checkpoint had {name} {state[name]}, {folder} now has {here}"
+                    f"cannot resume: the data of the checkpoint had {name} {there}, {folder} now has {here}"
                 )
         self.deal.epoch, self.deal.consumed = state["epoch"], state["consumed"]
         self._begun = False

@@ -12,7 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from glimpseprune import decoder, lora, pruners
+from glimpseprune import decoder, lora, prefix, pruners
 from glimpseprune.config import UserError, check
 from glimpseprune.data.collate import sample_targets
 from glimpseprune.decoder import View
@@ -20,6 +20,7 @@ from glimpseprune.generate import generate
 from glimpseprune.options import PARTS, TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.running.strategies import Zero
+from glimpseprune.training._layers import checkpointed, compile_parts
 from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout
 
 NO_DECAY = "_no_decay"
@@ -39,6 +40,8 @@ class StageModule(L.LightningModule):
             check(getattr(config, section), f"{section}.")
         self.config, self.backbone, self.pruner = config, backbone, pruner
         self.lvlm = backbone.model.requires_grad_(False).eval()
+        self.learner = checkpointed(backbone) if config.trainer.checkpointing else backbone
+        """The model as passes run it whose gradient goes through its layers."""
         self.unpruned = pruners.build("none", {}, backbone)
         self.origin = 0  # the step at which the training began, or began anew
         self.strict_loading = False  # checkpoints hold what trains, never the rest of the LVLM
@@ -48,6 +51,9 @@ class StageModule(L.LightningModule):
         for part in config.train:
             for parameter in self.parameters_of(part):
                 parameter.requires_grad_(True)
+        if config.trainer.compile:
+            layers = backbone.text_model.layers[self.depth :]
+            compile_parts(config.trainer.compile, layers, getattr(pruner, "vip", None))
         self.train()
 
     def parameters_of(self, part: str) -> list[nn.Parameter]:
@@ -104,11 +110,21 @@ class StageModule(L.LightningModule):
 
     @torch.no_grad()
     def prompt(self, inputs: Inputs) -> tuple[Encoded, Prefill]:
-        """The batch of prompts, encoded and run to the pruner's first stop."""
+        """The batch of prompts, encoded and run to the pruner's first stop; what begins alike, once."""
         encoded = decoder.see(self.backbone, self.pruner, inputs.prompt, inputs.targets)
         if hasattr(self.pruner, "look") and inputs.targets:
             encoded.targets = list(self.targets(inputs, encoded.layouts).split(encoded.counts))
-        return encoded, decoder.approach(self.backbone, decoder.start(encoded), self.pruner)
+        state = decoder.start(encoded)
+        shared = self.alike(inputs, encoded, state)
+        if shared is None:
+            return encoded, decoder.approach(self.backbone, state, self.pruner)
+        return encoded, prefix.run(self.backbone, state, self.depth, shared, probes=self.pruner.needs.probes)
+
+    def alike(self, inputs: Inputs, encoded: Encoded, state: Prefill) -> prefix.Alike | None:
+        """Which of the prompts begin alike; None where none do, or a look has given each its own images."""
+        if hasattr(self.pruner, "look"):
+            return None
+        return prefix.alike(state.known, prefix.pictures(inputs.prompt, encoded.layouts))
 
     def targets(self, inputs: Inputs, layouts: Sequence[Sequence[Layout]]) -> Tensor | None:
         """Visual tokens under an evidence box, [N], of images that lie as ``layouts`` say: a look before the tower may

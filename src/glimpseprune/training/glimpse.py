@@ -5,8 +5,8 @@ and is cached. The glimpse is a decode step on that cache; its keep gate then we
 for answer tokens in all layers, for prompt tokens from layer K on. So the gradient passes only through the glimpse
 position below K, and through what depends on the gate.
 
-Left out: a batch that asks several questions of one image behind one shared image prefix (a factor on small models,
-where the vision tower is a large part of a step, and none at 7B).
+Questions on one image share what of that does not depend on them (:mod:`glimpseprune.prefix`). Under ``loss.dropped``
+the student is made of the tokens that matter to its gradient (:mod:`._student`).
 """
 
 from __future__ import annotations
@@ -20,13 +20,15 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from glimpseprune import decoder, losses
+from glimpseprune import decoder, losses, prefix
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.cost import Vip
+from glimpseprune.host import Columns
 from glimpseprune.options import TrainConfig
 from glimpseprune.training import _flops as flops
 from glimpseprune.training._stage import StageModule, mask_scores, mask_values
+from glimpseprune.training._student import behind, follow
 from glimpseprune.types import Encoded, Inputs, Prefill
 
 NO_TEACHER = (
@@ -44,6 +46,7 @@ class Shared:
     encoded: Encoded
     state: Prefill  # at depth K
     logits: Tensor  # [outputs, N] keep logits; the last row counts
+    whole: Prefill | None = None  # the same prompts behind all layers, unpruned: what the teacher answers from
     through: Tensor | None = None  # [B, T, vocabulary] answer logits through the glimpse, for the answer loss
 
     @property
@@ -68,18 +71,37 @@ class GlimpseModule(StageModule):
     # ------------------------------------------------------------------------------------------------- one step
 
     def share(self, inputs: Inputs) -> Shared:
-        """Encode the prompt, run it through layers < K (no gradients) and take one glimpse (with gradients)."""
+        """Encode the prompt, run it through layers < K and, where it is asked, on through the others (no gradients),
+        and take one glimpse (with gradients)."""
         encoded, state = self.prompt(inputs)
-        if self.training and self.config.loss.answer:
+        config, whole = self.config.loss, None
+        if config.kl or config.answer or not self.training:
             with torch.no_grad():
-                whole = decoder.run_layers(self.backbone, decoder.branch(state), self.backbone.num_layers)
-            through = self.pruner.with_answer(self.view(encoded, whole), inputs.answer_ids, inputs.answer_mask)
-            return Shared(encoded, state, *through)
-        return Shared(encoded, state, self.pruner.all_logits(self.view(encoded, state)))
+                whole = prefix.run(self.backbone, state, self.backbone.num_layers, self.alike(inputs, encoded, state))
+        if self.training and config.answer:
+            logits, through = self.pruner.with_answer(self.view(encoded, whole), inputs.answer_ids, inputs.answer_mask)
+            return Shared(encoded, state, logits, whole, through)
+        return Shared(encoded, state, self.pruner.all_logits(self.view(encoded, state)), whole)
 
     def answer_logits(self, state: Prefill, ids: Tensor, mask: Tensor, gate: Gate | None = None) -> Tensor:
         """Logits that predict the answer ``ids`` [B, T], given a prompt at depth K: [B, T, vocabulary]."""
-        return decoder.follow(self.backbone, state, ids, mask, gate=gate)
+        return decoder.follow(self.learner, state, ids, mask, gate=gate)
+
+    def kl(self, shared: Shared, ids: Tensor, mask: Tensor) -> Tensor:
+        """KL(teacher || student) on the answer ``ids`` [B, T]."""
+        dropped, exact = self.config.loss.dropped, self.config.loss.exact
+        with torch.no_grad():
+            teacher = behind(self.backbone, shared.whole, ids, mask)  # [B, T, vocabulary]
+        gate = self.gate(shared, self.estimator)
+        if dropped is None or gate.estimator != "stc":
+            return losses.kl(teacher, self.answer_logits(shared.state, ids, mask, gate), mask)
+        student = follow(self.learner, shared.state, ids, mask, gate, shared.whole.cache, dropped)
+        few = losses.kl(teacher, student, mask)
+        # On all ranks the same steps, or some would wait for others.
+        if np.random.default_rng((self.config.seed, self.global_step)).random() >= exact:
+            return few
+        every = losses.kl(teacher, self.answer_logits(shared.state, ids, mask, gate), mask)
+        return few + (every - few) / exact
 
     def gate(self, shared: Shared, estimator: str) -> Gate:
         """The keep probabilities as weights of the prompt's columns [B, S]; text weighs 1."""
@@ -107,11 +129,7 @@ class GlimpseModule(StageModule):
         share = own[0] / mean[0].clamp(min=1)  # of all answer tokens
         terms: dict[str, tuple[float, Tensor]] = {}
         if config.kl:
-            with torch.no_grad():
-                teacher = self.answer_logits(shared.state, ids, mask)  # [B, T, vocabulary]
-            gate = self.gate(shared, self.estimator)
-            student = self.answer_logits(shared.state, ids, mask, gate)  # [B, T, vocabulary]
-            terms["kl"] = config.kl, losses.kl(teacher, student, mask) * share
+            terms["kl"] = config.kl, self.kl(shared, ids, mask) * share
         if config.pressure:
             ramp = min(1.0, max(0.0, progress - config.pressure_from) / max(config.pressure_ramp, 1e-6))
             others = mean[1] - own[1] if config.pressure_kind == "budget" else 0.0  # the budget is one for all
@@ -142,11 +160,15 @@ class GlimpseModule(StageModule):
             self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains, asks
         )
         ids, mask = inputs.prompt["input_ids"], inputs.prompt["attention_mask"].bool()
-        rows = zip(mask.sum(1), self.backbone.layouts(inputs.prompt), inputs.answer_mask.sum(1))
+        layouts = self.backbone.layouts(inputs.prompt)
+        rows = zip(mask.sum(1), layouts, inputs.answer_mask.sum(1), self.pruner.looks(ids, mask, self.backbone))
+        known = Columns(*(x.cpu() for x in (mask, mask & (ids == self.backbone.image_token_id), ids)))
+        shared = None if hasattr(self.pruner, "look") else prefix.alike(known, prefix.pictures(inputs.prompt, layouts))
         total = 0.0
-        for (length, layouts, answer), looks in zip(rows, self.pruner.looks(ids, mask, self.backbone)):
-            text = int(length) - sum(layout.count for layout in layouts)
-            total += flops.of_sample(work, text, layouts, int(answer), self.estimator, int(looks))
+        for row, (length, images, answer, looks) in enumerate(rows):
+            text = int(length) - sum(layout.count for layout in images)
+            begun = 0 if shared is None or row in shared.first else int(known.mask[row, : shared.end[row]].sum())
+            total += flops.of_sample(work, text, images, int(answer), self.estimator, int(looks), begun)
         return total
 
     def begin_anew(self, number: int) -> None:
@@ -172,8 +194,8 @@ class GlimpseModule(StageModule):
         weight = torch.ones(shared.state.visual.shape, device=ids.device, dtype=torch.float32).masked_scatter(
             shared.state.visual, keep.float()
         )
-        full = self.answer_logits(shared.state, ids, mask)
-        pruned = self.answer_logits(shared.state, ids, mask, Gate(weight))
+        full = behind(self.backbone, shared.whole, ids, mask)
+        pruned = follow(self.backbone, shared.state, ids, mask, Gate(weight), shared.whole.cache, 0)
         real = torch.tensor([not sample.stands_in for sample in inputs.samples], device=ids.device)  # [B]
         tokens = mask & real[:, None]
         values = {

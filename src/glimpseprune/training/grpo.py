@@ -341,11 +341,11 @@ class GRPOModule(StageModule):
                 start = decoder.start(encoded)
             else:
                 start = decoder.rows(decoder.start(encoded), places)
-            state = decoder.approach(self.backbone, start, self.pruner)
+            state = decoder.approach(self.learner, start, self.pruner)
         # Looked at without the longest of the others, prompts may have less padding on their left.
         given = keep[:, -state.mask.shape[1] :] if self.replays_masks else None
-        prompts = prefilled(self.backbone, encoded, self.pruner, state, index, given)
-        return score(self.backbone, prompts, tokens, mask, self.config.grpo.temperature)
+        prompts = prefilled(self.learner, encoded, self.pruner, state, index, given)
+        return score(self.learner, prompts, tokens, mask, self.config.grpo.temperature)
 
     def masks_loss(self, batch: Batch, rollouts: int, meter: dict[str, list[Tensor]]) -> Tensor:
         """The policy loss over the keep decisions of all rollouts."""
