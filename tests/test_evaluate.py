@@ -541,6 +541,30 @@ def test_an_interrupted_evaluation_goes_on(more, first, tmp_path, monkeypatch):
     assert asked == [] or more  # of k draws the last sample may lack some
 
 
+@pytest.mark.parametrize("place", ["draw", "add"])
+def test_an_interrupted_evaluation_keeps_its_pictures_and_the_one_before(place, first, tmp_path, monkeypatch):
+    scored(first, tmp_path / "whole", "pictures=4")
+    scored(first, tmp_path / "again", "limit=2")
+    finished = (tmp_path / "again" / "predictions.jsonl").read_bytes()
+    calls, write = [], getattr(results.Folder, place)
+
+    def die(self, *args):
+        calls.append(args)
+        return write(self, *args) if len(calls) < 2 else 1 / 0
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(results.Folder, place, die)
+        scored(first, tmp_path / "again", "pictures=4")
+    scored(first, tmp_path / "again", "pictures=4", "resume=true")
+    for name in ("kept.png", "kept/glimpse.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "again" / "earlier" / "1" / "predictions.jsonl").read_bytes() == finished
+    files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in files]
+    scored(first, tmp_path / "again", "pictures=4", "resume=true")  # nothing is left to do
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
 def test_resume_begins_where_there_is_nothing(first, tmp_path):
     rows, _ = scored(first, tmp_path / "new", "resume=true", "controls=[none]")
     assert list(rows) == ["none", "glimpse"]
@@ -569,7 +593,8 @@ def test_an_earlier_evaluation_is_neither_mixed_nor_lost(args, message, first, t
     scored(first, tmp_path, "controls=[none]")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     where = [f"ckpt={first}", f"out={tmp_path}", "controls=[none]", "data.workers=0", "bootstrap=20"]
-    assert message in refused(capsys, *where, "max_new_tokens=4", "resume=true", *args)
+    said = refused(capsys, *where, "max_new_tokens=4", "resume=true", *args)
+    assert message in said and "leave resume out, which keeps it in earlier/" in said
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     scored(first, tmp_path, "controls=[none]", *args)
     assert (tmp_path / "evaluation.yaml").read_bytes() != before["evaluation.yaml"]
