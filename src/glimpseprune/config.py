@@ -1,8 +1,9 @@
 """Configuration: a dataclass schema <- YAML files, left to right <- ``key=value`` overrides, strictly checked.
 
 The only module that knows OmegaConf, which merges, converts and interpolates (``${other.key}``), and imports it only
-where a config is merged or written: a model runs without it. YAML is read by :mod:`.notation`. What a wrong input is told, in one line with its full key, is decided here: unknown keys, types, and
-the ranges and forms that each :func:`option` declares. Below the entry points there are only plain dataclasses.
+where a config is merged or written: a model runs without it. YAML is read by :mod:`.notation`. What a wrong input is
+told, in one line with its full key, is decided here: unknown keys, types, and the ranges and forms that each
+:func:`option` declares. Below the entry points there are only plain dataclasses.
 Nothing heavy is imported, so a typo is answered before torch has loaded. Left out: config groups and sweeps (a YAML
 file may say ``extends: base.yaml``), objects built from dotted names, and element-wise edits of lists (a list is
 replaced as a whole, a mapping is merged).
