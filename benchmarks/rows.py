@@ -1,0 +1,108 @@
+"""What was found, as rows: a table to read, JSON to keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.clock import Spread
+
+
+@dataclass
+class Row:
+    """One figure of one side of a case."""
+
+    case: str
+    side: str
+    unit: str = "ms"
+    value: Spread | None = None
+    bound: float | None = None
+    """What the machine would need by its measured rates and the cost model, in the same unit."""
+    ratio: Spread | None = None
+    """To the first side, round by round."""
+    ratio_bound: float | None = None
+    """The same of the bounds."""
+    rate: float | None = None
+    """Samples per second."""
+    kernels: int | None = None
+    syncs: int | None = None
+    rounds: int = 1
+    note: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
+    """For the JSON only."""
+
+
+COLUMNS = ("case", "side", "", "quartiles", "bound", "x bound", ": first", "quartiles", "bound", "/s", "kernels",
+           "syncs", "n")  # fmt: skip
+
+
+def cells(row: Row) -> list[str]:
+    value, ratio = row.value, row.ratio
+    return [
+        row.case,
+        " ".join(filter(None, [row.side, row.note])),
+        f"{number(value.median)} {row.unit}" if value else "",
+        f"{number(value.low)} .. {number(value.high)}" if value and row.rounds > 1 else "",
+        number(row.bound),
+        f"{value.median / row.bound:.2f}" if value and row.bound else "",
+        f"{ratio.median:.3f}" if ratio else "",
+        f"{ratio.low:.3f} .. {ratio.high:.3f}" if ratio else "",
+        f"{row.ratio_bound:.3f}" if row.ratio_bound else "",
+        number(row.rate),
+        number(row.kernels),
+        number(row.syncs),
+        str(row.rounds) if value else "",
+    ]
+
+
+def number(value: float | None) -> str:
+    """With three digits at least."""
+    if value is None:
+        return ""
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if abs(value) >= 100 else f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}"
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """Print the table: rich where it is, plain columns elsewhere."""
+    body = [cells(row) for row in rows]
+    for above, below in reversed(list(zip(body, body[1:]))):
+        if above[0] == below[0]:
+            below[0] = ""
+    if find_spec("rich"):
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, box=None, header_style="bold")
+        for place, name in enumerate(COLUMNS):
+            table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place < 2)
+        for row in body:
+            table.add_row(*row)
+        Console(width=max(160, Console().width)).print(table)
+        return
+    widths = [max(len(line[place]) for line in (COLUMNS, *body)) for place in range(len(COLUMNS))]
+    print(title)
+    for line in (COLUMNS, *body):
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+
+
+def write(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
+    """As JSON; a file that is there is replaced at once, so that what is read is always whole."""
+    content = {**about, "rows": [{k: v for k, v in asdict(row).items() if v not in (None, "", {})} for row in rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(_rounded(content), indent=1) + "\n", encoding="utf-8")
+    new.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _rounded(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(each) for each in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
