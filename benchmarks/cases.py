@@ -1,27 +1,21 @@
-"""The cases of inference, most important first. A case yields its rows as it finds them, so that one that fails or runs
-out of time costs only what it had not found."""
+"""What a case is, what it is given, and how its times become rows."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from benchmarks.clock import AGAIN, Spread, Turns, elapsed, free, said
-from benchmarks.counters import Counts, count, peak
+from benchmarks.clock import AGAIN, Spread, Turns
+from benchmarks.counters import Counts, count
 from benchmarks.rows import Row
-from benchmarks.world import MIB, SIZES, Ragged, Side, World, thin
-from glimpseprune import decoder
-from glimpseprune.decoder import View
+from benchmarks.world import Side, World
 
-ANSWER, LONG = 32, 256
+ANSWER = 32
 """New tokens."""
-BATCHES = (8, 1, 16, 4)
 
 
 @dataclass
@@ -35,6 +29,8 @@ class Bench:
     memory: int | None = None
     """Bytes above the weights that the largest batch may need; None: all that the GPU has."""
     counting: bool = True
+    warm_up: bool = True
+    """Run once what is counted before it is counted."""
 
     def within(self, parts: int) -> float:
         """The end of the next one of so many equal parts of what time is left."""
@@ -49,7 +45,7 @@ class Bench:
         if not self.counting:
             return None
         held = [*prompt.values(), self.world.model, self.world.twin, *filter(None, [side.pruner])]
-        return count(run, self.world.device, held)
+        return count(run, self.world.device, held, self.warm_up)
 
 
 @dataclass(frozen=True)
@@ -69,18 +65,10 @@ class Case:
         return " ".join(self.run.__doc__.split())
 
 
-CASES: dict[str, Case] = {}
-
-
-def case(gpu: int, cpu: int) -> Callable:
-    """Add a case; order is importance."""
-
-    def add(run: Callable[[Bench], Iterator[Row]]) -> Callable[[Bench], Iterator[Row]]:
-        made = Case(run, gpu, cpu)
-        CASES[made.name] = made
-        return run
-
-    return add
+def case(gpu: int, cpu: int) -> Callable[[Callable[[Bench], Iterator[Row]]], Case]:
+    """Make a case of a function that yields its rows as it finds them, so that one that fails or runs out of time costs
+    only what it had not found; ``gpu`` and ``cpu`` as in :class:`Case`."""
+    return lambda run: Case(run, gpu, cpu)
 
 
 def rows(
@@ -117,256 +105,3 @@ def rows(
             more=more,
         )
     yield from (Row(name, side, note=f"failed: {error}") for side, error in turns.failed.items())
-
-
-# ---------------------------------------------------------------------------------------------------------- one prompt
-
-
-@case(gpu=24, cpu=90)
-def prefill(bench: Bench) -> Iterator[Row]:
-    """From pixels to the logits of the last position."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()
-    runs = {side.name: lambda side=side: side.prefill(prompt) for side in sides}
-    bounds = {side.name: world.bounds(side, prompt).prefill for side in sides}
-    counts = {side.name: bench.count(runs[side.name], side, prompt) for side in sides}
-    yield from rows("prefill", bench.take(runs), bounds, counts=counts)
-
-
-@case(gpu=14, cpu=50)
-def decoder_prefill(bench: Bench) -> Iterator[Row]:
-    """Prefill of what the tower has encoded: layers, glimpse, VIP, selection."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()[1:]
-    bounds = {side.name: world.bounds(side, prompt).decoder for side in sides}
-    with torch.no_grad():
-        encoded = {side.name: decoder.see(world.backbone, side.pruner, prompt) for side in sides}
-
-    @torch.no_grad()
-    def run(side: Side) -> Tensor:
-        state = decoder.prefill(world.backbone, encoded[side.name], side.pruner)
-        return world.backbone.logits(state.hidden[:, -1:])
-
-    yield from rows("decoder prefill", bench.take({side.name: lambda side=side: run(side) for side in sides}), bounds)
-
-
-@case(gpu=12, cpu=50)
-def split(bench: Bench) -> Iterator[Row]:
-    """A prefill by part, each waited for; the VIP is what logits take beyond the glimpse, selecting what a decision
-    takes beyond its logits."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()[1:]
-    bounds = {side.name: world.bounds(side, prompt) for side in sides}
-    turns = bench.take({side.name: stages(side, prompt) for side in sides})
-    turns.derive("vip", "logits", "glimpse")
-    turns.derive("select", "decide", "logits")
-    for part in ("encode", "below K", "glimpse", "vip", "select", "above K", "head"):
-        least = {name: bound.part(part) for name, bound in bounds.items()}
-        yield from rows(f"split: {part}", turns, least, part=part)
-
-
-def stages(side: Side, prompt: Mapping[str, Tensor]) -> dict[str, Callable[[], None]]:
-    """The parts of a prefill, each of which goes on from the one before."""
-    backbone, pruner = side.world.backbone, side.pruner
-    held: dict[str, Any] = {}
-
-    def encode() -> None:
-        held["encoded"] = decoder.see(backbone, pruner, prompt)
-
-    def below() -> None:
-        held["state"] = decoder.approach(backbone, decoder.start(held["encoded"]), pruner)
-
-    def view() -> View:
-        return View(held["state"], held["encoded"], backbone, pruner.stops[0])
-
-    def decide() -> None:
-        held["state"] = decoder.decide(backbone, held["encoded"], held["state"], pruner)
-
-    def above() -> None:
-        held["state"] = decoder.advance(backbone, held["encoded"], held["state"], pruner)
-
-    def head() -> None:
-        backbone.logits(held["state"].hidden[:, -1:]).argmax(-1)
-
-    looks = {"glimpse": lambda: pruner.probe(view()), "logits": lambda: pruner.logits(view()), "decide": decide}
-    if not pruner.stops:
-        chain = {"encode": encode, "above K": lambda: (below(), above()), "head": head}
-    else:
-        chain = {"encode": encode, "below K": below, **looks, "above K": above, "head": head}
-    return {name: torch.no_grad()(run) for name, run in chain.items()}
-
-
-@case(gpu=12, cpu=40)
-def tower(bench: Bench) -> Iterator[Row]:
-    """Pixels to visual tokens; ours with and without the states that the VIP sees."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()[:3]
-    named = {side.name: side for side in sides[:2]} | {"for a VIP": sides[2]}
-    runs = {name: lambda side=side: side.tower(prompt) for name, side in named.items()}
-    least = world.bounds(sides[1], prompt).tower
-    counts = {name: bench.count(runs[name], side, prompt) for name, side in named.items()}
-    yield from rows("tower", bench.take(runs), dict.fromkeys(named, least), counts=counts)
-
-
-@case(gpu=26, cpu=70)
-def generate(bench: Bench) -> Iterator[Row]:
-    """To the first token, per further one, and 32 in all."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()
-    lengths = {"first token": 1, f"{ANSWER} tokens": ANSWER}
-    runs = {
-        side.name: {part: lambda side=side, n=n: side.generate(prompt, n) for part, n in lengths.items()}
-        for side in sides
-    }
-    bounds = {side.name: world.bounds(side, prompt) for side in sides}
-    counts = {side.name: per_token(bench, side) for side in sides}
-    turns = bench.take(runs)
-    turns.derive("token", f"{ANSWER} tokens", "first token", ANSWER - 1)
-    yield from rows("per token", turns, {n: b.token for n, b in bounds.items()}, part="token", counts=counts)
-    for part, n in lengths.items():
-        yield from rows(part, turns, {name: bound.generate(n) for name, bound in bounds.items()}, part=part)
-
-
-def per_token(bench: Bench, side: Side, short: int = 2, long: int = 4) -> Counts | None:
-    """What one more token asks for."""
-    prompt = bench.world.prompt
-    few, many = (bench.count(lambda n=n: side.generate(prompt, n), side, prompt) for n in (short, long))
-    if few is None or many is None:
-        return None
-
-    def each(name: str) -> int:
-        return round((getattr(many, name) - getattr(few, name)) / (long - short))
-
-    return Counts(each("kernels"), each("syncs"), each("launches") if many.launches is not None else None)
-
-
-@case(gpu=8, cpu=30)
-def memory(bench: Bench) -> Iterator[Row]:
-    """Most bytes above the weights, and those that stay when the prompt has been read (bound: the cache)."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()
-    first: dict[str, float] = {}
-    for side in sides:
-        bound = world.bounds(side, prompt).cache / MIB
-        most, stays = peak(lambda side=side: side.prefill(prompt), world.device)
-        answers, _ = peak(lambda side=side: side.generate(prompt, 8), world.device)
-        for name, size, least in (
-            ("peak of prefill", most, None),
-            ("after prefill", stays, bound),
-            ("peak of generate", answers, None),
-        ):
-            value = size / MIB
-            over = first.setdefault(name, value)
-            ratio = Spread.of([value / over]) if over and side is not sides[0] else None
-            yield Row(name, side.name, "MiB", Spread.of([value]), bound=least, ratio=ratio)
-
-
-@case(gpu=24, cpu=50)
-def generate_long(bench: Bench) -> Iterator[Row]:
-    """256 tokens."""
-    world, prompt = bench.world, bench.world.prompt
-    sides = world.sides()
-    turns = bench.take({side.name: lambda side=side: side.generate(prompt, LONG) for side in sides})
-    yield from rows(f"{LONG} tokens", turns, {side.name: world.bounds(side, prompt).generate(LONG) for side in sides})
-
-
-# ------------------------------------------------------------------------------------------------------------- batches
-
-
-@case(gpu=36, cpu=100)
-def batch(bench: Bench) -> Iterator[Row]:
-    """32 tokens behind 8, 1, 16 and 4 unequal prompts, which keep unequal fractions; 8 also one at a time."""
-    for number, size in enumerate(BATCHES):
-        yield from batch_of(bench, size, bench.within(len(BATCHES) - number), looped=number == 0)
-        free()
-
-
-def batch_of(bench: Bench, size: int, until: float, looped: bool) -> Iterator[Row]:
-    prompt, sides = bench.world.batch(size), bench.world.sides(Ragged)
-    bounds = {side.name: bench.world.bounds(side, prompt).generate(ANSWER) for side in sides}
-    runs: dict[str, Callable] = {side.name: lambda side=side: side.generate(prompt, ANSWER) for side in sides}
-    if looped:
-        alone, side = bench.world.rows_of(prompt), sides[2]
-        runs[f"{side.name}, in a loop"] = lambda: [side.generate(row, ANSWER) for row in alone]
-    yield from rows(f"batch of {size}", bench.take(runs, until), bounds, samples=size)
-
-
-@case(gpu=36, cpu=60)
-def largest_batch(bench: Bench) -> Iterator[Row]:
-    """32 tokens a sample at the largest batch, found by doubling, whose tensors fit into what is allowed."""
-    world = bench.world
-    first = None
-    sides = world.sides(Ragged)
-    for number, side in enumerate(sides):
-        size, why, took = fitting(bench, side, bench.within(len(sides) - number))
-        if not size:
-            yield Row("largest batch", side.name, note=why)
-            continue
-        spread = Spread.of([ms / size for ms in took])
-        first = first or spread.median
-        yield Row(
-            "largest batch",
-            f"{side.name}: {size}",
-            "ms/sample",
-            spread,
-            ratio=Spread.of([spread.median / first]) if number else None,
-            rate=1e3 / spread.median,
-            rounds=len(took),
-            note=why,
-            more={"batch": size, "ended by": why},
-        )
-
-
-def fitting(bench: Bench, side: Side, until: float) -> tuple[int, str, list[float]]:
-    """The largest power of two of prompts that fits, why no more was tried, and what it took."""
-    world, gpu = bench.world, bench.world.device.type == "cuda"
-    size, took = 0, []
-    limit = bench.memory
-    if gpu and limit is not None:
-        free()
-        whole = torch.cuda.get_device_properties(world.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (torch.cuda.memory_reserved() + limit) / whole))
-    try:
-        while True:
-            tried = 2 * size or 1
-            prompt = world.batch(tried)
-            if not gpu and limit is not None:
-                most, _ = peak(partial(side.generate, prompt, 2), world.device)
-                if most > limit:
-                    return size, "memory", took
-            began = time.monotonic()
-            try:
-                times = [
-                    elapsed(lambda prompt=prompt: side.generate(prompt, ANSWER), world.device)[0] for _ in range(2)
-                ]
-            except torch.OutOfMemoryError:
-                return size, "memory", took
-            size, took = tried, times
-            if time.monotonic() + 2.5 * (time.monotonic() - began) > until:
-                return size, "time", took
-            free()
-    except Exception as error:  # costs what larger batches would have shown
-        return size, said(error), took
-    finally:
-        if gpu and limit is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-        free()
-
-
-# -------------------------------------------------------------------------------------------------------------- counted
-
-
-@case(gpu=0, cpu=60)
-def counts(bench: Bench) -> Iterator[Row]:
-    """Kernels and host syncs of the 7B model's depth and columns, at next to no width; without a GPU."""
-    world = bench.world
-    if world.device.type == "cuda":
-        return
-    narrow = World(thin(SIZES["7b"] if world.size is not SIZES["tiny"] else world.size), world.device, world.dtype)
-    own = Bench(narrow, bench.until)
-    for side in narrow.sides():
-        whole = own.count(lambda side=side: side.prefill(narrow.prompt), side, narrow.prompt)
-        yield Row("counts: prefill", side.name, kernels=whole.kernels, syncs=whole.syncs, more={"syncs": whole.where})
-    for side in narrow.sides():
-        token = per_token(own, side)
-        yield Row("counts: token", side.name, kernels=token.kernels, syncs=token.syncs)

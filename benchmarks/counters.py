@@ -7,10 +7,12 @@ device, from weights and prompts on. A fused kernel of a GPU may be several oper
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,12 +34,13 @@ class Counts:
     launches: int | None = None
     """On a GPU: what the host starts; a replayed graph is one."""
     where: dict[str, int] = field(default_factory=dict)
-    """Kind of sync -> how often."""
+    """Line of code that waited, and for what -> how often."""
 
 
-def count(run: Run, device: torch.device, on_device: Iterable[Tensor | nn.Module]) -> Counts:
+def count(run: Run, device: torch.device, on_device: Iterable[Tensor | nn.Module], warm_up: bool = True) -> Counts:
     """Of one ``run``, after one that is not counted. ``on_device``: the tensors and modules that the device holds."""
-    run()
+    if warm_up:
+        run()
     return _on_gpu(run) if device.type == "cuda" else _on_cpu(run, on_device)
 
 
@@ -64,6 +67,8 @@ def peak(run: Callable[[], Any], device: torch.device) -> tuple[int, int]:
     return most, level
 
 
+INNER = (str(Path(__file__)), str(Path(torch.__file__).parent))
+"""Code that does not ask for anything itself."""
 LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpyAsync", "cudaMemsetAsync")
 
 
@@ -135,17 +140,25 @@ class Counting(TorchDispatchMode):
                 _mark(tensor)
         name = func.overloadpacket.__name__
         if name in WAITING:
-            self.syncs[name] += 1
+            self.wait(name)
         if name in ("index", "index_put", "index_put_"):
             for index in filter(None.__ne__, args[1]):
                 if not _is_marked(index):
-                    self.syncs["index from the host"] += 1
+                    self.wait("index from the host")
                 elif index.dtype == torch.bool:
-                    self.syncs["index by a mask"] += 1
+                    self.wait("index by a mask")
         returns = func._schema.returns
         makes = any(each.alias_info is None or each.alias_info.is_write for each in returns)
         self.kernels += makes and name not in NOTHING and "empty" not in name
         return found
+
+    def wait(self, kind: str) -> None:
+        """One sync, by the line of code below torch that asked for it."""
+        frame = sys._getframe(1)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(INNER):
+            frame = frame.f_back
+        place = Path(frame.f_code.co_filename)
+        self.syncs[f"{'/'.join(place.parts[-2:])}:{frame.f_lineno} {kind}"] += 1
 
 
 class _Calls(TorchFunctionMode):
@@ -153,20 +166,20 @@ class _Calls(TorchFunctionMode):
 
     def __init__(self, counting: Counting) -> None:
         super().__init__()
-        self.syncs = counting.syncs
+        self.counting = counting
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         found = func(*args, **kwargs)
         if func in READERS:
             if _is_marked(args[0]):
-                self.syncs[func.__name__] += 1
+                self.counting.wait(func.__name__)
             return found.detach() if found is args[0] else found  # a copy, which the host has
         device = kwargs.get("device", args[1] if func is Tensor.to and len(args) > 1 else None)
         if isinstance(found, Tensor) and isinstance(device, torch.device):  # made or moved there by name
-            copied = func in MAKERS or func is Tensor.to
+            copied = found.numel() and (func in MAKERS or func is Tensor.to)
             if copied and not (args and _is_marked(args[0])) and not kwargs.get("non_blocking"):
-                self.syncs["copy from the host"] += 1
+                self.counting.wait("copy from the host")
             return _mark(found.view_as(found) if args and found is args[0] else found)
         return found
 

@@ -17,7 +17,7 @@ class Row:
     """One figure of one side of a case."""
 
     case: str
-    side: str
+    side: str = ""
     unit: str = "ms"
     value: Spread | None = None
     bound: float | None = None
@@ -44,13 +44,13 @@ def cells(row: Row) -> list[str]:
     value, ratio = row.value, row.ratio
     return [
         row.case,
-        " ".join(filter(None, [row.side, row.note])),
+        row.side,
         f"{number(value.median)} {row.unit}" if value else "",
         f"{number(value.low)} .. {number(value.high)}" if value and row.rounds > 1 else "",
         number(row.bound),
         f"{value.median / row.bound:.2f}" if value and row.bound else "",
         f"{ratio.median:.3f}" if ratio else "",
-        f"{ratio.low:.3f} .. {ratio.high:.3f}" if ratio else "",
+        f"{ratio.low:.3f} .. {ratio.high:.3f}" if ratio and row.rounds > 1 else "",
         f"{row.ratio_bound:.3f}" if row.ratio_bound else "",
         number(row.rate),
         number(row.kernels),
@@ -69,8 +69,8 @@ def number(value: float | None) -> str:
 
 
 def show(rows: Sequence[Row], title: str) -> None:
-    """Print the table: rich where it is, plain columns elsewhere."""
-    body = [cells(row) for row in rows]
+    """Print the table: rich where it is, plain columns elsewhere; below it what gave no figure, and why."""
+    body = [cells(row) for row in rows if row.value or row.kernels is not None]
     for above, below in reversed(list(zip(body, body[1:]))):
         if above[0] == below[0]:
             below[0] = ""
@@ -78,17 +78,20 @@ def show(rows: Sequence[Row], title: str) -> None:
         from rich.console import Console
         from rich.table import Table
 
-        table = Table(title=title, box=None, header_style="bold")
+        table = Table(title=title, title_justify="left", box=None, header_style="bold")
         for place, name in enumerate(COLUMNS):
-            table.add_column(name, justify="left" if place < 2 else "right", no_wrap=place < 2)
+            table.add_column(name, justify="left" if place < 2 else "right", no_wrap=True)
         for row in body:
             table.add_row(*row)
-        Console(width=max(160, Console().width)).print(table)
-        return
-    widths = [max(len(line[place]) for line in (COLUMNS, *body)) for place in range(len(COLUMNS))]
-    print(title)
-    for line in (COLUMNS, *body):
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+        Console(width=200).print(table)
+    else:
+        widths = [max(len(line[place]) for line in (COLUMNS, *body)) for place in range(len(COLUMNS))]
+        print(title)
+        for line in (COLUMNS, *body):
+            print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    for row in rows:
+        if row.note:
+            print(" ".join(filter(None, [f"{row.case}:", row.side, row.note])))
 
 
 def write(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:

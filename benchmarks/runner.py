@@ -17,12 +17,32 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import transformers
 
-from benchmarks import ROOT
-from benchmarks.cases import CASES, Bench, Case
+from benchmarks import ROOT, feeding, inference, training
+from benchmarks.cases import Bench, Case
 from benchmarks.clock import free, said
 from benchmarks.rows import Row, number, show, write
 from benchmarks.world import MIB, SIZES, World
 
+CASES: dict[str, Case] = {
+    each.name: each
+    for each in (
+        inference.prefill,
+        inference.decoder_prefill,
+        inference.split,
+        inference.tower,
+        inference.generate,
+        inference.memory,
+        inference.batch,
+        inference.largest_batch,
+        training.stage_1,
+        training.rl,
+        inference.generate_long,
+        inference.counts,
+        feeding.evaluate,
+        feeding.shards,
+    )
+}
+"""Most important first."""
 GRACE = 1.15
 """A case is stopped when it has taken so many times its share; it ends by itself before."""
 LEAST = 2.0
@@ -69,42 +89,41 @@ def run(given: argparse.Namespace, began: float) -> int:
     found: list[Row] = []
     took: dict[str, float] = {}
     left = [CASES[name] for name in names]
-    while left:
-        each = left.pop(0)
-        weight = [case.gpu if given.gpu else case.cpu for case in (each, *left)]
-        remaining = began + budget - time.monotonic()
-        share = remaining * weight[0] / max(1, sum(weight))
-        start, before = time.monotonic(), len(found)
-        for row in taken(bench, each, share):
-            found.append(row)
-            write(out, found, about | {"seconds": took})
-        took[each.name] = time.monotonic() - start
+    try:
+        while left:
+            each = left.pop(0)
+            weight = [case.gpu if given.gpu else case.cpu for case in (each, *left)]
+            share = (began + budget - time.monotonic()) * weight[0] / max(1, sum(weight))
+            start = time.monotonic()
+            for row in taken(bench, each, share):
+                found.append(row)
+                write(out, found, about | {"seconds": took})
+            took[each.name] = time.monotonic() - start
+            print(f"{each.name}: {took[each.name]:.0f} s", flush=True)
+            free()
+    finally:  # also of one who stops it
         write(out, found, about | {"seconds": took})
-        if found[before:]:
-            show(found[before:], f"{each.name}: {each.about} ({took[each.name]:.0f} s)")
-        sys.stdout.flush()
-        free()
-    show(found, title)
-    print(f"{time.monotonic() - began:.0f} s; {out}")
+        show(found, title)
+        print(f"{time.monotonic() - began:.0f} s; {out}")
     return 0
 
 
 def taken(bench: Bench, each: Case, share: float) -> Iterator[Row]:
     """The rows of a case; its failure, or that it ran over, is one more."""
     if share < LEAST:
-        yield Row(each.name, "", note="skipped: no time is left")
+        yield Row(each.name, note="skipped: no time is left")
         return
     bench.until = time.monotonic() + share
     try:
         with at_most(max(share * GRACE, LEAST)):
             yield from each.run(bench)
     except ImportError as error:
-        yield Row(each.name, "", note=f"skipped: needs {error.name or error}")
+        yield Row(each.name, note=f"skipped: needs {error.name or error}")
     except Late:
-        yield Row(each.name, "", note=f"stopped after {share * GRACE:.0f} s")
+        yield Row(each.name, note=f"stopped after {share * GRACE:.0f} s")
     except Exception as error:
         traceback.print_exc(limit=-4)
-        yield Row(each.name, "", note=f"failed: {said(error)}")
+        yield Row(each.name, note=f"failed: {said(error)}")
 
 
 @contextmanager

@@ -44,8 +44,8 @@ class Size:
     """Tower layers that the predictor sees."""
     grid: Grid
     """Visual tokens of the single prompt."""
-    middle: Grid
-    """Of a smaller one, to train on."""
+    trained: tuple[Grid, ...]
+    """Of those that are trained on."""
     small: tuple[Grid, ...]
     """Of the rows of a batch, in turn."""
     predictor: dict[str, int] = field(default_factory=dict)
@@ -64,7 +64,7 @@ SIZES = {
         depths=(19, 9),
         states=(31, 23, 15, 7),
         grid=(66, 76),
-        middle=(40, 50),
+        trained=((66, 76), (40, 50)),
         small=((32, 32), (28, 36), (30, 34), (31, 31), (26, 40), (36, 28), (33, 30), (29, 35)),
     ),
     "mid": Size(
@@ -76,7 +76,7 @@ SIZES = {
         depths=(11, 5),
         states=(7, 5, 3, 1),
         grid=(24, 24),
-        middle=(14, 16),
+        trained=((24, 24), (14, 16)),
         small=((10, 12), (9, 14), (12, 12), (8, 10), (11, 11), (14, 9), (13, 10), (7, 16)),
         predictor={"width": 128, "cond_width": 128},
     ),
@@ -89,7 +89,7 @@ SIZES = {
         depths=(4, 2),
         states=(3, 2, 1, 0),
         grid=(9, 10),
-        middle=(4, 6),
+        trained=((9, 10), (4, 6)),
         small=((3, 4), (4, 4), (2, 6), (5, 3), (4, 5), (3, 3), (6, 2), (4, 3)),
         predictor={"width": 16, "cond_width": 16, "num_heads": 2},
         before=4,
@@ -164,6 +164,10 @@ class World:
         self.backbone = qwen2_5_vl.Backbone(self.model)
         self.layers = self.backbone.num_layers
         self.none = self.place(pruners.build("none", none.Options(), self.backbone))
+
+    def again(self) -> qwen2_5_vl.Backbone:
+        """Another backbone on the same weights, for what puts adapters into its own."""
+        return qwen2_5_vl.Backbone(twin(self.twin))
 
     def place(self, pruner: nn.Module) -> nn.Module:
         return pruner.to(self.device).eval()
