@@ -14,6 +14,12 @@ from statistics import median, quantiles
 import torch
 
 Run = Callable[[], object]
+
+
+class Late(BaseException):
+    """Time is up; no error that a side may be excused for."""
+
+
 AGAIN = " (A/A)"
 """Behind the name of the first side, when it runs once more."""
 
@@ -65,12 +71,28 @@ class Turns:
 
     def take(self, until: float, rounds: int, warm_up: int = 1) -> Turns:
         """At most so many ``rounds``, and but for the first none that would end after ``until`` (``time.monotonic``).
-        Every other round is run backwards, so that no side is always the one behind another."""
+        Every other round is run backwards, so that no side is always the one behind another. What has been measured
+        when :class:`Late` is raised counts."""
+        try:
+            self._warm(warm_up)
+            longest = 0.0
+            for number in range(rounds if self.sides else 0):
+                began = time.monotonic()
+                if number and began + longest > until:
+                    break
+                for name in list(self.sides)[:: -1 if number % 2 else 1]:
+                    self._turn(name)
+                longest = max(longest, time.monotonic() - began)
+        except Late:
+            pass
+        return self
+
+    def _warm(self, times: int) -> None:
         for name, parts in list(self.sides.items()):
             if name.endswith(AGAIN):
                 continue
             try:
-                for _ in range(warm_up):
+                for _ in range(times):
                     for run in parts.values():
                         run()
             except Exception as error:  # costs this side, and no other
@@ -79,18 +101,12 @@ class Turns:
                     self.sides.pop(gone, None)
                     self.own.pop(gone, None)
                 free()
-        longest = 0.0
-        for number in range(rounds if self.sides else 0):
-            began = time.monotonic()
-            if number and began + longest > until:
-                break
-            for name in list(self.sides)[:: -1 if number % 2 else 1]:
-                for part, run in self.sides[name].items():
-                    own, wall = elapsed(run, self.device)
-                    self.own[name].setdefault(part, []).append(own)
-                    self.wall[name].setdefault(part, []).append(wall)
-            longest = max(longest, time.monotonic() - began)
-        return self
+
+    def _turn(self, name: str) -> None:
+        took = {part: elapsed(run, self.device) for part, run in self.sides[name].items()}
+        for part, (own, wall) in took.items():  # all parts or none
+            self.own[name].setdefault(part, []).append(own)
+            self.wall[name].setdefault(part, []).append(wall)
 
     def derive(self, part: str, more: str, less: str, divisor: float = 1.0) -> None:
         """A part that is what one took beyond another, round by round."""

@@ -142,10 +142,10 @@ class Counting(TorchDispatchMode):
         if name in WAITING:
             self.wait(name)
         if name in ("index", "index_put", "index_put_"):
-            for index in filter(None.__ne__, args[1]):
-                if not _is_marked(index):
+            for index in args[1]:
+                if index is not None and not _is_marked(index):
                     self.wait("index from the host")
-                elif index.dtype == torch.bool:
+                elif index is not None and index.dtype == torch.bool:
                     self.wait("index by a mask")
         returns = func._schema.returns
         makes = any(each.alias_info is None or each.alias_info.is_write for each in returns)

@@ -19,7 +19,7 @@ import transformers
 
 from benchmarks import ROOT, feeding, inference, training
 from benchmarks.cases import Bench, Case
-from benchmarks.clock import free, said
+from benchmarks.clock import Late, free, said
 from benchmarks.rows import Row, number, show, write
 from benchmarks.world import MIB, SIZES, World
 
@@ -47,10 +47,6 @@ GRACE = 1.15
 """A case is stopped when it has taken so many times its share; it ends by itself before."""
 LEAST = 2.0
 """Seconds without which no case is begun."""
-
-
-class Late(BaseException):
-    """A case took too long; no error that a side may be excused for."""
 
 
 def run(given: argparse.Namespace, began: float) -> int:
@@ -85,7 +81,7 @@ def run(given: argparse.Namespace, began: float) -> int:
     title = f"{machine(device)}, {size}, {said_rates}; ms are " + ("the device's" if gpu else "of CPU time")
     print(f"{title} ({time.monotonic() - began:.0f} s)", flush=True)
     memory = given.memory_mib if given.memory_mib is not None else {"7b": 16384, "mid": 384, "tiny": 8}[size]
-    bench = Bench(world, rounds=given.rounds, memory=memory * MIB or None, counting=not given.no_counts)
+    bench = Bench(world, rounds=given.rounds, memory=memory * MIB or None, counting=not given.no_counts, warm_up=gpu)
     found: list[Row] = []
     took: dict[str, float] = {}
     left = [CASES[name] for name in names]
@@ -128,13 +124,13 @@ def taken(bench: Bench, each: Case, share: float) -> Iterator[Row]:
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Raise :class:`Late` in a block that takes longer."""
+    """Raise :class:`Late` in a block that takes longer; and again, where that was only taken note of."""
 
     def late(*_: object) -> None:
         raise Late
 
     usual = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 5)
     try:
         yield
     finally:
