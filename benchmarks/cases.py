@@ -39,7 +39,8 @@ class Bench:
 
     def take(self, sides: Mapping[str, Any], until: float | None = None, rounds: int | None = None) -> Turns:
         turns = Turns(sides, self.world.device)
-        return turns.take(self.until if until is None else until, rounds or self.rounds)
+        again = 3 if self.world.device.type == "cuda" else 1  # a graph is recorded the second time, used the third
+        return turns.take(self.until if until is None else until, rounds or self.rounds, warm_up=again)
 
     def count(self, run: Callable[[], object], side: Side, prompt: Mapping[str, Tensor]) -> Counts | None:
         if not self.counting:

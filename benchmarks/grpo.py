@@ -40,7 +40,6 @@ from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
 
-from pairs import ratios
 from rich.console import Console
 from rich.table import Table
 
@@ -515,6 +514,16 @@ def _peak(profiler: Any) -> float:
             level += event.nbytes()
             peak = max(peak, level)
     return peak / 2**20
+
+
+def ratios(title: str, seconds: dict[str, list[float]]) -> None:
+    """Print the quartiles of each side's ratio to the first side, step by step."""
+    first = seconds[next(iter(seconds))]
+    table = Table("side", "ms (median)", "ratio: quartile", "median", "quartile", title=title)
+    for name, times in seconds.items():
+        spread = quantiles([a / b for a, b in zip(times, first)], n=4)
+        table.add_row(name, f"{median(times) * 1e3:.1f}", *(f"{r:.3f}" for r in spread))
+    Console().print(table)
 
 
 class Side:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -48,56 +49,56 @@ def decoder_prefill(bench: Bench) -> Iterator[Row]:
 
     @torch.no_grad()
     def run(side: Side) -> Tensor:
-        state = decoder.prefill(world.backbone, encoded[side.name], side.pruner)
-        return world.backbone.logits(state.hidden[:, -1:])
+        state = decoder.prefill(side.backbone, encoded[side.name], side.pruner)
+        return side.backbone.logits(state.hidden[:, -1:])
 
     yield from rows("decoder prefill", bench.take({side.name: lambda side=side: run(side) for side in sides}), bounds)
 
 
 @case(gpu=12, cpu=50)
 def split(bench: Bench) -> Iterator[Row]:
-    """A prefill by part, each waited for; the VIP is what logits take beyond the glimpse, selecting what a decision
-    takes beyond its logits."""
+    """A prefill by part, each waited for; the glimpse is what the layers below K take beyond those without one, and
+    selecting what a decision takes beyond its logits."""
     world, prompt = bench.world, bench.world.prompt
     sides = world.sides()[1:]
     bounds = {side.name: world.bounds(side, prompt) for side in sides}
     turns = bench.take({side.name: stages(side, prompt) for side in sides})
-    turns.derive("vip", "logits", "glimpse")
-    turns.derive("select", "decide", "logits")
+    turns.derive("glimpse", "with glimpse", "below K")
+    turns.derive("select", "decide", "vip")
     for part in ("encode", "below K", "glimpse", "vip", "select", "above K", "head"):
         least = {name: bound.part(part) for name, bound in bounds.items()}
         yield from rows(f"split: {part}", turns, least, part=part)
 
 
 def stages(side: Side, prompt: Mapping[str, Tensor]) -> dict[str, Callable[[], None]]:
-    """The parts of a prefill, each of which goes on from the one before."""
-    backbone, pruner = side.world.backbone, side.pruner
+    """The parts of a prefill, each of which goes on from the one before, and the layers below K without the glimpse."""
+    pruner = side.pruner
     held: dict[str, Any] = {}
 
     def encode() -> None:
-        held["encoded"] = decoder.see(backbone, pruner, prompt)
+        held["encoded"] = decoder.see(side.backbone, pruner, prompt)
+
+    def alone() -> None:
+        decoder.approach(side.backbone, decoder.start(held["encoded"]), pruner)
 
     def below() -> None:
-        held["state"] = decoder.approach(backbone, decoder.start(held["encoded"]), pruner)
+        held["state"] = decoder.approach(side.backbone, decoder.start(held["encoded"]), pruner, held["encoded"])
 
-    def view() -> View:
-        return View(held["state"], held["encoded"], backbone, pruner.stops[0])
+    def predict() -> None:
+        pruner.logits(View(held["state"], held["encoded"], side.backbone, pruner.stops[0]))
 
     def decide() -> None:
-        held["state"] = decoder.decide(backbone, held["encoded"], held["state"], pruner)
+        held["state"] = decoder.decide(side.backbone, held["encoded"], held["state"], pruner)
 
     def above() -> None:
-        held["state"] = decoder.advance(backbone, held["encoded"], held["state"], pruner)
+        held["state"] = decoder.advance(side.backbone, held["encoded"], held["state"], pruner)
 
     def head() -> None:
-        backbone.logits(held["state"].hidden[:, -1:]).argmax(-1)
+        side.backbone.logits(held["state"].hidden[:, -1:]).argmax(-1)
 
-    looks = {"glimpse": lambda: pruner.probe(view()), "logits": lambda: pruner.logits(view()), "decide": decide}
-    if not pruner.stops:
-        chain = {"encode": encode, "above K": lambda: (below(), above()), "head": head}
-    else:
-        chain = {"encode": encode, "below K": below, **looks, "above K": above, "head": head}
-    return {name: torch.no_grad()(run) for name, run in chain.items()}
+    look = {"below K": alone, "with glimpse": below, "vip": predict, "decide": decide, "above K": above}
+    chain = look if pruner.stops else {"above K": lambda: (below(), above())}
+    return {name: torch.no_grad()(run) for name, run in {"encode": encode, **chain, "head": head}.items()}
 
 
 @case(gpu=12, cpu=40)
@@ -117,6 +118,9 @@ def generate(bench: Bench) -> Iterator[Row]:
     """To the first token, per further one, and 32 in all."""
     world, prompt = bench.world, bench.world.prompt
     sides = world.sides()
+    if world.device.type == "cuda":
+        sides = [*sides, replace(sides[1], name="none, launched", replays=False)]
+        sides += [replace(sides[2], name=f"{sides[2].name}, launched", replays=False)]
     lengths = {"first token": 1, f"{ANSWER} tokens": ANSWER}
     runs = {
         side.name: {part: lambda side=side, n=n: side.generate(prompt, n) for part, n in lengths.items()}

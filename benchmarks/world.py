@@ -124,6 +124,8 @@ class Side:
     name: str
     world: World
     pruner: nn.Module | None = None
+    replays: bool = True
+    """What may be a captured CUDA graph on a GPU is one."""
 
     @torch.no_grad()
     def prefill(self, prompt: dict[str, Tensor]) -> tuple[Tensor, Any]:
@@ -132,7 +134,7 @@ class Side:
             self.world.twin.model.rope_deltas = None
             out = self.world.twin(**prompt, use_cache=True, logits_to_keep=1)
             return out.logits, out.past_key_values
-        backbone = self.world.backbone
+        backbone = self.backbone
         encoded = decoder.see(backbone, self.pruner, prompt)
         state = decoder.prefill(backbone, encoded, self.pruner)
         return backbone.logits(state.hidden[:, -1:]), (state.cache, state.mask, state.positions)
@@ -143,7 +145,13 @@ class Side:
             self.world.twin.model.rope_deltas = None
             found = self.world.twin.generate(**prompt, max_new_tokens=tokens, do_sample=False)
             return found[:, prompt["input_ids"].shape[1] :]
-        return generate(self.world.backbone, self.pruner, prompt, max_new_tokens=tokens, do_sample=False).tokens
+        return generate(self.backbone, self.pruner, prompt, max_new_tokens=tokens, do_sample=False).tokens
+
+    @property
+    def backbone(self) -> qwen2_5_vl.Backbone:
+        """Ours, as this side wants it."""
+        self.world.backbone.replays = self.replays
+        return self.world.backbone
 
     @torch.no_grad()
     def tower(self, prompt: dict[str, Tensor]) -> Tensor:
@@ -151,7 +159,7 @@ class Side:
         if self.pruner is None:
             pixels, sizes = prompt["pixel_values"], prompt["image_grid_thw"]
             return torch.cat(tuple(self.world.twin.model.get_image_features(pixels, sizes).pooler_output))
-        return self.world.backbone.see(prompt, self.pruner.needs).tokens
+        return self.backbone.see(prompt, self.pruner.needs).tokens
 
 
 class World:
@@ -163,6 +171,7 @@ class World:
         self.twin = twin(self.model)
         self.backbone = qwen2_5_vl.Backbone(self.model)
         self.layers = self.backbone.num_layers
+        self.made: dict[type, list[Side]] = {}
         self.known: dict[str, Bounds] = {}
         self.none = self.place(pruners.build("none", none.Options(), self.backbone))
 
@@ -181,9 +190,11 @@ class World:
         return self.place(kind(self.backbone, glimpse.Options(**said)))
 
     def sides(self, kind: type[nn.Module] = glimpse.Pruner) -> list[Side]:
-        """Hugging Face's, unpruned, and pruned at both depths. A fast path that lands is one more."""
-        pruned = [Side(f"K = {depth}", self, self.pruner(depth, kind)) for depth in self.size.depths]
-        return [Side(HUGGING_FACE, self), Side("none", self, self.none), *pruned]
+        """Hugging Face's, unpruned, and pruned at both depths."""
+        if kind not in self.made:
+            pruned = [Side(f"K = {depth}", self, self.pruner(depth, kind)) for depth in self.size.depths]
+            self.made[kind] = [Side(HUGGING_FACE, self), Side("none", self, self.none), *pruned]
+        return self.made[kind]
 
     @cached_property
     def prompt(self) -> dict[str, Tensor]:
