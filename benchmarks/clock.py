@@ -74,7 +74,7 @@ class Turns:
         Every other round is run backwards, so that no side is always the one behind another. What has been measured
         when :class:`Late` is raised counts."""
         try:
-            self._warm(warm_up)
+            self._warm(warm_up, until)
             longest = 0.0
             for number in range(rounds if self.sides else 0):
                 began = time.monotonic()
@@ -87,12 +87,16 @@ class Turns:
             pass
         return self
 
-    def _warm(self, times: int) -> None:
+    def _warm(self, times: int, until: float) -> None:
+        """Each side once, and again, ``times`` in all, for as long as most of the time is left."""
+        enough = time.monotonic() + (until - time.monotonic()) / 4
         for name, parts in list(self.sides.items()):
             if name.endswith(AGAIN):
                 continue
             try:
-                for _ in range(times):
+                for number in range(times):
+                    if number and time.monotonic() > enough:
+                        break
                     for run in parts.values():
                         run()
             except Exception as error:  # costs this side, and no other

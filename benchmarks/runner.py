@@ -146,6 +146,7 @@ def wrong(message: str) -> int:
 def quiet() -> None:
     transformers.utils.logging.set_verbosity_error()
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", message=".*cannot be recorded as a CUDA graph")
 
 
 def machine(device: torch.device) -> str:

@@ -165,7 +165,7 @@ def example(world: World, grid: Grid) -> Inputs:
 # ---------------------------------------------------------------------------------------------------------- stage 2
 
 
-@case(gpu=20, cpu=60)
+@case(gpu=14, cpu=60)
 def rl(bench: Bench) -> Iterator[Row]:
     """A step of stage 2 on one prompt, 8 rollouts of 32 tokens, adapters above K; TRL beside it: benchmarks/grpo.py."""
     world = bench.world

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from benchmarks.clock import elapsed
+from benchmarks.clock import elapsed, free
 from glimpseprune import cost, decoder, pruners
 from glimpseprune.backbones import qwen2_5_vl
 from glimpseprune.generate import generate
@@ -149,9 +149,11 @@ class Side:
 
     @property
     def backbone(self) -> qwen2_5_vl.Backbone:
-        """Ours, as this side wants it."""
-        self.world.backbone.replays = self.replays
-        return self.world.backbone
+        """Ours, as this side wants it. One whose graphs could not be recorded is not asked for them again."""
+        world = self.world
+        world.recordable = world.recordable and not (world.replaying and not world.backbone.replays)
+        world.replaying = world.backbone.replays = self.replays and world.recordable
+        return world.backbone
 
     @torch.no_grad()
     def tower(self, prompt: dict[str, Tensor]) -> Tensor:
@@ -171,6 +173,7 @@ class World:
         self.twin = twin(self.model)
         self.backbone = qwen2_5_vl.Backbone(self.model)
         self.layers = self.backbone.num_layers
+        self.recordable, self.replaying = True, False
         self.made: dict[type, list[Side]] = {}
         self.known: dict[str, Bounds] = {}
         self.none = self.place(pruners.build("none", none.Options(), self.backbone))
@@ -178,6 +181,11 @@ class World:
     def again(self) -> qwen2_5_vl.Backbone:
         """Another backbone on the same weights, for what puts adapters into its own."""
         return qwen2_5_vl.Backbone(twin(self.twin))
+
+    def forget(self) -> None:
+        """Let recorded graphs and their buffers go."""
+        self.backbone.captured.clear()
+        free()
 
     def place(self, pruner: nn.Module) -> nn.Module:
         return pruner.to(self.device).eval()
