@@ -272,7 +272,7 @@ def counts(bench: Bench) -> Iterator[Row]:
     world = bench.world
     if world.device.type == "cuda":
         return
-    narrow = World(thin(SIZES["7b"] if world.size is not SIZES["tiny"] else world.size), world.device, world.dtype)
+    narrow = World(thin(SIZES["tiny" if world.size_name == "tiny" else "7b"]), world.device, world.dtype)
     own = Bench(narrow, bench.until, warm_up=False)
     for side in narrow.sides():
         whole = own.count(lambda side=side: side.prefill(narrow.prompt), side, narrow.prompt)

@@ -21,7 +21,7 @@ from benchmarks import ROOT, feeding, inference, training
 from benchmarks.cases import Bench, Case
 from benchmarks.clock import Late, free, said
 from benchmarks.rows import Row, number, show, write
-from benchmarks.world import MIB, SIZES, World
+from benchmarks.world import MIB, World
 
 CASES: dict[str, Case] = {
     each.name: each
@@ -36,6 +36,7 @@ CASES: dict[str, Case] = {
         inference.largest_batch,
         training.stage_1,
         training.rl,
+        training.rl_trl,
         inference.generate_long,
         inference.counts,
         feeding.evaluate,
@@ -45,13 +46,16 @@ CASES: dict[str, Case] = {
 """Most important first."""
 GRACE = 1.15
 """A case is stopped when it has taken so many times its share; it ends by itself before."""
+ASKED = 60
+"""Of a case that runs only where it is asked for."""
 LEAST = 2.0
 """Seconds without which no case is begun."""
 
 
 def run(given: argparse.Namespace, began: float) -> int:
     """What the command line asks for; 0, or 2 for a mistake in it."""
-    names = list(CASES) if not given.cases else given.cases.split(",")
+    usual = [name for name, each in CASES.items() if (each.gpu if given.gpu else each.cpu)]
+    names = given.cases.split(",") if given.cases else usual
     if given.list:
         for each in CASES.values():
             print(f"{each.name:18} {each.about}")
@@ -74,7 +78,7 @@ def run(given: argparse.Namespace, began: float) -> int:
         "versions": versions(),
         "arguments": vars(given) | {"out": str(out)},
     }
-    world = World(SIZES[size], device, torch.bfloat16 if gpu else torch.float32)
+    world = World(size, device, torch.bfloat16 if gpu else torch.float32)
     rates = world.rates
     about["rates"] = {"TFLOP/s": rates.flops / 1e12, "GB/s": rates.bytes / 1e9}
     said_rates = f"{number(rates.flops / 1e12)} TFLOP/s {str(world.dtype)[6:]}, {number(rates.bytes / 1e9)} GB/s copied"
@@ -88,8 +92,8 @@ def run(given: argparse.Namespace, began: float) -> int:
     try:
         while left:
             each = left.pop(0)
-            weight = [case.gpu if given.gpu else case.cpu for case in (each, *left)]
-            share = (began + budget - time.monotonic()) * weight[0] / max(1, sum(weight))
+            weight = [(case.gpu if given.gpu else case.cpu) or ASKED for case in (each, *left)]
+            share = (began + budget - time.monotonic()) * weight[0] / sum(weight)
             start = time.monotonic()
             for row in taken(bench, each, share):
                 found.append(row)

@@ -173,8 +173,30 @@ def rl(bench: Bench) -> Iterator[Row]:
     inputs = example(world, grid)
     runs = {side: rl_step(world, inputs, side) for side in ("none", "glimpse")}
     yield from rows(f"RL, {grid[0] * grid[1]:,} tokens", bench.take(runs), samples=ROLLOUTS)
-    if find_spec("trl") is None:
-        yield Row("RL", "TRL", note="skipped: needs trl")
+    yield Row("RL", "TRL", note="needs trl" if find_spec("trl") is None else "by --cases rl-trl")
+
+
+@case(gpu=0, cpu=0)
+def rl_trl(bench: Bench) -> Iterator[Row]:
+    """A whole step of stage 2 beside one of TRL's GRPOTrainer, each in a process of its own, from images to updated
+    adapters (wall time): benchmarks/grpo.py. Only where it is asked for."""
+    import datasets  # noqa: F401 (which TRL needs)
+    import trl  # noqa: F401
+
+    from benchmarks import grpo
+
+    setting = grpo.Setting.of(bench.world.size_name, steps=3, warm_up=1)
+    sides = ("TRL", "ours", "ours (A/A)")
+    log = grpo.measure(setting, sides)
+    seconds = {name: [sum(wall for wall, _ in spent.values()) for spent, _ in log[name]] for name in sides}
+    for name in sides:
+        ratio = Spread.of([a / b for a, b in zip(seconds[name], seconds["TRL"])]) if name != "TRL" else None
+        times = Spread.of([each * 1e3 for each in seconds[name]])
+        rate = setting.rollouts / times.median * 1e3
+        yield Row("RL beside TRL", name, value=times, ratio=ratio, rate=rate, rounds=setting.steps)
+    for name in sides:
+        held = max(facts["rss"] for _, facts in log[name])
+        yield Row("RL beside TRL: peak", name, "MiB", Spread.of([held]))
 
 
 def rl_step(world: World, inputs: Inputs, kind: str) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -167,9 +167,12 @@ class Side:
 class World:
     """A model on a device, its sides and its prompts."""
 
-    def __init__(self, size: Size, device: torch.device, dtype: torch.dtype) -> None:
-        self.size, self.device, self.dtype = size, device, dtype
-        self.model = build(size, device, dtype)
+    def __init__(self, size: str | Size, device: torch.device, dtype: torch.dtype) -> None:
+        """``size``: one of ``SIZES`` by name, or another."""
+        self.size_name = size if isinstance(size, str) else ""
+        self.size: Size = SIZES[size] if isinstance(size, str) else size
+        self.device, self.dtype = device, dtype
+        self.model = build(self.size, device, dtype)
         self.twin = twin(self.model)
         self.backbone = qwen2_5_vl.Backbone(self.model)
         self.layers = self.backbone.num_layers
@@ -389,16 +392,26 @@ def _size(module: nn.Module) -> int:
 # ----------------------------------------------------------------------------------------------------------- the models
 
 
-def build(size: Size, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """A random Qwen2.5-VL, made where it stays, frozen."""
-    vocabulary = size.text["vocab_size"]
-    special = {"image_token_id": 1, "video_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4}
-    special = {name: vocabulary - number for name, number in special.items()}
+def build(
+    size: Size, device: torch.device, dtype: torch.dtype, ids: Mapping[str, int | None] | None = None
+) -> nn.Module:
+    """A random Qwen2.5-VL, made where it stays, frozen. ``ids``: of its special tokens, where a tokenizer has others
+    than the last ones of the vocabulary."""
+    last = size.text["vocab_size"] - 1
+    ids = ids or {
+        "image": last,
+        "video": last - 1,
+        "vision_start": last - 2,
+        "vision_end": last - 3,
+        "pad": 0,
+        "end": None,
+    }
+    special = {f"{name}_token_id": ids[name] for name in ("image", "video", "vision_start", "vision_end")}
     text = size.text | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": list(size.sections)},
         "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": 0,
+        "eos_token_id": ids["end"],
+        "pad_token_id": ids["pad"],
         "max_position_embeddings": 128000,
         "tie_word_embeddings": False,
     }
@@ -412,7 +425,7 @@ def build(size: Size, device: torch.device, dtype: torch.dtype) -> nn.Module:
             model = Qwen2_5_VLForConditionalGeneration(config)
     finally:
         torch.set_default_dtype(usual)
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = None, 0
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = ids["end"], ids["pad"]
     return model.eval().requires_grad_(False)
 
 
