@@ -1,4 +1,4 @@
-"""python -m benchmarks [--gpu] [--cases a,b] [--list] [--tiny] [--budget-s S] [--memory-mib M] [--out FILE]"""
+"""python -m benchmarks [--gpu] [--cases a,b] [--list] [--tiny] [--budget-s S] [--against FILE] [--out FILE]"""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--memory-mib", type=int, help="for the largest batch, above the weights; 0: the whole GPU")
     parser.add_argument("--no-counts", action="store_true", help="count neither kernels nor host syncs")
+    parser.add_argument("--against", type=Path, help="JSON file of another run on this machine, to be compared with")
     parser.add_argument("--out", type=Path, help="JSON file (default: benchmarks/results/<size>-<device>.json)")
     given = parser.parse_args(argv)
     if not given.gpu:

@@ -30,14 +30,18 @@ class Row:
     """Samples per second."""
     kernels: int | None = None
     syncs: int | None = None
+    before: float | None = None
+    """The value in a file of another run."""
     rounds: int = 1
     note: str = ""
     more: dict[str, Any] = field(default_factory=dict)
     """For the JSON only."""
 
 
-COLUMNS = ("case", "side", "", "quartiles", "bound", "x bound", ": first", "quartiles", "bound", "/s", "kernels",
-           "syncs", "n")  # fmt: skip
+COLUMNS = (
+    *("case", "side", "", "quartiles", "bound", "x bound", ": first", "quartiles", "bound"),
+    *("before", "now : before", "/s", "kernels", "syncs", "n"),
+)
 
 
 def cells(row: Row) -> list[str]:
@@ -52,6 +56,8 @@ def cells(row: Row) -> list[str]:
         f"{ratio.median:.3f}" if ratio else "",
         f"{ratio.low:.3f} .. {ratio.high:.3f}" if ratio and row.rounds > 1 else "",
         f"{row.ratio_bound:.3f}" if row.ratio_bound else "",
+        number(row.before),
+        f"{value.median / row.before:.3f}" if value and row.before else "",
         number(row.rate),
         number(row.kernels),
         number(row.syncs),
@@ -71,6 +77,8 @@ def number(value: float | None) -> str:
 def show(rows: Sequence[Row], title: str) -> None:
     """Print the table: rich where it is, plain columns elsewhere; below it what gave no figure, and why."""
     body = [cells(row) for row in rows if row.value or row.kernels is not None]
+    used = [place for place, name in enumerate(COLUMNS) if place < 2 or any(row[place] for row in body)]
+    names, body = [COLUMNS[place] for place in used], [[row[place] for place in used] for row in body]
     for above, below in reversed(list(zip(body, body[1:]))):
         if above[0] == below[0]:
             below[0] = ""
@@ -79,15 +87,15 @@ def show(rows: Sequence[Row], title: str) -> None:
         from rich.table import Table
 
         table = Table(title=title, title_justify="left", box=None, header_style="bold")
-        for place, name in enumerate(COLUMNS):
+        for place, name in enumerate(names):
             table.add_column(name, justify="left" if place < 2 else "right", no_wrap=True)
         for row in body:
             table.add_row(*row)
         Console(width=200).print(table)
     else:
-        widths = [max(len(line[place]) for line in (COLUMNS, *body)) for place in range(len(COLUMNS))]
+        widths = [max(map(len, column)) for column in zip(names, *body)]
         print(title)
-        for line in (COLUMNS, *body):
+        for line in (names, *body):
             print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     for row in rows:
         if row.note:
@@ -101,6 +109,12 @@ def write(path: Path, rows: Sequence[Row], about: Mapping[str, Any]) -> None:
     new = path.with_suffix(".new")
     new.write_text(json.dumps(_rounded(content), indent=1) + "\n", encoding="utf-8")
     new.replace(path)
+
+
+def values(path: Path) -> dict[tuple[str, str], float]:
+    """(case, side) -> the median of each row of a file that :func:`write` wrote."""
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return {(row["case"], row.get("side", "")): row["value"]["median"] for row in rows if "value" in row}
 
 
 def _rounded(value: Any) -> Any:

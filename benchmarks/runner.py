@@ -6,6 +6,7 @@ import argparse
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -13,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +22,7 @@ import transformers
 from benchmarks import ROOT, feeding, inference, training
 from benchmarks.cases import Bench, Case
 from benchmarks.clock import Late, free, said
-from benchmarks.rows import Row, number, show, write
+from benchmarks.rows import Row, number, show, values, write
 from benchmarks.world import MIB, World
 
 CASES: dict[str, Case] = {
@@ -50,6 +52,10 @@ ASKED = 60
 """Of a case that runs only where it is asked for."""
 LEAST = 2.0
 """Seconds without which no case is begun."""
+BUDGET = {True: 230, False: 590}
+"""Seconds for all, on a GPU or not."""
+MEMORY = {"7b": 16384, "mid": 384, "tiny": 8}
+"""MiB for the largest batch."""
 
 
 def run(given: argparse.Namespace, began: float) -> int:
@@ -64,48 +70,62 @@ def run(given: argparse.Namespace, began: float) -> int:
         return wrong(f"no case '{unknown[0]}': choose from {', '.join(CASES)}")
     if given.gpu and not (torch.cuda.is_available() or given.tiny):
         return wrong("--gpu: torch finds no CUDA device here; --gpu --tiny runs the same code on a CPU")
+    if given.against and not given.against.is_file():
+        return wrong(f"--against: there is no file '{given.against}'")
     gpu = given.gpu and torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     size = "tiny" if given.tiny else "7b" if given.gpu else "mid"
-    budget = given.budget_s or (230 if given.gpu else 590)
-    out = given.out or ROOT / "benchmarks" / "results" / f"{size}-{device.type}.json"
     quiet()
     if not gpu:
         torch.set_num_threads(given.threads)
-    about = {
-        "machine": machine(device),
-        "size": size,
-        "versions": versions(),
-        "arguments": vars(given) | {"out": str(out)},
-    }
     world = World(size, device, torch.bfloat16 if gpu else torch.float32)
-    rates = world.rates
-    about["rates"] = {"TFLOP/s": rates.flops / 1e12, "GB/s": rates.bytes / 1e9}
-    said_rates = f"{number(rates.flops / 1e12)} TFLOP/s {str(world.dtype)[6:]}, {number(rates.bytes / 1e9)} GB/s copied"
-    title = f"{machine(device)}, {size}, {said_rates}; ms are " + ("the device's" if gpu else "of CPU time")
-    print(f"{title} ({time.monotonic() - began:.0f} s)", flush=True)
-    memory = given.memory_mib if given.memory_mib is not None else {"7b": 16384, "mid": 384, "tiny": 8}[size]
+    about = described(world)
+    print(f"{about['title']} ({time.monotonic() - began:.0f} s)", flush=True)
+    memory = given.memory_mib if given.memory_mib is not None else MEMORY[size]
     bench = Bench(world, rounds=given.rounds, memory=memory * MIB or None, counting=not given.no_counts, warm_up=gpu)
+    out = given.out or ROOT / "benchmarks" / "results" / f"{size}-{device.type}.json"
+    before = values(given.against) if given.against else {}
     found: list[Row] = []
-    took: dict[str, float] = {}
-    left = [CASES[name] for name in names]
     try:
-        while left:
-            each = left.pop(0)
-            weight = [(case.gpu if given.gpu else case.cpu) or ASKED for case in (each, *left)]
-            share = (began + budget - time.monotonic()) * weight[0] / sum(weight)
-            start = time.monotonic()
-            for row in taken(bench, each, share):
-                found.append(row)
-                write(out, found, about | {"seconds": took})
-            took[each.name] = time.monotonic() - start
-            print(f"{each.name}: {took[each.name]:.0f} s", flush=True)
-            free()
+        for row in all_of(bench, names, began + (given.budget_s or BUDGET[given.gpu]), given.gpu, about):
+            row.before = before.get((row.case, row.side))
+            found.append(row)
+            write(out, found, about)
     finally:  # also of one who stops it
-        write(out, found, about | {"seconds": took})
-        show(found, title)
+        show(found, about["title"])
         print(f"{time.monotonic() - began:.0f} s; {out}")
     return 0
+
+
+def all_of(bench: Bench, names: list[str], until: float, gpu: bool, about: dict[str, Any]) -> Iterator[Row]:
+    """The rows of the cases, each of which has its share of the time that is left."""
+    weights = {name: (CASES[name].gpu if gpu else CASES[name].cpu) or ASKED for name in names}
+    took = about.setdefault("seconds", {})
+    for place, name in enumerate(names):
+        began = time.monotonic()
+        share = (until - began) * weights[name] / sum(weights[each] for each in names[place:])
+        yield from taken(bench, CASES[name], share)
+        took[name] = time.monotonic() - began
+        print(f"{name}: {took[name]:.0f} s", flush=True)
+        free()
+
+
+def described(world: World) -> dict[str, Any]:
+    """The machine, what it can do, and what is measured on it."""
+    rates, device = world.rates, world.device
+    gpu = device.type == "cuda"
+    cpu = f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+    machine = torch.cuda.get_device_name(device) if gpu else cpu
+    can = f"{number(rates.flops / 1e12)} TFLOP/s {str(world.dtype)[6:]}, {number(rates.bytes / 1e9)} GB/s copied"
+    return {
+        "title": f"{machine}, {world.size_name}, {can}; ms are {'of the device' if gpu else 'of CPU time'}",
+        "machine": machine,
+        "size": world.size_name,
+        "TFLOP/s": rates.flops / 1e12,
+        "GB/s": rates.bytes / 1e9,
+        "commit": commit(),
+        "versions": versions(),
+    }
 
 
 def taken(bench: Bench, each: Case, share: float) -> Iterator[Row]:
@@ -153,10 +173,13 @@ def quiet() -> None:
     warnings.filterwarnings("always", message=".*cannot be recorded as a CUDA graph")
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} cores"
+def commit() -> str:
+    """Of the checkout; empty where that is none."""
+    try:
+        asked = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
 
 
 def versions() -> dict[str, str]:

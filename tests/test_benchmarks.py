@@ -258,6 +258,15 @@ def test_pruned_sides_keep_what_they_are_told(small):
     assert state.trace[-1].kept.tolist() == [2, 5, 5, 1]  # 3.1, 10, 6.1 and 5% of 90, 56, 90 and 16, one at least
 
 
+def test_graphs_that_cannot_be_recorded_are_not_asked_for_again(small):
+    _, none = small.sides()[:2]
+    launched = replace(none, replays=False)
+    assert [side.backbone.replays for side in (none, launched, none)] == [True, False, True]
+    small.backbone.replays = False  # what a recording that fails leaves behind
+    assert [side.backbone.replays for side in (none, launched, none)] == [False, False, False]
+    small.recordable = True
+
+
 def test_rows_of_a_batch_alone(small):
     prompt = small.batch(3)
     _, none = small.sides()[:2]
@@ -386,12 +395,13 @@ def test_rows_are_written_as_they_come(tmp_path):
                   "bound": 1.0, "rounds": 1, "more": {"all": [1.0, 3.0]}}],
     }  # fmt: skip
     assert [each.name for each in out.parent.iterdir()] == ["found.json"]
+    assert rows.values(out) == {("a", "one"): 2.0}
 
 
 def test_the_table_is_plain_without_rich(monkeypatch, capsys):
     found = [
         Row("a", "one", value=Spread(1.0, 2.0, 3.0), bound=1.5, rounds=3),
-        Row("a", "two", value=Spread(4.0, 4.0, 4.0), ratio=Spread(1.9, 2.0, 2.1), rounds=3),
+        Row("a", "two", value=Spread(4.0, 4.0, 4.0), ratio=Spread(1.9, 2.0, 2.1), rounds=3, before=8.0),
         Row("b", note="skipped: needs luck"),
     ]
     monkeypatch.setattr(rows, "find_spec", lambda name: None)
@@ -399,13 +409,17 @@ def test_the_table_is_plain_without_rich(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "title" and lines[1].startswith("case")
     assert lines[2].split() == "a one 2.00 ms 1.00 .. 3.00 1.50 1.33 3".split()
-    assert lines[3].split() == "two 4.00 ms 4.00 .. 4.00 2.000 1.900 .. 2.100 3".split()
+    assert lines[3].split() == "two 4.00 ms 4.00 .. 4.00 2.000 1.900 .. 2.100 8.00 0.500 3".split()
     assert lines[4] == "b: skipped: needs luck"
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
-    [(["--cases", "prefil"], "no case 'prefil': choose from prefill"), (["--gpu"], "torch finds no CUDA device here")],
+    [
+        (["--cases", "prefil"], "no case 'prefil': choose from prefill"),
+        (["--gpu"], "torch finds no CUDA device here"),
+        (["--against", "nowhere.json"], "there is no file 'nowhere.json'"),
+    ],
 )
 def test_what_is_wrong_is_said(arguments, said, capsys):
     if torch.cuda.is_available() and arguments == ["--gpu"]:
