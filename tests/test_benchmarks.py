@@ -93,7 +93,7 @@ def test_what_a_model_needs_is_imported_from_a_bare_checkout():
 def test_cases_run_from_a_bare_checkout(tmp_path):
     out = tmp_path / "found.json"
     code = "import benchmarks.__main__\nsys.exit(benchmarks.__main__.main(sys.argv[1:]))"
-    given = ["--tiny", "--cases", "prefill,stage-1,shards", "--rounds", "1", "--budget-s", "200", "--out", str(out)]
+    given = ["--tiny", "--cases", "prefill,evaluate,stage-1,shards", "--rounds", "1", "--budget-s", "200", "--out", str(out)]
     done = bare(code, *given)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
@@ -102,6 +102,7 @@ def test_cases_run_from_a_bare_checkout(tmp_path):
     for row in sides.values():
         assert row["bound"] > 0 and row["kernels"] > 0 and row["syncs"] > 0
     assert sides["K = 4"]["ratio_bound"] != 1
+    assert sum(row["case"] == "evaluate 4" for row in found["rows"]) == 5
     notes = {row["case"]: row["note"] for row in found["rows"] if "note" in row}
     assert notes == {"stage-1": "skipped: needs lightning", "shards": "skipped: needs PIL"}
     assert "skipped: needs lightning" in done.stdout

@@ -255,9 +255,9 @@ class Evaluation:
 
     def picture(self, method: Method, sample: Sample, rollout: Rollout, draw: int, text: str, kept: float) -> None:
         """What a listed method kept, of the first few samples."""
-        from glimpseprune.pictures import panel
-
         if method.listed and len(self.panels.get(method.name, ())) < self.cfg.pictures:
+            from glimpseprune.pictures import panel
+
             lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {kept:.1%}"]
             self.panels[method.name].append(panel(sample, rollout.keep_maps()[draw], lines))
 
