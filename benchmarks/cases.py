@@ -7,12 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from benchmarks.clock import AGAIN, Spread, Turns
 from benchmarks.counters import Counts, count
 from benchmarks.rows import Row
-from benchmarks.world import Side, World
+from benchmarks.world import Prompt, Side, World
 
 ANSWER = 32
 """New tokens."""
@@ -42,11 +40,10 @@ class Bench:
         again = 3 if self.world.device.type == "cuda" else 1  # a graph is recorded the second time, used the third
         return turns.take(self.until if until is None else until, rounds or self.rounds, warm_up=again)
 
-    def count(self, run: Callable[[], object], side: Side, prompt: Mapping[str, Tensor]) -> Counts | None:
+    def count(self, run: Callable[[], object], side: Side, prompt: Prompt) -> Counts | None:
         if not self.counting:
             return None
-        held = [*prompt.values(), self.world.model, self.world.twin, *filter(None, [side.pruner])]
-        return count(run, self.world.device, held, self.warm_up)
+        return count(run, self.world.device, side.held(prompt), self.warm_up)
 
 
 @dataclass(frozen=True)

@@ -27,13 +27,16 @@ SAMPLES, SIDE = 64, 336
 def evaluate(bench: Bench) -> Iterator[Row]:
     """A batch of 4 through the engine of src.evaluate, 8 tokens an answer: one method, and three on one encoding;
     beside Hugging Face's generate, one sample after the other."""
+    from PIL.Image import new  # which tells pictures from each other by their pixels
+
     from glimpseprune.evaluation import Evaluation, Method
 
     world = bench.world
     plain, none, *pruned = world.sides()
     prompt = world.batch(ROWS)
     alone = world.rows_of(prompt)
-    inputs = Inputs(prompt, [Sample(str(row), "?", ("a",), []) for row in range(ROWS)])
+    pictures = [new("L", (28, 28), shade) for shade in range(ROWS)]
+    inputs = Inputs(prompt, [Sample(str(row), "?", ("a",), [picture]) for row, picture in enumerate(pictures)])
     words = SimpleNamespace(batch_decode=lambda rows, **_: ["a"] * len(rows))
     world.backbone.processor = SimpleNamespace(tokenizer=words)
     options = {"max_new_tokens": TOKENS, "temperature": 0.0, "sample_keep": False, "samples": 1, "seed": 0}

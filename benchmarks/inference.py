@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -15,13 +15,14 @@ from benchmarks.cases import ANSWER, Bench, case, rows
 from benchmarks.clock import Spread, elapsed, free, said
 from benchmarks.counters import Counts, peak
 from benchmarks.rows import Row
-from benchmarks.world import MIB, SIZES, Ragged, Side, World, thin
+from benchmarks.world import MIB, SIZES, Prompt, Ragged, Side, World, thin
 from glimpseprune import decoder
 from glimpseprune.decoder import View
 
 LONG = 256
 """New tokens."""
 BATCHES = (8, 16, 1, 4)
+QUESTIONS = 4
 
 
 # ---------------------------------------------------------------------------------------------------------- one prompt
@@ -70,7 +71,7 @@ def split(bench: Bench) -> Iterator[Row]:
         yield from rows(f"split: {part}", turns, least, part=part)
 
 
-def stages(side: Side, prompt: Mapping[str, Tensor]) -> dict[str, Callable[[], None]]:
+def stages(side: Side, prompt: Prompt) -> dict[str, Callable[[], None]]:
     """The parts of a prefill, each of which goes on from the one before, and the layers below K without the glimpse."""
     pruner = side.pruner
     held: dict[str, Any] = {}
@@ -200,6 +201,15 @@ def batch_of(bench: Bench, size: int, until: float, looped: bool) -> Iterator[Ro
         alone, side = bench.world.rows_of(prompt), sides[2]
         runs[f"{side.name}, in a loop"] = lambda: [side.generate(row, ANSWER) for row in alone]
     yield from rows(f"batch of {size}", bench.take(runs, until), bounds, samples=size)
+
+
+@case(gpu=12, cpu=50)
+def questions(bench: Bench) -> Iterator[Row]:
+    """32 tokens behind each of 4 questions on one image, in one batch; ours sees the image once."""
+    prompt, sides = bench.world.questions(QUESTIONS), bench.world.sides()
+    bounds = {side.name: bench.world.bounds(side, prompt).generate(ANSWER) for side in sides}
+    turns = bench.take({side.name: lambda side=side: side.generate(prompt, ANSWER) for side in sides})
+    yield from rows(f"{QUESTIONS} questions", turns, bounds, samples=QUESTIONS)
 
 
 @case(gpu=26, cpu=60)

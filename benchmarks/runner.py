@@ -35,6 +35,7 @@ CASES: dict[str, Case] = {
         inference.generate,
         inference.memory,
         inference.batch,
+        inference.questions,
         inference.largest_batch,
         training.stage_1,
         training.rl,

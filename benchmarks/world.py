@@ -106,6 +106,14 @@ def thin(size: Size) -> Size:
     return replace(size, text=text | {"vocab_size": 512}, vision=vision, sections=(1, 1, 2), predictor=predictor)
 
 
+class Prompt(dict[str, Tensor]):
+    """As a processor returns it, pixels on the device already; ``placed``: all of it, which Hugging Face's asks for."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], device: torch.device) -> None:
+        super().__init__({**tensors, "pixel_values": tensors["pixel_values"].to(device)})
+        self.placed = {name: x.to(device, copy=name != "pixel_values") for name, x in self.items()}
+
+
 class Ragged(glimpse.Pruner):
     """Keeps another fraction of each row: what a batch is like in use."""
 
@@ -128,24 +136,30 @@ class Side:
     """What may be a captured CUDA graph on a GPU is one."""
 
     @torch.no_grad()
-    def prefill(self, prompt: dict[str, Tensor]) -> tuple[Tensor, Any]:
+    def prefill(self, prompt: Prompt) -> tuple[Tensor, Any]:
         """From pixels to the logits of the last position; and what decoding goes on from."""
         if self.pruner is None:
             self.world.twin.model.rope_deltas = None
-            out = self.world.twin(**prompt, use_cache=True, logits_to_keep=1)
+            out = self.world.twin(**prompt.placed, use_cache=True, logits_to_keep=1)
             return out.logits, out.past_key_values
         backbone = self.backbone
         encoded = decoder.see(backbone, self.pruner, prompt)
         state = decoder.prefill(backbone, encoded, self.pruner)
         return backbone.logits(state.hidden[:, -1:]), (state.cache, state.mask, state.positions)
 
-    def generate(self, prompt: dict[str, Tensor], tokens: int) -> Tensor:
+    def generate(self, prompt: Prompt, tokens: int) -> Tensor:
         """So many new tokens, greedily; none of them ends an answer."""
         if self.pruner is None:
             self.world.twin.model.rope_deltas = None
-            found = self.world.twin.generate(**prompt, max_new_tokens=tokens, do_sample=False)
+            found = self.world.twin.generate(**prompt.placed, max_new_tokens=tokens, do_sample=False)
             return found[:, prompt["input_ids"].shape[1] :]
         return generate(self.backbone, self.pruner, prompt, max_new_tokens=tokens, do_sample=False).tokens
+
+    def held(self, prompt: Prompt) -> list[Tensor | nn.Module]:
+        """What is on the device before it runs."""
+        if self.pruner is None:
+            return [*prompt.placed.values(), self.world.twin]
+        return [prompt["pixel_values"], self.world.model, self.pruner]
 
     @property
     def backbone(self) -> qwen2_5_vl.Backbone:
@@ -156,10 +170,10 @@ class Side:
         return world.backbone
 
     @torch.no_grad()
-    def tower(self, prompt: dict[str, Tensor]) -> Tensor:
+    def tower(self, prompt: Prompt) -> Tensor:
         """Pixels to visual tokens, with what the pruner wants of the tower."""
         if self.pruner is None:
-            pixels, sizes = prompt["pixel_values"], prompt["image_grid_thw"]
+            pixels, sizes = prompt.placed["pixel_values"], prompt.placed["image_grid_thw"]
             return torch.cat(tuple(self.world.twin.model.get_image_features(pixels, sizes).pooler_output))
         return self.backbone.see(prompt, self.pruner.needs).tokens
 
@@ -208,14 +222,14 @@ class World:
         return self.made[kind]
 
     @cached_property
-    def prompt(self) -> dict[str, Tensor]:
+    def prompt(self) -> Prompt:
         return self.prompts([self.size.grid])
 
-    def batch(self, rows: int) -> dict[str, Tensor]:
+    def batch(self, rows: int) -> Prompt:
         """Prompts of unequal lengths."""
         return self.prompts([self.size.small[row % len(self.size.small)] for row in range(rows)])
 
-    def prompts(self, grids: Sequence[Grid]) -> dict[str, Tensor]:
+    def prompts(self, grids: Sequence[Grid]) -> Prompt:
         """One image of ``grids`` visual tokens each, between random words, left-padded: what a processor returns."""
         random, config, before = torch.Generator().manual_seed(0), self.model.config, self.size.before
         rows = []
@@ -238,15 +252,25 @@ class World:
             "pixel_values": torch.randn(patches, self.backbone.shapes.tower.patch, generator=random).to(self.dtype),
             "image_grid_thw": torch.tensor([[1, 2 * high, 2 * wide] for high, wide in grids]),
         }
-        return {name: tensor.to(self.device) for name, tensor in prompt.items()}
+        return Prompt(prompt, self.device)
 
-    def rows_of(self, prompt: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    def questions(self, count: int) -> Prompt:
+        """So many on one image; Hugging Face's takes it as often."""
+        prompt = self.prompts([self.size.trained[-1]] * count)
+        image = prompt["pixel_values"][: len(prompt["pixel_values"]) // count]
+        once = {"pixel_values": image, "image_grid_thw": prompt["image_grid_thw"][:1]}
+        asked = Prompt({**prompt, **once, "image_index": torch.zeros(count, dtype=torch.long)}, self.device)
+        asked.placed = prompt.placed | {"pixel_values": image.repeat(count, 1)}
+        return asked
+
+    def rows_of(self, prompt: Prompt) -> list[Prompt]:
         """Each prompt of a batch alone, without padding."""
         alone = []
         for row in range(len(prompt["input_ids"])):
             own = self.backbone.choose(prompt, torch.tensor([row]))
             left = own["attention_mask"][0].bool()
-            alone.append({name: x[:, left] if x.shape == own["attention_mask"].shape else x for name, x in own.items()})
+            own = {name: x[:, left] if x.shape == own["attention_mask"].shape else x for name, x in own.items()}
+            alone.append(Prompt(own, self.device))
         return alone
 
     # ------------------------------------------------------------------------------------------------------- bounds
@@ -256,15 +280,16 @@ class World:
         return Rates.measured(self.device, self.dtype)
 
     @torch.no_grad()
-    def ran(self, side: Side, prompt: dict[str, Tensor]) -> tuple[Encoded, Prefill]:
+    def ran(self, side: Side, prompt: Prompt) -> tuple[Encoded, Prefill]:
         """What a side did with a prompt, to be counted; Hugging Face's is what the unpruned one did."""
         pruner = side.pruner or self.none
         encoded = decoder.see(self.backbone, pruner, prompt)
         return encoded, decoder.prefill(self.backbone, encoded, pruner)
 
-    def bounds(self, side: Side, prompt: dict[str, Tensor]) -> Bounds:
+    def bounds(self, side: Side, prompt: Prompt) -> Bounds:
         if prompt is not self.prompt:
-            return Bounds.of(self, *self.ran(side, prompt))
+            pictures = len(prompt["image_grid_thw"]) if side.pruner else len(prompt.placed["image_grid_thw"])
+            return Bounds.of(self, *self.ran(side, prompt), pictures)
         if side.name not in self.known:
             self.known[side.name] = Bounds.of(self, *self.ran(side, prompt))
         return self.known[side.name]
@@ -343,12 +368,13 @@ class Bounds:
         return self.prefill + (tokens - 1) * self.token
 
     @classmethod
-    def of(cls, world: World, encoded: Encoded, state: Prefill) -> Bounds:
+    def of(cls, world: World, encoded: Encoded, state: Prefill, pictures: int | None = None) -> Bounds:
+        """``pictures``: that the tower sees, of one size where they are fewer than images."""
         shapes, rates, layers = world.backbone.shapes, world.rates, world.layers
         texts = (encoded.mask.sum(1) - encoded.visual.sum(1)).tolist()
         item = encoded.embeds.element_size()
         below = above = tower = decisions = vip = token = 0.0
-        cache = 0
+        cache, images = 0, sum(map(len, encoded.layouts))
         for row, text in enumerate(texts):
             steps, layouts = cost.steps_of(state.trace, row), encoded.layouts[row]
             spans = cost.spans(layers, steps)
@@ -369,7 +395,7 @@ class Bounds:
         weights = [_size(layer) for layer in world.backbone.text_model.layers]
         head = 2 * shapes.decoder.width * shapes.decoder.vocab * len(texts)
         return cls(
-            tower=rates.ms(tower, _size(world.backbone.tower)),
+            tower=rates.ms(tower * (pictures or images) / images, _size(world.backbone.tower)),
             below=rates.ms(below, sum(weights[:depth])),
             glimpse=rates.ms(decisions - vip, sum(weights[:depth]) if depth else 0),
             vip=rates.ms(vip, 0),
