@@ -106,12 +106,14 @@ WAITING = {  # the host must know a number to go on, or the sizes of what comes
 NOTHING = {"_unsafe_view", "_reshape_alias", "lift_fresh", "_local_scalar_dense", "detach", "alias"}
 """Operations that start no kernel, beside those that only look at another's memory or ask for some."""
 MAKERS = {torch.tensor, torch.as_tensor, torch.asarray}
+DEVICE, DEVICE_OF = torch.device("cpu", 0), Tensor.device.__get__
+"""What tensors on the device say where they are: a CPU for torch, and another one than the host's."""
 READERS = {Tensor.tolist, Tensor.cpu, Tensor.numpy}
 
 
 class Counting(TorchDispatchMode):
     """While it lasts, counts ``kernels`` and ``syncs`` on the tensors that would be on a device: ``on_device``, what is
-    made there by name, and all that is computed from them. Numbers and devices stay as they are."""
+    made or moved where these are, and all that is computed from them. Numbers stay as they are."""
 
     def __init__(self, on_device: Iterable[Tensor | nn.Module]) -> None:
         super().__init__()
@@ -170,18 +172,35 @@ class _Calls(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        own = bool(args) and _is_marked(args[0])
+        if own and func == DEVICE_OF:  # made anew each time it is asked for
+            return DEVICE
         found = func(*args, **kwargs)
         if func in READERS:
-            if _is_marked(args[0]):
+            if own:
                 self.counting.wait(func.__name__)
-            return found.detach() if found is args[0] else found  # a copy, which the host has
+            return _read(found)
         device = kwargs.get("device", args[1] if func is Tensor.to and len(args) > 1 else None)
-        if isinstance(found, Tensor) and isinstance(device, torch.device):  # made or moved there by name
-            copied = found.numel() and (func in MAKERS or func is Tensor.to)
-            if copied and not (args and _is_marked(args[0])) and not kwargs.get("non_blocking"):
-                self.counting.wait("copy from the host")
-            return _mark(found.view_as(found) if args and found is args[0] else found)
-        return found
+        if not (isinstance(found, Tensor) and isinstance(device, (torch.device, str))):
+            return found
+        waits = found.numel() and not kwargs.get("non_blocking")
+        if torch.device(device) != DEVICE:
+            if func is Tensor.to and own:
+                if waits:
+                    self.counting.wait("copy to the host")
+                return _read(found)
+            return found
+        if waits and not own and (func in MAKERS or func is Tensor.to):
+            self.counting.wait("copy from the host")
+        return _mark(found)
+
+
+def _read(found: Any) -> Any:
+    """What was read from the device, which the host now has: another tensor, even where none was made."""
+    if isinstance(found, Tensor):
+        found = found.detach()
+        found._on_device = False
+    return found
 
 
 def _mark(tensor: Tensor) -> Tensor:

@@ -191,6 +191,10 @@ def test_elapsed_is_cpu_time_on_a_cpu():
         (lambda x, w: x + torch.arange(3.0).to(x.device), 1, 1),
         (lambda x, w: torch.cat([torch.tensor([], device=x.device), x.flatten()]), 1, 0),
         (lambda x, w: torch.arange(3).tolist(), 0, 0),
+        (lambda x, w: torch.tensor([1.0], device=torch.arange(3).device).tolist(), 0, 0),
+        (lambda x, w: (x.cpu() + 1).sum().item(), 0, 1),
+        (lambda x, w: x.to("cpu").sum().item(), 0, 1),
+        (lambda x, w: x + torch.arange(3.0).to(x.device, non_blocking=True), 1, 0),
         (lambda x, w: torch.ones(3)[torch.tensor([True, False, True])].sum().item(), 0, 0),
     ],
 )
