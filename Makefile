@@ -22,7 +22,7 @@ GPU_TESTS   := tests/contracts tests/golden $(patsubst %,tests/test_%.py,attenti
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-plus test test-gpu test-slurm test-faults lint format clean
+.PHONY: help install demo demo-plus test test-gpu test-slurm test-faults bench lint format clean
 
 # glibc gives every large activation back to the kernel and faults it in again; keeping it makes torch on a CPU up to
 # ten times faster. Read when a process starts, so it cannot be set from Python.
@@ -55,6 +55,9 @@ test-slurm: .venv/.ok ## Run slurm/ on a throw-away SLURM of two nodes (as root,
 test-faults: .venv/.ok ## Kill, interrupt and fill the disk of commands at 20 moments each (KILLS=100 for more): an hour or two
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadscope \
 	tests/test_faults.py tests/test_any_moment.py $(ARGS)
+
+bench: .venv/.ok ## Times beside Hugging Face's and the machine's bounds: ten minutes on two cores (GPU=1: four on a GPU)
+	$(BIN)/python -m benchmarks $(if $(GPU),--gpu) $(ARGS)
 
 lint: .venv/.ok ## Check style and formatting
 	$(BIN)/ruff check .

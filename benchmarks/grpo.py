@@ -1,6 +1,6 @@
 """An RL step of ours against one of TRL's GRPOTrainer: same model, prompts, rollouts, lengths, adapters and optimiser.
 
-python benchmarks/grpo.py [tiny|mid] [steps, default 8] [new tokens per rollout; 0: 8 or 16] [raw.json, to be written]
+python benchmarks/grpo.py [tiny|mid|7b] [steps, default 8] [new tokens per rollout, 0: as usual] [raw.json to write]
 
 Both trainers run as their users run them, from PIL images to updated adapters: Lightning's ``fit`` and HF's ``train``,
 in processes of their own that take turns step by step (forward and backward through the list, ABBA), one thread each,
@@ -12,6 +12,10 @@ stage 1; glimpse and predictor train too. ``keep all``: the same, everything kep
 gives alone. ``no pruning``: pruner ``none``, nothing shared but the vision tower: the machinery alone. TRL has the
 same micro-batch, without gradient checkpointing (its default, and slower); ``per group``: it generates for one prompt
 at a time, its most frugal setting. The table of memory has them all; tensors there are counted by torch's profiler.
+
+``7b`` is for a GPU: 8B random weights in bf16 on each side, one prompt of 1,600 visual tokens, 8 rollouts of 128; times
+are those of the wall, with all work of the GPU, memory is CUDA's. ``python -m benchmarks --cases rl-trl`` is its
+comparison of speed alone.
 
 Needs ``pip install trl==1.16.0``, better in an environment of its own (it is not a dependency), and without
 torchvision. Left out: vLLM, which TRL users have on a GPU for the rollouts, and every number of GPUs.
@@ -32,6 +36,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -40,10 +45,11 @@ from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Any
 
-from pairs import ratios
 from rich.console import Console
 from rich.table import Table
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "src")]
 os.environ |= {"OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONWARNINGS": "ignore"}
 os.environ |= {"KINETO_LOG_LEVEL": "5", "TORCH_CPP_LOG_LEVEL": "ERROR"}
 FAST_MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "2147483647", "MALLOC_TOP_PAD_": "268435456"}
@@ -78,11 +84,21 @@ class Setting:
     @property
     def depth(self) -> int:
         """K, layers below the adapters and the pruning."""
-        return {"tiny": 3, "mid": 8}[self.model]
+        return {"tiny": 3, "mid": 8, "7b": 19}[self.model]
 
     @property
     def size(self) -> int:
-        return {"tiny": 336, "mid": 448}[self.model]
+        return {"tiny": 336, "mid": 448, "7b": 1120}[self.model]
+
+    @property
+    def cuda(self) -> bool:
+        return self.model == "7b"
+
+    @classmethod
+    def of(cls, model: str, **more: Any) -> Setting:
+        """That of a size, with its usual lengths and micro-batches."""
+        usual = {"tiny": (8, 8, 16), "mid": (2, 16, 8), "7b": (1, 128, 8)}[model]
+        return cls(model, **{**dict(zip(("prompts", "length", "micro"), usual)), **more})
 
 
 # --------------------------------------------------------------------------------------------------------- the clock
@@ -143,19 +159,29 @@ def build(setting: Setting) -> tuple[Any, Any]:
     from glimpseprune.backbones.qwen2_5_vl import Backbone, ImageProcessor
     from glimpseprune.tiny import model as tiny
     from glimpseprune.tiny.config import TinyConfig
-    from glimpseprune.tiny.tokenizer import tokenizer
+    from glimpseprune.tiny.tokenizer import SPECIAL, tokenizer
 
     if setting.model == "tiny":
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        path = os.path.join(os.path.dirname(__file__), "..", "data", "tiny-qwen2_5_vl")
+        path = ROOT / "data" / "tiny-qwen2_5_vl"
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
         return model.requires_grad_(False), Backbone.load_processor(path)
+    words = tokenizer()
+    processor = ImageProcessor(_pil(tiny.image_processor()), words, None, chat_template=words.chat_template)
+    if setting.model == "7b":
+        from benchmarks.world import SIZES, build
+
+        ids = dict(
+            zip(
+                ("pad", "end", "vision_start", "image", "vision_end", "video"),
+                map(words.convert_tokens_to_ids, SPECIAL),
+            )
+        )
+        return build(SIZES["7b"], torch.device("cuda"), torch.bfloat16, ids), processor
     shape = TinyConfig(layers=12, hidden=384, intermediate=1024, heads=6, kv_heads=2)
     shape.vision_layers, shape.vision_hidden, shape.vision_intermediate = 8, 112, 304  # 0.4 of the decoder's FLOPs
     shape.vision_heads, shape.vision_full = 4, [3, 7]
-    words = tokenizer()
-    processor = ImageProcessor(_pil(tiny.image_processor()), words, None, chat_template=words.chat_template)
     return tiny.build(shape, 0).requires_grad_(False), processor
 
 
@@ -174,8 +200,16 @@ def prompts(setting: Setting) -> list[Any]:
 
 def spread(completions: Any, **fields: Any) -> list[float]:
     """A reward of constant cost that differs within nearly every group."""
+    if fields.get("by_place"):  # where the words of a model say nothing
+        return [place * 7 % 11 / 10 for place in range(len(completions))]
     texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
     return [sum(map(ord, text)) % 11 / 10 for text in texts]
+
+
+def reward(setting: Setting) -> Callable[..., list[float]]:
+    found = partial(spread, by_place=setting.cuda)
+    found.__name__ = "spread"
+    return found
 
 
 # -------------------------------------------------------------------------------------------------------- the sides
@@ -185,17 +219,19 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     import lightning as L
     import torch
 
-    from glimpseprune import lora, pruners, rewards, rollout
+    from glimpseprune import lora, rewards, steps
     from glimpseprune.backbones.qwen2_5_vl import Backbone
     from glimpseprune.data.collate import Collator
     from glimpseprune.options import LoraOptions, TrainConfig
+    from glimpseprune.pruners import glimpse, none
     from glimpseprune.training import grpo
 
     model, processor = build(setting)
     backbone = Backbone(model.eval(), processor)
     gated = setting.side != "no pruning"
     torch.manual_seed(0)
-    pruner = pruners.build("glimpse" if gated else "none", _glimpse(setting) if gated else {}, backbone)
+    pruner = glimpse.Pruner(backbone, glimpse.Options(**_glimpse(setting))) if gated else none.Pruner(backbone, None)
+    pruner = pruner.to(model.device)
     config = TrainConfig(stage="grpo", train=["lora", "glimpse", "vip"] if gated else ["lora"])
     config.lora = LoraOptions(rank=8, alpha=16.0, first_layer=setting.depth)
     config.grpo.num_generations, config.grpo.max_completion_length = setting.generations, setting.length
@@ -204,9 +240,10 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     config.optim.warmup, config.optim.weight_decay = 0, 0.0
     config.optim.lora_lr = config.optim.glimpse_lr = config.optim.vip_lr = RATE
     config.trainer.max_steps = setting.all_steps
-    lora.inject(backbone, config.lora, setting.depth)
+    with model.device:
+        lora.inject(backbone, config.lora, setting.depth)
     module = grpo.GRPOModule(config, backbone, pruner)
-    module.rewards, module.ends = rewards.Rewards({"spread": spread}, {"spread": 1.0}), [-1]
+    module.rewards, module.ends = rewards.Rewards({"spread": reward(setting)}, {"spread": 1.0}), [-1]
     collate = Collator(backbone)
     if gated:
         set_bias(module, collate(prompts(setting)[:32]), 30.0 if setting.side == "keep all" else None)
@@ -223,9 +260,6 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
         scoring = "log-probs: forward" in clock.stack
         return "log-probs: forward, prompt from K on" if scoring else "rollout: prompt, from K on"
 
-    def layers(backbone: Any, state: Any, *args: Any, **kwargs: Any) -> str:
-        return "rollout: decode" if clock.stack[-1] == "rollout: sampling" else clock.stack[-1]
-
     clock.wrap(backbone, "see", "vision tower")
     clock.wrap(module, "prompt", "prompt below K")
     if gated:
@@ -233,7 +267,7 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
     clock.wrap(grpo, "sample_keep", "mask sampling")
     clock.wrap(grpo, "answer", "rollout: sampling")
     clock.wrap(grpo, "prefilled", above)
-    clock.wrap(rollout, "run_layers", layers)
+    clock.wrap(steps.Steps, "__call__", "rollout: decode")
     clock.wrap(rewards.Rewards, "__call__", "rewards")
     clock.wrap(module, "score", through)
     clock.wrap(module, "masks_loss", "mask loss: forward")
@@ -258,7 +292,7 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
 
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(
-        accelerator="cpu",
+        accelerator="gpu" if setting.cuda else "cpu",
         devices=1,
         max_steps=setting.all_steps,
         logger=False,
@@ -271,6 +305,8 @@ def ours(setting: Setting, clock: Clock, boundary: Callable[[dict], None]) -> No
 
 
 def _glimpse(setting: Setting) -> dict[str, Any]:
+    if setting.model == "7b":
+        return {"prune_layer": 18, "probe_layers": [18], "vision_layers": [31, 23, 15, 7]}
     if setting.model == "tiny":  # conf/backbones/tiny.yaml
         layers = {"prune_layer": 2, "probe_layers": [0, 1, 2], "vision_layers": [3, 2, 1, 0]}
         return layers | {"width": 64, "cond_width": 64, "probe": "log_softmax", "init_token": "?"}
@@ -325,8 +361,8 @@ def trl_trainer(setting: Setting, folder: str, callbacks: list[Any]) -> Any:
         weight_decay=0.0,
         max_steps=setting.all_steps,
         gradient_checkpointing=setting.checkpointing,
-        use_cpu=True,
-        bf16=False,
+        use_cpu=not setting.cuda,
+        bf16=setting.cuda,
         shuffle_dataset=False,
         remove_unused_columns=False,
         logging_strategy="no",
@@ -345,7 +381,7 @@ def trl_trainer(setting: Setting, folder: str, callbacks: list[Any]) -> Any:
     )
     trainer = GRPOTrainer(
         model,
-        spread,
+        reward(setting),
         args=arguments,
         train_dataset=data,
         processing_class=processor,
@@ -473,25 +509,24 @@ def worker(setting: Setting, line: Connection) -> None:
     clock.wrap(torch.nn.utils, "clip_grad_norm_", "optimiser")
 
     def boundary(facts: dict) -> None:
+        if setting.cuda:
+            torch.cuda.synchronize()
         spent = clock.collect()
         if not state["steps"]:
             gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            state["rss"] = _status("VmRSS")
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # the peak starts here
+            state["held"] = begin_peak(setting.cuda)
         elif state["profiler"]:
             state["profiler"].stop()
             facts["tensors"] = _peak(state["profiler"])
             state["profiler"] = None
-        facts |= {"rss": _status("VmHWM") - state["rss"]}
+        facts |= {"rss": peak_since(setting.cuda) - state["held"]}
         line.send((spent, facts))
         try:
             line.recv()
         except EOFError:  # the parent is gone
             os._exit(1)
         state["steps"] += 1
-        if setting.profile and state["steps"] == setting.all_steps:
+        if setting.profile and not setting.cuda and state["steps"] == setting.all_steps:
             state["profiler"] = torch.profiler.profile(
                 profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]
             )
@@ -499,6 +534,28 @@ def worker(setting: Setting, line: Connection) -> None:
         clock.last = clock.now()
 
     {"TRL": trl, "check": check}.get(setting.side, ours)(setting, clock, boundary)
+
+
+def begin_peak(cuda: bool) -> float:
+    """MiB that this process holds, where the peak of its memory starts: on the GPU, or RSS."""
+    if cuda:
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return _status("VmRSS")
+
+
+def peak_since(cuda: bool) -> float:
+    if cuda:
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
+    return _status("VmHWM")
 
 
 def _status(name: str) -> float:
@@ -517,6 +574,20 @@ def _peak(profiler: Any) -> float:
     return peak / 2**20
 
 
+def ratios(title: str, seconds: dict[str, list[float]]) -> None:
+    """Print the quartiles of each side's ratio to the first side, step by step."""
+    first = seconds[next(iter(seconds))]
+    table = Table("side", "ms (median)", "ratio: quartile", "median", "quartile", title=title)
+    for name, times in seconds.items():
+        spread = quantiles([a / b for a, b in zip(times, first)], n=4)
+        table.add_row(name, f"{median(times) * 1e3:.1f}", *(f"{r:.3f}" for r in spread))
+    Console().print(table)
+
+
+class Stopped(Exception):
+    """A side's process has ended."""
+
+
 class Side:
     def __init__(self, setting: Setting) -> None:
         self.line, end = get_context("spawn").Pipe()
@@ -529,7 +600,7 @@ class Side:
         try:
             return self.line.recv()
         except EOFError:
-            raise SystemExit("a side stopped: its traceback is above") from None
+            raise Stopped("a side stopped: its traceback is above") from None
 
     def step(self) -> tuple[dict, dict]:
         self.line.send(None)
@@ -540,8 +611,8 @@ class Side:
         self.process.join()
 
 
-def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> dict[str, list]:
-    """Returns for each side and step the (wall, CPU) seconds of each phase, and the facts of that step."""
+def measure(setting: Setting, only: tuple[str, ...] = ()) -> dict[str, list]:
+    """For each side and step the (wall, CPU) seconds of each phase, and the facts of that step."""
     settings = {
         "ours": setting,
         "ours (A/A)": setting,
@@ -559,6 +630,12 @@ def compare_speed(setting: Setting, only: tuple[str, ...] = ()) -> dict[str, lis
                 log[name].append(step)
     for side in sides.values():
         side.close()
+    return log
+
+
+def compare_speed(setting: Setting) -> dict[str, list]:
+    """Prints what :func:`measure` found, and returns it."""
+    log = measure(setting)
     what = f"{setting.prompts} prompts x {setting.generations} rollouts x {setting.length} tokens, {setting.model}"
 
     def seconds(clock: int, without: tuple[str, ...] = ()) -> dict[str, list[float]]:
@@ -617,8 +694,9 @@ def compare_memory(setting: Setting, groups: tuple[int, ...] = (8, 16)) -> list[
             side.close()
             (spent, before), (_, profiled) = steps
             cpu = sum(times[1] for times in spent.values())
-            table.add_row(name, str(group), f"{before['rss']:.0f}", f"{profiled['tensors']:.0f}", f"{cpu:.2f}")
-            rows.append({"side": name.strip(), "G": group, "rss": before["rss"], "tensors": profiled["tensors"]})
+            tensors = profiled.get("tensors", profiled["rss"])  # CUDA knows but these
+            table.add_row(name, str(group), f"{before['rss']:.0f}", f"{tensors:.0f}", f"{cpu:.2f}")
+            rows.append({"side": name.strip(), "G": group, "rss": before["rss"], "tensors": tensors})
     Console().print(table)
     return rows
 
@@ -626,8 +704,7 @@ def compare_memory(setting: Setting, groups: tuple[int, ...] = (8, 16)) -> list[
 def main(model: str = "tiny", steps: int = 8, length: int = 0, raw: str | None = None) -> None:
     if find_spec("trl") is None:
         raise SystemExit("TRL is not installed: pip install trl==1.16.0 -c constraints.txt (no torchvision)")
-    setting = Setting(model, prompts=8 if model == "tiny" else 2, micro=16 if model == "tiny" else 8, steps=steps)
-    setting.length = length or (8 if model == "tiny" else 16)
+    setting = Setting.of(model, steps=steps, **({"length": length} if length else {}))
     checked = Side(replace(setting, side="check", prompts=2))
     for what, value in checked.first[1].items():
         Console().print(f"TRL: {what}: {value}")
@@ -654,4 +731,7 @@ def _rounded(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(*(int(value) if value.isdigit() else value for value in sys.argv[1:]))
+    try:
+        main(*(int(value) if value.isdigit() else value for value in sys.argv[1:]))
+    except Stopped as error:
+        sys.exit(str(error))

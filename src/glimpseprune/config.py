@@ -1,8 +1,9 @@
 """Configuration: a dataclass schema <- YAML files, left to right <- ``key=value`` overrides, strictly checked.
 
-The only module that knows OmegaConf, which merges, converts and interpolates (``${other.key}``); YAML is read by
-:mod:`.notation`. What a wrong input is told, in one line with its full key, is decided here: unknown keys, types, and
-the ranges and forms that each :func:`option` declares. Below the entry points there are only plain dataclasses.
+The only module that knows OmegaConf, which merges, converts and interpolates (``${other.key}``), and imports it only
+where a config is merged or written: a model runs without it. YAML is read by :mod:`.notation`. What a wrong input is
+told, in one line with its full key, is decided here: unknown keys, types, and the ranges and forms that each
+:func:`option` declares. Below the entry points there are only plain dataclasses.
 Nothing heavy is imported, so a typo is answered before torch has loaded. Left out: config groups and sweeps (a YAML
 file may say ``extends: base.yaml``), objects built from dotted names, and element-wise edits of lists (a list is
 replaced as a whole, a mapping is merged).
@@ -10,6 +11,7 @@ replaced as a whole, a mapping is merged).
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import inspect
@@ -29,9 +31,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from glimpseprune import files, notation, resources
 from glimpseprune.legible import legible
@@ -66,6 +65,8 @@ __all__ = [
 
 T = TypeVar("T")
 
+MISSING: Any = "???"
+"""Default of a mandatory key, as OmegaConf has it."""
 START, FREE, PLACE = "start", "free", "place"
 SEEDS = 2**32 - 1
 """The largest seed that all random generators take."""
@@ -126,8 +127,7 @@ def option(
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     if isinstance(default, (list, dict)) or is_dataclass(default):
-        build = functools.partial(OmegaConf.to_object, OmegaConf.create(default))
-        return field(default_factory=build, metadata=metadata)
+        return field(default_factory=functools.partial(copy.deepcopy, default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -293,6 +293,8 @@ def _check_text(key: str, text: str, default: Any = MISSING) -> None:
 def to_yaml(cfg: Any) -> str:
     """A dataclass instance as YAML, without keys of a ``START`` (but a relative ``out``); ``read(type(cfg), file)``
     gives it back, but for what :func:`without_secrets` drops."""
+    from omegaconf import OmegaConf
+
     node = OmegaConf.structured(cfg)
     start = _of_a_start(type(cfg))
     said = [key for key in node if key not in start or _travels(start[key], getattr(cfg, key))]
@@ -327,6 +329,8 @@ def _public(value: Any) -> Any:
 def save(cfg: Any, path: str | Path) -> None:
     """Write :func:`to_yaml` to ``path``, whose folder is made if need be. The config of a run names folders so that the
     run may be moved (:mod:`.resources`)."""
+    from omegaconf import OmegaConf
+
     path, text = Path(path), to_yaml(cfg)
     if path.name == resources.CONFIG:
         text = OmegaConf.to_yaml(resources.stored(OmegaConf.to_container(OmegaConf.create(text)), path.parent))
@@ -504,6 +508,9 @@ def _extra(error: ModuleNotFoundError) -> tuple[str, str | None]:
 
 def _build(schema: type[T], layers: Iterable[tuple[str, Mapping[str, Any]]], prefix: str = "") -> T:
     """Merge ``layers`` (each with what its errors begin with) over the defaults, and check the whole."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     cfg = _merged(schema, layers, prefix)
     try:
         missing = OmegaConf.missing_keys(cfg)
@@ -525,6 +532,9 @@ def _build(schema: type[T], layers: Iterable[tuple[str, Mapping[str, Any]]], pre
 
 def _merged(schema: type, layers: Iterable[tuple[str, Mapping[str, Any]]], prefix: str = "") -> Any:
     """The ``layers`` over the defaults, as OmegaConf holds them; mandatory keys may be missing."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     cfg = OmegaConf.structured(schema)
     for origin, layer in layers:
         # One leaf at a time, for OmegaConf does not always name the key that failed.
@@ -677,6 +687,8 @@ def _at_home(value: Any, key: str) -> Any:
 
 def _keys(schema: type, prefix: str = "", defaults: Mapping | None = None) -> Iterator[tuple[str, Any, Any, str]]:
     """Each (full key, declared type, default, documentation) of a schema, a section before its keys."""
+    from omegaconf import OmegaConf
+
     hints = get_type_hints(schema)
     defaults = defaults or OmegaConf.to_container(OmegaConf.structured(schema))
     for item in fields(schema):

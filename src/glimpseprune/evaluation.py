@@ -267,10 +267,10 @@ class Evaluation:
 
     def picture(self, method: Method, sample: Sample, rollout: Rollout, draw: int, text: str, kept: float) -> None:
         """What a listed method kept, of the first few samples."""
-        from glimpseprune.pictures import packed, panel
-
         there = self.panels[method.name]
         if method.listed and len(there) < self.cfg.pictures and sample.key not in there:
+            from glimpseprune.pictures import packed, panel
+
             lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {kept:.1%}"]
             there[sample.key] = made = panel(sample, rollout.keep_maps()[draw], lines)
             self.drawn.append({"method": method.name, "key": sample.key, "png": packed(made)})

@@ -17,23 +17,23 @@ from functools import cached_property
 from importlib.util import find_spec
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from glimpseprune import attention, cost, weights
-from glimpseprune.backbones import _asked
 from glimpseprune.backbones._seen import Seen
 from glimpseprune.backbones._tower import without_tf32
 from glimpseprune.config import UserError
 from glimpseprune.host import Columns, upload
-from glimpseprune.images import distinct, shown
 from glimpseprune.legible import surrogate
 from glimpseprune.types import Encoded, Grid, Layout, Needs
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 COLLECTED = ("states", "keys", "attention")
@@ -399,6 +399,9 @@ class LVLM(ABC):
             UserError: a question without an image, numbers that do not match, what is no text or no image, an image
                 that the processor refuses; or a checkpoint folder without tokenizer and image processor.
         """
+        from glimpseprune.backbones import _asked  # here, for a prompt of tensors asks for no Pillow
+        from glimpseprune.images import distinct
+
         if self.processor is None:
             raise UserError(NO_PROCESSOR)
         if system is not None and not isinstance(system, str):
@@ -434,6 +437,9 @@ class LVLM(ABC):
     def pictures(self, images: Any) -> dict[str, Tensor]:
         """What the processor makes of an image, or of a list of them: what :meth:`see` takes, and prompts have of them.
         Raises as :meth:`prepare`."""
+        from glimpseprune.backbones import _asked
+        from glimpseprune.images import shown
+
         _, (row,) = _asked.rows("?", images)
         return self._processed([shown(picture).convert("RGB") for picture in row])
 

@@ -23,7 +23,6 @@ from transformers import (
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
 
 from glimpseprune import cost
@@ -157,6 +156,8 @@ class Backbone(LVLM):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> Layout:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize  # which asks for Pillow
+
         side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
         height, width = smart_resize(size[1], size[0], side, min_pixels or cls.pixels[0], max_pixels or cls.pixels[1])
         return Layout.of((height // side, width // side))
