@@ -50,7 +50,8 @@ def test_other_backends_are_left_alone(backend):
 
 
 def test_chunks_are_even_and_few():
-    assert [windows.even(total, 10) for total in (0, 1, 10, 11, 20, 21, 100)] == [10, 1, 10, 6, 10, 7, 10]
-    for total in range(1, 60):
-        step = windows.even(total, 10)
-        assert step <= 10 and -(-total // step) == -(-total // 10)
+    found = [windows.even(total, 1024) for total in (0, 1, 128, 1024, 1025, 1100, 2048, 2049, 20064)]
+    assert found == [1024, 128, 128, 1024, 640, 640, 1024, 768, 1024] and windows.even(50, 10) == 10
+    for total in range(1, 20000, 77):
+        step = windows.even(total, 1024)
+        assert step <= 1024 and -(-total // step) == -(-total // 1024)

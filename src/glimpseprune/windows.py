@@ -25,7 +25,9 @@ CHUNK = 8192
 """Rows (patches) that a tower works on at a time, at most, where it need not work on all at once: few enough to bound
 its memory, and so many that a GPU is not kept waiting for launches."""
 CACHED = 1024
-"""The same on a CPU, at most: what is made of so many stays in its caches, which makes a tower a fifth faster."""
+"""The same on a CPU, where what is made of so many stays nearer in its caches."""
+TILE = 128
+"""Rows that matrix kernels work on at a time; chunks that are no multiple of it are slower, and round otherwise."""
 NAME = "windows_like_flash"
 """transformers passes cumulative lengths only to backends whose name contains ``flash``."""
 
@@ -101,8 +103,10 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, windowed_attention)
 
 
 def even(total: int, most: int) -> int:
-    """Rows of a chunk where ``total`` of them are cut into as few chunks as can be, of about equal size."""
-    return -(-total // -(-total // most)) if total else most
+    """Rows of a chunk where ``total`` of them are cut into as few chunks as can be, of about equal size; by full tiles
+    of matrix kernels, where there are so many."""
+    rows = -(-total // -(-total // most)) if total else most
+    return min(-(-rows // TILE) * TILE, most)
 
 
 def batch_windows(vision_tower: nn.Module) -> None:
