@@ -17,8 +17,8 @@ ARGS        ?=
 CPU_WHEELS  := https://download.pytorch.org/whl/cpu
 BIN         := .venv/bin
 GPU_TESTS   := tests/contracts tests/golden $(patsubst %,tests/test_%.py,attention budget controls cost decoder devices \
-               divprune evaluate export fastv generate glimpse grpo llava lora losses pretrain pyramiddrop qwen3_vl \
-               rollout tower training types vip visionzip windows)
+               divprune evaluate export fastv generate glimpse grpo llava lora losses prefix pretrain pyramiddrop qwen3_vl \
+               rollout student tower training types vip visionzip windows)
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

@@ -201,8 +201,11 @@ def _credit(
     batch, heads, queries, width = query.shape
     size, groups = key.shape[2], key.shape[1]
     wide = torch.promote_types(query.dtype, torch.float32)
-    live = weight[:, size - queries :] > 0.5  # [B, Q]
-    order = (~live).long().argsort(dim=1, stable=True)[:, : int(live.sum(1).max())]  # [B, M]
+    if size - queries >= (gate.weight if gate.columns is None else gate.columns).shape[1]:  # all behind the prompt
+        order = torch.arange(queries, device=key.device).expand(batch, -1)  # [B, M]
+    else:
+        live = weight[:, size - queries :] > 0.5  # [B, Q]
+        order = (~live).long().argsort(dim=1, stable=True)[:, : int(live.sum(1).max())]
     index, row = torch.arange(size, device=key.device), torch.arange(batch, device=key.device)[:, None]
     key, value, others = key.to(wide), value.to(wide), 0
     if gate.away is not None:

@@ -100,7 +100,7 @@ class Deal:
     rank: int = 0
     world: int = 1
     together: int = 1
-    """Consecutive samples of a shard that stay next to each other, such as the questions on one image."""
+    """So many samples of a shard, counted from the split's first, stay together: the questions on an image."""
     epoch: int = 0
     consumed: int = 0
     """Samples of this epoch dealt so far, to all ranks."""
@@ -144,7 +144,7 @@ class Deal:
             for part in parts:
                 rng.shuffle(part)
             return order
-        begins = np.concatenate([np.arange(self.counts[shard]) for shard in shards]) % self.together == 0
+        begins = (order % self.together == 0) | np.isin(order, ends - self.counts)
         for part, begin in zip(parts, np.split(begins, edges)):
             blocks = np.split(part, np.flatnonzero(begin)[1:])
             part[:] = np.concatenate([blocks[block] for block in rng.permutation(len(blocks))]) if len(part) else part
