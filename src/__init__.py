@@ -4,8 +4,12 @@ Two copies in one process would be two sets of classes and registries, so a seco
 copy from elsewhere was imported before, and by the package where it is imported as ``src.glimpseprune``.
 """
 
+import signal
 import sys
 from pathlib import Path
+
+if sys.argv[0] == "-m" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while a command is imported, Ctrl-C ends it as SIGTERM does
 
 HERE = Path(__file__).resolve().parent
 

@@ -7,12 +7,16 @@ their first lines are read, and only the one that is asked for is imported.
 from __future__ import annotations
 
 import ast
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-from glimpseprune import config, lookup
+if (__name__ == "__main__" or Path(sys.argv[0]).name == "glimpseprune") and signal.getsignal(signal.SIGINT):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command listens, Ctrl-C ends this as SIGTERM does
+
+from glimpseprune import config, lookup  # noqa: E402
 
 
 def verbs() -> dict[str, str]:
@@ -33,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         usage = ["usage: glimpseprune <verb> [config.yaml ...] [key=value ...]", "       glimpseprune <verb> --help"]
         print(config.as_typed("\n".join([*usage, "", "verbs:", *lines])))
         return
-    with config.answering(f"python -m src.{verb}"):
+    with config.answering(f"python -m src.{verb}", arguments):
         lookup.choose(verb, known, "glimpseprune")
         command = import_module(f"glimpseprune.{verb}").main
     command(arguments)

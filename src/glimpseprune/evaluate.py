@@ -200,25 +200,30 @@ def answered(
         world=processes.world,
     )
     metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
-    evaluation = Evaluation(cfg, methods, metrics, earlier.records)
+    evaluation = Evaluation(cfg, methods, metrics, earlier)
     drawn = {method.name: cfg.samples for method in methods if method.listed and cfg.draws}
     scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed, [method.name for method in methods])
     scores.add(earlier.records, earlier.timings)
     skipped = 0
     for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
         damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
-        for records, timings, more in processes.gather((*evaluation.batch(inputs), damaged)):
+        new = evaluation.batch(inputs)
+        if processes.first:
+            folder.draw(evaluation.new_panels())
+        for records, timings, more in processes.gather((*new, damaged)):
             folder.add(records, timings)
             scores.add(records, timings)
             skipped += more
     return finish(folder, scores, evaluation.panels, skipped) if processes.first else []
 
 
-def finish(folder: Folder, scores: Scores, panels: Mapping[str, Sequence[Any]], skipped: int) -> list[dict[str, Any]]:
+def finish(
+    folder: Folder, scores: Scores, panels: Mapping[str, Mapping[str, Any]], skipped: int
+) -> list[dict[str, Any]]:
     """Write the rows and print them."""
     rows = scores.rows()
     summary = scores.summary(rows)
-    folder.finish(rows, summary, {name: png(panel) for name, panel in panels.items()})
+    folder.finish(rows, summary, {name: png(list(drawn.values())) for name, drawn in panels.items() if drawn})
     report.print_table(rows, skipped)
     for name, (some, all_) in scores.left_out().items():
         print(f"{name}: no row, for only {some} of {all_} samples have boxes")

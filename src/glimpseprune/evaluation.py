@@ -22,8 +22,11 @@ from zlib import crc32
 from glimpseprune.config import UserError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from glimpseprune.backbones import LVLM, Seen
     from glimpseprune.cost import Account, Measured
+    from glimpseprune.results import Earlier
     from glimpseprune.types import Encoded, Inputs, Layout, Needs, Prefill, Rollout, Sample
 
 Record = dict[str, Any]
@@ -85,18 +88,27 @@ class Evaluation:
         methods: in the order in which they run; those on one backbone next to each other, and a method before those
             that follow it.
         metrics: by name; the first one is the accuracy.
-        earlier: records of an evaluation that was interrupted; what they answer is not asked again.
+        earlier: of an evaluation that was interrupted; what its records answer is not asked again.
+
+    Attributes:
+        panels: by method and key of the sample, what was kept of the first few samples.
     """
 
     def __init__(
-        self, cfg: Any, methods: list[Method], metrics: Mapping[str, Callable], earlier: Iterable[Record] = ()
+        self, cfg: Any, methods: list[Method], metrics: Mapping[str, Callable], earlier: Earlier | None = None
     ) -> None:
         self.cfg, self.methods, self.metrics = cfg, methods, metrics
         self.done: dict[tuple[str, str], list[Record]] = defaultdict(list)
-        self.remember(earlier)
         self.timings: list[Timing] = []
         self.sights = Sights()
-        self.panels: dict[str, list[Any]] = defaultdict(list)
+        self.panels: dict[str, dict[str, Image]] = defaultdict(dict)
+        self.drawn: list[Record] = []
+        if earlier is not None:
+            self.remember(earlier.records)
+            from glimpseprune.pictures import unpacked
+
+            for line in earlier.panels:
+                self.panels[line["method"]][line["key"]] = unpacked(line["png"])
 
     def batch(self, inputs: Inputs) -> tuple[list[Record], list[Timing]]:
         """Answer one batch by every method; what is new."""
@@ -255,11 +267,18 @@ class Evaluation:
 
     def picture(self, method: Method, sample: Sample, rollout: Rollout, draw: int, text: str, kept: float) -> None:
         """What a listed method kept, of the first few samples."""
-        from glimpseprune.pictures import panel
+        from glimpseprune.pictures import packed, panel
 
-        if method.listed and len(self.panels.get(method.name, ())) < self.cfg.pictures:
+        there = self.panels[method.name]
+        if method.listed and len(there) < self.cfg.pictures and sample.key not in there:
             lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {kept:.1%}"]
-            self.panels[method.name].append(panel(sample, rollout.keep_maps()[draw], lines))
+            there[sample.key] = made = panel(sample, rollout.keep_maps()[draw], lines)
+            self.drawn.append({"method": method.name, "key": sample.key, "png": packed(made)})
+
+    def new_panels(self) -> list[Record]:
+        """The panels since the last time, for :meth:`.results.Folder.draw`."""
+        drawn, self.drawn = self.drawn, []
+        return drawn
 
 
 class Sights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Sequence
 from math import ceil
 
@@ -65,3 +67,15 @@ def grid(panels: Sequence[Image.Image], columns: int = 4) -> Image.Image:
     for index, picture in enumerate(panels):
         page.paste(picture, (index % columns * width + 3, index // columns * height + 3))
     return page
+
+
+def packed(image: Image.Image) -> str:
+    """A PNG file in base64."""
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def unpacked(text: str) -> Image.Image:
+    """The image that :func:`packed` had."""
+    return Image.open(io.BytesIO(base64.b64decode(text)))

@@ -2,8 +2,9 @@
 
 It holds ``evaluation.yaml`` (what was asked for), ``predictions.jsonl`` and ``timings.jsonl``, ``scores.json``,
 ``summary.json``, ``kept.png`` and ``kept/<method>.png``. Until all of it is there it grows in ``unfinished/``, by
-lines, and what was in the folder before stays; then that is in ``earlier/1`` (``2`` ...), unless it was to be
-replaced. A folder without scores.json is an evaluation that has not finished. One process writes.
+lines, beside the panels that its pictures are made of, and what was in the folder before stays; then that is in
+``earlier/1`` (``2`` ...), unless it was to be replaced. A folder without scores.json is an evaluation that has not
+finished. One process writes.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from glimpseprune.config import UserError
 
 SCORES, PREDICTIONS, TIMINGS, SUMMARY = "scores.json", "predictions.jsonl", "timings.jsonl", "summary.json"
 DESCRIPTION, KEPT, UNFINISHED, EARLIER = "evaluation.yaml", "kept", "unfinished", "earlier"
+PANELS = "panels.jsonl"
+"""In ``unfinished/`` only: a line per picture of a sample (``method``, ``key``, ``png`` in base64)."""
 LOCK = ".evaluation.lock"
 
 
@@ -89,6 +92,7 @@ class Earlier:
 
     records: list[dict] = field(default_factory=list)
     timings: list[dict] = field(default_factory=list)
+    panels: list[dict] = field(default_factory=list)
     settings: dict[str, Any] | None = None
 
 
@@ -104,7 +108,7 @@ class Folder:
         self.out, self.description = files.resolved(out), description
         self.work = self.out / UNFINISHED
         self.kept = Earlier()
-        self.sets_aside = False
+        self.sets_aside = self.is_done = False
         self.aside: Path | None = None
         """Where the finished evaluation is, once it has been set aside, that was there before."""
         self.streams: dict[str, IO[str]] = {}
@@ -147,8 +151,9 @@ class Folder:
         if draws > 1 and records:  # the last sample may lack some of its draws
             last = records[-1]["method"], records[-1]["key"]
             records = [record for record in records if (record["method"], record["key"]) != last]
-        timings = read_lines(self._file(TIMINGS))
-        self.kept = Earlier(records, timings, self._found().get("settings") or {})
+        self.is_done = (self.out / SCORES).is_file() and not (self.work / DESCRIPTION).is_file()
+        timings, panels = read_lines(self._file(TIMINGS)), read_lines(self.work / PANELS)
+        self.kept = Earlier(records, timings, panels, self._found().get("settings") or {})
         return self.kept
 
     def _file(self, name: str) -> Path:
@@ -170,25 +175,37 @@ class Folder:
         file = self._file(DESCRIPTION)
         return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.is_file() else {}
 
+    def draw(self, panels: Sequence[dict]) -> None:
+        """Write the panels of a batch, before the lines that say that it is done."""
+        self._write({PANELS: panels})
+
     def add(self, records: Sequence[dict], timings: Sequence[dict]) -> None:
         """Write the lines of a batch."""
+        self._write({PREDICTIONS: records, TIMINGS: timings})
+
+    def _write(self, lines: Mapping[str, Sequence[dict]]) -> None:
+        if not any(lines.values()):  # all of it was there
+            return
         self._begin()
-        for name, lines in ((PREDICTIONS, records), (TIMINGS, timings)):
+        for name, new in lines.items():
             with files.naming(self.out / name):
-                self.streams[name].write("".join(map(line, lines)))
+                self.streams[name].write("".join(map(line, new)))
                 self.streams[name].flush()
 
     def _begin(self) -> None:
         if self.streams:
             return
         self.work.mkdir(exist_ok=True)
-        for name, lines in ((PREDICTIONS, self.kept.records), (TIMINGS, self.kept.timings)):
+        kept = {PREDICTIONS: self.kept.records, TIMINGS: self.kept.timings, PANELS: self.kept.panels}
+        for name, lines in kept.items():
             self.streams[name] = files.growing(self.work / name, "".join(map(line, lines)))
         files.write(self.work / DESCRIPTION, yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True))
 
     def finish(self, rows: list[dict[str, Any]], summary: Any, pictures: Mapping[str, bytes]) -> None:
         """Write what the lines come to, and a picture per method, of which the first one's is also ``kept.png``; then
-        put all of it in its place."""
+        put all of it in its place. A finished evaluation to which nothing was added stays as it is."""
+        if self.is_done and not self.streams:
+            return
         self._begin()
         for place, (name, picture) in enumerate(pictures.items()):
             files.write(self.work / KEPT / f"{name}.png", picture)
