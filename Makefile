@@ -52,8 +52,9 @@ test-slurm: .venv/.ok ## Run slurm/ on a throw-away SLURM of two nodes (as root,
 	apt-get -qq install -y --no-install-recommends slurm-wlm munge; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm tests/slurm $(ARGS)
 
-test-faults: .venv/.ok ## Kill a training 20 times and see that it ends as if nothing had happened (KILLS=100 for more)
-	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_faults.py $(ARGS)
+test-faults: .venv/.ok ## Kill, interrupt and fill the disk of commands at 20 moments each (KILLS=100 for more): an hour or two
+	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadscope \
+	tests/test_faults.py tests/test_any_moment.py $(ARGS)
 
 lint: .venv/.ok ## Check style and formatting
 	$(BIN)/ruff check .

@@ -541,6 +541,27 @@ def test_an_interrupted_evaluation_goes_on(more, first, tmp_path, monkeypatch):
     assert asked == [] or more  # of k draws the last sample may lack some
 
 
+@pytest.mark.parametrize("place", ["draw", "add"])
+def test_an_interrupted_evaluation_keeps_its_pictures(place, first, tmp_path, monkeypatch):
+    scored(first, tmp_path / "whole", "pictures=4")
+    calls, write = [], getattr(results.Folder, place)
+
+    def die(self, *args):
+        calls.append(args)
+        return write(self, *args) if len(calls) < 2 else 1 / 0
+
+    with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
+        patched.setattr(results.Folder, place, die)
+        scored(first, tmp_path / "again", "pictures=4")
+    scored(first, tmp_path / "again", "pictures=4", "resume=true")
+    for name in ("kept.png", "kept/glimpse.png"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
+    before = [path.stat().st_mtime_ns for path in files]
+    scored(first, tmp_path / "again", "pictures=4", "resume=true")  # nothing is left to do
+    assert [path.stat().st_mtime_ns for path in files] == before
+
+
 def test_resume_begins_where_there_is_nothing(first, tmp_path):
     rows, _ = scored(first, tmp_path / "new", "resume=true", "controls=[none]")
     assert list(rows) == ["none", "glimpse"]

@@ -182,6 +182,19 @@ def test_best_stays_when_it_is_old(tmp_path):
         newest(tmp_path)
 
 
+def test_the_best_is_there_before_its_checkpoint_is_entered(tmp_path, monkeypatch):
+    """Who goes on from that checkpoint after a kill does not validate once more."""
+    (tmp_path / "config.yaml").write_text("backbone: {path: b}\ndata: {path: d}\n")
+    (tmp_path / "trainable.safetensors").write_text("best")
+    trainer = Saver()
+    trainer.global_step, trainer.callback_metrics = 1, {"val/loss": torch.tensor(1.0)}
+    monkeypatch.setattr(checkpoints.files, "write_json", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        Checkpoints(tmp_path, last=2, monitor=("val/loss", "min")).on_validation_end(trainer, None)
+    assert (tmp_path / "best" / "trainable.safetensors").read_text() == "best"
+    assert (tmp_path / "best" / "config.yaml").is_file() and newest(tmp_path) is None
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", '{"step-00000001.ckpt": 3}', '{"step-00000001.ckpt": {}}'])
 def test_a_damaged_index_says_so(tmp_path, text):
     (tmp_path / "checkpoints").mkdir()

@@ -1,5 +1,7 @@
 """The one command: its verbs are the modules that have a main, and what is told names the way that was typed."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +87,28 @@ def test_in_processes_of_their_own(verb):
         env = {"PYTHONPATH": str(ROOT / "src")}
         done = subprocess.run([sys.executable, *argv, "--help"], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0 and done.stdout.startswith(f"usage: python {' '.join(argv)} [config.yaml ...]")
+
+
+@pytest.mark.parametrize("argv", [["-m", "src.plan"], ["-m", "glimpseprune", "plan"], ["glimpseprune", "plan"]])
+def test_before_a_command_listens_a_signal_ends_it_without_a_word(argv, tmp_path):
+    """While it is imported; nothing has begun."""
+    (tmp_path / "omegaconf.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
+    (tmp_path / "glimpseprune").write_text("from glimpseprune.__main__ import main\nmain()\n")
+    argv = [str(tmp_path / argv[0]) if argv[0] == "glimpseprune" else argv[0], *argv[1:]]
+    done = subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        env={"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "src")])},
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_while_its_module_is_imported_it_says_how_to_go_on(typed, capsys, monkeypatch):
+    monkeypatch.setattr(command, "import_module", lambda _: config.interrupt(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    said = output(capsys, 143, "plan", "image=448x448")
+    signal.signal(signal.SIGTERM, before)
+    assert said == "\ninterrupted (SIGTERM): nothing is half-written; again: glimpseprune plan image=448x448\n"

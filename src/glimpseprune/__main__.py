@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
-if (__name__ == "__main__" or Path(sys.argv[0]).name == "glimpseprune") and signal.getsignal(signal.SIGINT):
+_typed = __name__ == "__main__" or Path(sys.argv[0]).name == "glimpseprune"
+if _typed and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until a command listens, Ctrl-C ends this as SIGTERM does
 
 from glimpseprune import config, lookup  # noqa: E402

@@ -72,12 +72,7 @@ class Checkpoints(L.Callback):
         if trainer.sanity_checking or collapsed(trainer):
             return
         score = trainer.callback_metrics.get(self.monitor[0])
-        file = self.save(trainer, None if score is None else float(score))
-        if trainer.is_global_zero and _best(_read(self.folder), self.monitor[1]) == file.name:
-            (self.out / BEST).mkdir(exist_ok=True)
-            files.copy(self.out / TRAINABLE, self.out / BEST / TRAINABLE)
-            # Not copied: paths in it are relative to it.
-            config.save(config.read(TrainConfig, self.out / CONFIG), self.out / BEST / CONFIG)
+        self.save(trainer, None if score is None else float(score))
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         done = trainer.strategy.broadcast(_name(trainer.global_step) in _read(self.folder))
@@ -98,10 +93,20 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero:
             # Later ones are damaged, or we would have gone on from them.
             earlier = {old: there for old, there in _read(self.folder).items() if old < name}
-            self._write(earlier | {name: found | ({} if score is None else {"score": score})})
+            index = earlier | {name: found | ({} if score is None else {"score": score})}
+            if _best(index, self.monitor[1]) == name:
+                self._copy_best()
+            self._write(index)
             runs.drop(self.out)
         trainer.strategy.barrier()
         return file
+
+    def _copy_best(self) -> None:
+        """Before its checkpoint is entered: who goes on from that does not validate once more."""
+        (self.out / BEST).mkdir(exist_ok=True)
+        files.copy(self.out / TRAINABLE, self.out / BEST / TRAINABLE)
+        # Not copied: paths in it are relative to it.
+        config.save(config.read(TrainConfig, self.out / CONFIG), self.out / BEST / CONFIG)
 
     def _write(self, index: dict[str, dict[str, Any]]) -> None:
         """Put ``index`` in place, less those that need not stay, then delete what it does not name."""
