@@ -365,6 +365,23 @@ def test_a_signal_that_a_library_makes_another_error_of_is_told_as_what_it_is(ca
         assert not config.received()  # which was another command's
 
 
+def test_a_signal_that_comes_where_python_ignores_errors_comes_again(capsys):
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+
+    before, hook = signal.signal(signal.SIGTERM, signal.SIG_DFL), sys.unraisablehook
+    try:
+        with pytest.raises(SystemExit) as stop, config.answering("python -m src.x"):
+            Last()
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    said = "\ninterrupted (SIGTERM): nothing is half-written; again: python -m src.x\n"
+    assert stop.value.code == 143 and capsys.readouterr().err == said and sys.unraisablehook is hook
+
+
 def test_a_signal_that_is_ignored_stays_so(capsys):
     """As nohup has it."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)

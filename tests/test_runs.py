@@ -55,6 +55,14 @@ def test_a_resume_that_fails_changes_nothing(out):
     assert {name: (out / name).stat().st_mtime_ns for name in runs.inside(out)} == before
 
 
+def test_a_foreign_folder_is_not_even_locked(tmp_path):
+    (tmp_path / "thesis.txt").touch()
+    before = tmp_path.stat().st_mtime_ns
+    with pytest.raises(UserError, match="is not empty, and no run folder"), runs.Run(tmp_path):
+        pass
+    assert tmp_path.stat().st_mtime_ns == before
+
+
 def test_where_nothing_was_nothing_is_left(tmp_path):
     with pytest.raises(ZeroDivisionError), runs.Run(tmp_path / "a" / "b") as run:
         run.claim()
@@ -234,6 +242,9 @@ def test_how_a_run_was_started_is_neither_saved_nor_read_from_a_file(tmp_path, c
     loaded = config.load(TrainConfig, [f"{tmp_path}/config.yaml"])
     assert loaded == replace(CFG, out="old") and capsys.readouterr().err.count("does not count") == 2
     assert config.load(TrainConfig, [f"{tmp_path}/config.yaml", "overwrite=true"]).overwrite
+    (tmp_path / "config.yaml").write_text(f"{text}overwrite: null\n")
+    with pytest.raises(UserError, match="overwrite: expected bool, got null"):
+        config.load(TrainConfig, [f"{tmp_path}/config.yaml"])
 
 
 def schemas() -> list[type]:

@@ -176,7 +176,7 @@ def _recipe(schema: type, file: str) -> dict[str, Any]:
     layer = _read_yaml(Path(resources.find(_at_home(file, "config file"))))
     spoken = [name for name in _of_a_start(schema) if get_type_hints(schema)[name] is bool]
     for name in spoken:
-        if not _is_truth(said := _settled(layer.pop(name, False), bool)):
+        if (said := _settled(layer.pop(name, False), bool)) is None or not _is_truth(said):
             raise UserError(f"{file}: {name}: expected bool, got {_show(said)}")
         if said is True:
             print(f"note: {name}: true in {file} does not count: give {name}=true yourself", file=sys.stderr)
@@ -405,19 +405,31 @@ def received() -> int:
     return _received[-1] if _received else 0
 
 
+def _once_more(otherwise: Callable[[Any], None], what: Any) -> None:
+    """As ``sys.unraisablehook``: a signal that came where Python ignores what is raised (a ``__del__``, a hook of
+    fork) comes again in a moment."""
+    if not isinstance(error := what.exc_value, Interrupted):
+        return otherwise(what)
+    signal.signal(error.number, interrupt)
+    threading.Timer(0.01, os.kill, (os.getpid(), error.number)).start()
+
+
 @contextmanager
 def _listening() -> Iterator[None]:
     """Signals that would end this process say so first; those that are ignored or listened to stay as they are."""
     before: dict[int, Any] = {}
     if len(_commands) == 1:
         _received.clear()
+    ignored = sys.unraisablehook
     if threading.current_thread() is threading.main_thread():
+        sys.unraisablehook = functools.partial(_once_more, ignored)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
+        sys.unraisablehook = ignored
         for number, handler in before.items():
             if signal.getsignal(number) in (interrupt, signal.SIG_DFL):
                 signal.signal(number, handler)

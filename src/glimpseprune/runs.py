@@ -133,7 +133,8 @@ class Run:
     """A process at work in the folder ``out``, as a context; what it left there goes unless :meth:`begin` was called.
 
     Raises:
-        files.Held: another one is.
+        UserError: it is somebody else's folder.
+        files.Held: another process is at work there.
     """
 
     def __init__(self, out: str | Path) -> None:
@@ -143,6 +144,8 @@ class Run:
         self.stack = ExitStack()
 
     def __enter__(self) -> Run:
+        if not is_empty(self.out) and not any((self.out / name).exists() for name in (MARKER, CONFIG, "checkpoints")):
+            raise UserError(f"out={self.out} is not empty, and no run folder: give another one")
         self.made = [folder for folder in (self.out, *self.out.parents) if not folder.exists()]
         self.out.mkdir(parents=True, exist_ok=True)
         try:
