@@ -207,12 +207,12 @@ def seen(place: Path) -> set[str]:
 
 @dataclass
 class Whole:
-    """A command that nothing happened to: what it left, how long it took, and when it began to write."""
+    """A command that nothing happened to: what it left, how long it took, and for how long of that it wrote."""
 
     work: Work
     left: dict[str, object]
     seconds: float
-    first: float
+    writing: float
     before: Path | None
 
     def lay(self, place: Path, over: bool) -> None:
@@ -276,7 +276,7 @@ def whole(tmp_path_factory, request) -> Callable[[str], Whole]:
             before = place.with_name("before")
             started = Started(command.argv(before, *command.before), place.with_name("log"), fork=True)
             assert started.wait() == 0, started.err
-        return Whole(command, result(place / "out"), seconds, first, before)
+        return Whole(command, result(place / "out"), seconds, seconds - first, before)
 
     return make
 
@@ -376,9 +376,11 @@ def happened(whole: Whole, fault: str, place: Path, log: Path, rng: random.Rando
     started = Started(argv, log, fork=at_work)
     if at_work and not started.until(lambda: seen(place) != names):
         return False
-    moment = rng.uniform(0, whole.seconds - (whole.first if at_work else 0))
+    begun, length = time.perf_counter(), "writing" if at_work else "seconds"
+    moment = rng.random() * getattr(whole, length)
     started.until(lambda: False, moment)
-    if started.code is not None:
+    if started.code is not None:  # this machine has less to do than it had
+        setattr(whole, length, min(getattr(whole, length), time.perf_counter() - begun))
         return False
     happen(fault, started, filler)
     code = started.wait()
@@ -415,7 +417,7 @@ def test_at_any_moment(command, fault, whole, tmp_path, request):
     rng, undisturbed = random.Random(f"{command} {fault}"), whole(command)
     place = (request.getfixturevalue("disk") if fault == "full disk" else tmp_path) / "place"
     rounds, missed, wrong = 0, 0, []
-    print(f"{command}: {undisturbed.seconds:.1f} s, writes from {undisturbed.first:.1f} s on")
+    print(f"{command}: {undisturbed.seconds:.1f} s, writes for {undisturbed.writing:.1f} s")
     while rounds < ROUNDS and missed < 3 * ROUNDS + 5:
         try:
             took = happened(undisturbed, fault, place, tmp_path / "log", rng)
