@@ -217,8 +217,9 @@ class Whole:
 
     def lay(self, place: Path, over: bool) -> None:
         """An empty ``place``, or one where there is something before."""
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
+        place.mkdir(exist_ok=True)
+        for there in place.iterdir():
+            shutil.rmtree(there)
         if over:
             shutil.copytree(self.before, place / "out")
 
@@ -287,7 +288,7 @@ def whole(tmp_path_factory, request) -> Callable[[str], Whole]:
 @pytest.fixture
 def disk(tmp_path) -> Iterator[Path]:
     """A small disk of its own; skipped where none may be mounted."""
-    place = tmp_path / "disk"
+    place = tmp_path / "place"
     place.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", place], capture_output=True).returncode:
         pytest.skip("a small disk that can be filled takes the right to mount one")
@@ -368,7 +369,7 @@ def lead_on(argv: list[str], first: list[str], log: Path, done: Callable[[], boo
 
 def happened(whole: Whole, fault: str, place: Path, log: Path, rng: random.Random) -> bool:
     """A round; False if the command was at its end before."""
-    work, out, filler = whole.work, place / "out", place.with_name("filler")
+    work, out, filler = whole.work, place / "out", place / "filler"
     over, installed, at_work = whole.before is not None and rng.random() < 0.5, rng.random() < 0.5, rng.random() < 0.7
     whole.lay(place, over)
     before, names = bytes_of(place), seen(place)
@@ -415,7 +416,7 @@ def happened(whole: Whole, fault: str, place: Path, log: Path, rng: random.Rando
 @pytest.mark.parametrize(("command", "fault"), PAIRS)
 def test_at_any_moment(command, fault, whole, tmp_path, request):
     rng, undisturbed = random.Random(f"{command} {fault}"), whole(command)
-    place = (request.getfixturevalue("disk") if fault == "full disk" else tmp_path) / "place"
+    place = request.getfixturevalue("disk") if fault == "full disk" else tmp_path / "place"
     rounds, missed, wrong = 0, 0, []
     print(f"{command}: {undisturbed.seconds:.1f} s, writes for {undisturbed.writing:.1f} s")
     while rounds < ROUNDS and missed < 3 * ROUNDS + 5:

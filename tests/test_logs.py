@@ -1,14 +1,17 @@
 """What a person sees of a run: lines and a bar, metrics.jsonl, loggers."""
 
+import errno
 import io
 import json
+import os
+import threading
 from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from glimpseprune import config
+from glimpseprune import config, files
 from glimpseprune.config import UserError
 from glimpseprune.options import TrainConfig
 from glimpseprune.running import logs
@@ -118,3 +121,22 @@ def test_a_logger_that_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(logs, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="wandb is not installed: pip install wandb"):
         loggers(["wandb"], tmp_path, None)
+
+
+def test_a_full_disk_that_tensorboards_thread_finds_is_told_once(tmp_path, monkeypatch):
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    told = []
+    monkeypatch.setattr(threading, "excepthook", lambda what: told.append(what.exc_value))
+    logs.quiet()
+    monkeypatch.setattr(RecordWriter, "write", fail)
+    with pytest.raises((OSError, ValueError)) as error:
+        Board(tmp_path / "run").log_metrics({"a": 1.0}, 1)
+    assert files.trouble(error.value).errno == errno.ENOSPC and not told
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert len(told) == 1

@@ -10,10 +10,12 @@ from __future__ import annotations
 import html
 import json
 import logging
+import threading
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,10 +50,18 @@ def quiet() -> None:
         ".*is smaller than the logging interval.*",
     ):
         warnings.filterwarnings("ignore", said)
+    threading.excepthook = partial(_told_otherwise, threading.excepthook)
     if not Console().is_terminal:
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()
+
+
+def _told_otherwise(hook: Callable[[Any], Any], what: Any) -> None:
+    """As ``threading.excepthook``: a disk's error in TensorBoard's thread is raised again where one writes next, and
+    told there."""
+    if type(what.thread).__name__ != "_AsyncWriterThread" or files.trouble(what.exc_value) is None:
+        hook(what)
 
 
 class Board(TensorBoardLogger):
