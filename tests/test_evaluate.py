@@ -542,8 +542,10 @@ def test_an_interrupted_evaluation_goes_on(more, first, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("place", ["draw", "add"])
-def test_an_interrupted_evaluation_keeps_its_pictures(place, first, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_keeps_its_pictures_and_the_one_before(place, first, tmp_path, monkeypatch):
     scored(first, tmp_path / "whole", "pictures=4")
+    scored(first, tmp_path / "again", "limit=2")
+    finished = (tmp_path / "again" / "predictions.jsonl").read_bytes()
     calls, write = [], getattr(results.Folder, place)
 
     def die(self, *args):
@@ -556,6 +558,7 @@ def test_an_interrupted_evaluation_keeps_its_pictures(place, first, tmp_path, mo
     scored(first, tmp_path / "again", "pictures=4", "resume=true")
     for name in ("kept.png", "kept/glimpse.png"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert (tmp_path / "again" / "earlier" / "1" / "predictions.jsonl").read_bytes() == finished
     files = [path for path in (tmp_path / "again").rglob("*") if path.is_file()]
     before = [path.stat().st_mtime_ns for path in files]
     scored(first, tmp_path / "again", "pictures=4", "resume=true")  # nothing is left to do

@@ -144,14 +144,15 @@ class Folder:
             UserError: one is there that was interrupted, or that may not be gone on with.
         """
         there = require_room(self.out, resume or overwrite)
-        self.sets_aside = there and not (resume or overwrite)
+        begun, finished = (self.work / DESCRIPTION).is_file(), (self.out / SCORES).is_file()
+        self.sets_aside = finished and not overwrite and (begun or not resume)
         if not there or not (resume and self._same(overwrite)):
             return self.kept
         records = read_lines(self._file(PREDICTIONS))
         if draws > 1 and records:  # the last sample may lack some of its draws
             last = records[-1]["method"], records[-1]["key"]
             records = [record for record in records if (record["method"], record["key"]) != last]
-        self.is_done = (self.out / SCORES).is_file() and not (self.work / DESCRIPTION).is_file()
+        self.is_done = finished and not begun
         timings, panels = read_lines(self._file(TIMINGS)), read_lines(self.work / PANELS)
         self.kept = Earlier(records, timings, panels, self._found().get("settings") or {})
         return self.kept
