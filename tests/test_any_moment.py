@@ -329,7 +329,7 @@ def advised(err: str) -> list[str] | None:
 
 def corrected(argv: list[str], line: str, first: list[str]) -> list[str]:
     """``argv`` as ``line`` says it should be; ``first`` where it has nothing to go on with."""
-    if "leave it as it was" in line:  # it had not begun, and what is there is what was there before
+    if "leave" in line:  # it had not begun, and what is there is what was there before
         return first
     kept = [arg for arg in argv if arg not in ("resume=true", "overwrite=true")]
     if "start without it" in line:

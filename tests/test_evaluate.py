@@ -593,7 +593,8 @@ def test_an_earlier_evaluation_is_neither_mixed_nor_lost(args, message, first, t
     scored(first, tmp_path, "controls=[none]")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     where = [f"ckpt={first}", f"out={tmp_path}", "controls=[none]", "data.workers=0", "bootstrap=20"]
-    assert message in refused(capsys, *where, "max_new_tokens=4", "resume=true", *args)
+    said = refused(capsys, *where, "max_new_tokens=4", "resume=true", *args)
+    assert message in said and "leave resume out, which keeps it in earlier/" in said
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     scored(first, tmp_path, "controls=[none]", *args)
     assert (tmp_path / "evaluation.yaml").read_bytes() != before["evaluation.yaml"]

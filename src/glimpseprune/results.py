@@ -167,8 +167,11 @@ class Folder:
         found = self._found()
         said = difference(found["asked"], self.description["asked"]) if "asked" in found else "it does not say which"
         if said and not overwrite:
+            finished = (self.out / SCORES).is_file() and not (self.work / DESCRIPTION).is_file()
+            keep = f"leave resume out, which keeps it in {EARLIER}/, or " if finished else ""
             raise UserError(
-                f"resume=true: the evaluation in {self.out} is another one ({said}): give overwrite=true or another out"
+                f"resume=true: the evaluation in {self.out} is another one ({said}): "
+                f"{keep}give overwrite=true or another out"
             )
         return not said
 
