@@ -381,7 +381,7 @@ def happened(whole: Whole, fault: str, place: Path, log: Path, rng: random.Rando
     moment = rng.random() * getattr(whole, length)
     started.until(lambda: False, moment)
     if started.code is not None:  # this machine has less to do than it had
-        setattr(whole, length, min(getattr(whole, length), time.perf_counter() - begun))
+        setattr(whole, length, min(getattr(whole, length), 1.2 * (time.perf_counter() - begun)))
         return False
     happen(fault, started, filler)
     code = started.wait()
