@@ -7,6 +7,7 @@ is whole all the time. All commands and faults, many times: `make test-faults`.
 
 from __future__ import annotations
 
+import atexit
 import errno
 import hashlib
 import json
@@ -131,7 +132,11 @@ def become(argv: list[str], log: Path) -> None:
     verb, *arguments = arguments if module == "glimpseprune" else [module.removeprefix("src."), *arguments]
     file = "glimpseprune/__main__.py" if module == "glimpseprune" else f"{verb}.py"
     sys.argv = [str(ROOT / "src" / file), *arguments]
-    import_module(f"glimpseprune.{verb}").main(arguments)
+    atexit._clear()
+    try:
+        import_module(f"glimpseprune.{verb}").main(arguments)
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
 @dataclass
@@ -171,7 +176,7 @@ def result(out: Path) -> dict[str, object]:
         if name == runs.INDEX:
             index = json.loads(path.read_text())
             last = max(index)  # of the others, one of an interruption may have taken the place of an earlier one
-            found[name] = last, min(entry["score"] for entry in index.values() if "score" in entry)
+            found[name] = last, min((entry["score"] for entry in index.values() if "score" in entry), default=None)
             assert {*index} == {file.name for file in path.parent.glob("*.ckpt*")}
         elif name.endswith(".ckpt"):
             continue
@@ -224,7 +229,10 @@ class Whole:
             shutil.copytree(self.before, place / "out")
 
     def is_there(self, out: Path) -> bool:
-        return out.is_dir() and not differences(result(out), self.left)
+        try:
+            return out.is_dir() and not differences(result(out), self.left)
+        except (AssertionError, ValueError):  # in the middle of something
+            return False
 
     def lost(self, place: Path) -> list[str]:
         """Files of what was before that are nowhere any more, though nothing has taken their place."""

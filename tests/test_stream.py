@@ -3,7 +3,10 @@
 import itertools
 import json
 import multiprocessing
+import os
 import signal
+import subprocess
+import sys
 from collections import Counter
 
 import numpy as np
@@ -310,3 +313,14 @@ def test_what_the_collator_refuses_is_an_error_in_one_line(folder, workers):
         list(train_loader(folder, collate=refuse, workers=workers))
     assert str(error.value) == "sample 'x': a prompt without an image"
     assert not multiprocessing.active_children()  # though the error still holds the frames that held them
+
+
+def test_a_process_ends_though_its_loader_is_open(folder):
+    """Workers ignore the SIGTERM with which torch and multiprocessing would end them."""
+    code = (
+        "from glimpseprune.data.stream import *; loader = ShardLoader(ShardDataset({!r}, {!r}), list, 2, workers=1)\n"
+    )
+    code = code.format(str(folder), "train") + "batches = [*loader]; print(len(batches) == len(loader))"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr

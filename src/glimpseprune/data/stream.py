@@ -21,9 +21,11 @@ reported once.
 
 from __future__ import annotations
 
+import atexit
 import os
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -214,8 +216,11 @@ class ShardLoader:
         elif deal.finished or self._begun:
             deal.epoch, deal.consumed = deal.epoch + 1, 0
         self._begun = True
+        new = self._loader is None
         self._loader = self._loader or self._start()
         self._batches = batches = iter(self._loader)
+        if new and self.workers:  # after torch's own, so before it: that sends SIGTERM, which workers ignore, and waits
+            atexit.register(_close, weakref.ref(self))
         try:
             while (item := self._fetch(batches)) is not None:
                 batch, damages = item
@@ -284,6 +289,11 @@ def _collate(collate: Callable[[list[Sample]], Any], samples: list[Sample]) -> t
     batch = collate(samples)
     used = getattr(batch, "samples", samples)  # a collator may replace some, too
     return batch, [sample.stands_in for sample in used if sample.stands_in not in ("", PADDING)]
+
+
+def _close(loader: weakref.ref[ShardLoader]) -> None:
+    if (there := loader()) is not None:
+        there.close()
 
 
 def _start_worker(parent: int, _: int) -> None:
