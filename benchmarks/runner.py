@@ -135,9 +135,13 @@ def taken(bench: Bench, each: Case, share: float) -> Iterator[Row]:
         yield Row(each.name, note="skipped: no time is left")
         return
     bench.until = time.monotonic() + share
+    count = 0
     try:
         with at_most(max(share * GRACE, LEAST)):
-            yield from each.run(bench)
+            for count, row in enumerate(each.run(bench), start=1):  # noqa: B007
+                yield row
+        if not count:
+            yield Row(each.name, note=f"{share * GRACE:.0f} s were not enough for one round")
     except ImportError as error:
         yield Row(each.name, note=f"skipped: needs {error.name or error}")
     except Late:

@@ -100,7 +100,8 @@ def test_cases_run_from_a_bare_checkout(tmp_path):
     sides = {row["side"]: row for row in found["rows"] if row["case"] == "prefill"}
     assert set(sides) == {"Hugging Face", "none", "K = 4", "K = 2", "Hugging Face (A/A)"}
     for row in sides.values():
-        assert row["bound"] > 0 and row["kernels"] > 0 and row["syncs"] > 0
+        assert row["bound"] > 0 and row["kernels"] > 0
+    assert sides["Hugging Face"]["syncs"] > sides["K = 4"]["syncs"] > sides["none"]["syncs"]
     assert sides["K = 4"]["ratio_bound"] != 1
     notes = {row["case"]: row["note"] for row in found["rows"] if "note" in row}
     assert notes == {"stage-1": "skipped: needs lightning", "shards": "skipped: needs PIL"}
@@ -392,6 +393,12 @@ def test_a_case_that_fails_or_runs_over_costs_only_itself():
     assert notes[0] == ["", "failed: RuntimeError: no luck"]
     assert notes[1] == ["", "stopped after 2 s"]
     assert notes[2] == ["skipped: needs glimpseprune_has_no_such_module"]
+
+    def slow(bench):
+        yield from cases_rows(Turns({"slow": lambda: time.sleep(100)}, CPU).take(0, 1, warm_up=0))
+
+    (nothing,) = runner.taken(bench_of(), Case(slow, 1, 1), 2.0)
+    assert nothing.note == "2 s were not enough for one round"
     cut = list(runner.taken(bench_of(), Case(turns, 1, 1), 2.0))
     assert [(row.side, row.note) for row in cut] == [("quick", "")]  # what had been measured by then
     assert [row.note for row in runner.taken(bench_of(), Case(fails, 1, 1), 0.1)] == ["skipped: no time is left"]
