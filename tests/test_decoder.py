@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from conftest import TINY, deepened, prompt, prompts
+from glimpseprune import decoder
 from glimpseprune.attention import Gate
 from glimpseprune.backbones import LVLM
 from glimpseprune.decoder import View, advance, append, branch, cut, fork, prefill, rows, run_layers, start
@@ -514,3 +515,23 @@ def test_gradients_pass_a_cut() -> None:
     for gradient in found[2:]:
         reached = gradient.transpose(1, 2).flatten(2).any(-1)  # [B, S]
         assert reached[survivors].all() and not reached[~survivors].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dense", [0, 1 << 60], ids=["end to end", "masked"])
+def test_a_layer_in_parts_is_the_layer(backbone, dense, monkeypatch) -> None:
+    """On few columns at a time, of rows of different lengths, with what is added inside the decoder and a glimpse."""
+    options = {"prune_layer": 1, "vision_layers": (1,), "width": 16, "cond_width": 8, "num_heads": 2}
+    pruner = build("glimpse", options, backbone).eval()
+    encoded = backbone.encode(prompts(backbone), pruner.needs)
+    monkeypatch.setattr(decoder, "DENSE", dense)
+    whole = prefill(backbone, encoded, pruner)
+    monkeypatch.setattr(decoder, "ROWS", 7)
+    parts = prefill(backbone, encoded, pruner)
+    assert torch.equal(whole.mask, parts.mask) and torch.equal(whole.source, parts.source)
+    torch.testing.assert_close(parts.hidden[parts.mask], whole.hidden[whole.mask], atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(parts.cache.layers, whole.cache.layers, strict=True):
+        for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            torch.testing.assert_close(
+                a.transpose(1, 2)[parts.mask], b.transpose(1, 2)[parts.mask], atol=1e-5, rtol=1e-5
+            )

@@ -356,7 +356,7 @@ def test_a_folder_without_a_processor(tmp_path) -> None:
 
 
 def test_attention_backends_are_checked_before_loading(tiny_folder, monkeypatch) -> None:
-    with pytest.raises(UserError, match="choices are eager, sdpa, flash_attention_2"):
+    with pytest.raises(UserError, match="choices are auto, eager, sdpa, flash_attention_2"):
         backbones.load(tiny_folder, attn="flash")
     monkeypatch.setattr(_lvlm, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="flash-attn"):
