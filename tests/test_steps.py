@@ -281,5 +281,5 @@ def test_columns_on_the_host() -> None:
     known = host.Columns.counted([2, 4])
     assert known.mask.tolist() == [[False, False, True, True], [True] * 4] and known.counts == [2, 4]
     assert not known.full and host.Columns.counted([3, 3]).full
-    more = known.followed(1, torch.tensor([[True], [False]]))
+    more = known.followed(1, torch.tensor([[True], [False]], device="cpu"))
     assert more.counts == [3, 4] and known.followed(2).counts == [4, 6]
