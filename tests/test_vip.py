@@ -149,3 +149,13 @@ def test_rope_depends_on_differences_only_and_keeps_bfloat16() -> None:
     torch.testing.assert_close(score((1, 5), (3, 2)), score((11, 25), (13, 22)))
     assert (score((1, 5), (3, 2)) - score((1, 5), (3, 3))).abs() > 1e-3
     assert rotate(q.bfloat16(), rope_2d(torch.tensor([(1, 2)]), 8)).dtype == torch.bfloat16
+
+
+def test_logits_are_not_rounded_in_mixed_precision(vip) -> None:
+    """The matrices multiply in bfloat16, the residual stream and what is read off it in the end do not."""
+    probes, states = inputs()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = vip(probes, states, GRIDS)
+    exact = vip(probes, states, GRIDS)
+    assert mixed.dtype == torch.float32 and not torch.equal(mixed, mixed.bfloat16().float())
+    torch.testing.assert_close(mixed, exact, atol=0.05, rtol=0.05)

@@ -92,7 +92,8 @@ class VIP(nn.Module):
         for index, (block, project, state) in enumerate(zip(self.layers, self.cond_in_projs, states, strict=True)):
             x = block(x, project(state.to(dtype)), rope, segments)
             if str(index) in self.attn_out_projs:
-                logits.append(self.attn_out_projs[str(index)](x).squeeze(-1))
+                with torch.autocast(x.device.type, enabled=False):  # logits are not rounded
+                    logits.append(self.attn_out_projs[str(index)](x).squeeze(-1))
         return torch.stack(logits)  # [outputs, N]
 
 
