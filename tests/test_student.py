@@ -174,16 +174,18 @@ def test_validation_prunes_for_real():
 
 @pytest.mark.parametrize("dropped", [None, 4])
 def test_under_mixed_precision_the_predictor_multiplies_in_bfloat16(monkeypatch, dropped):
-    """Forward and backward, while RoPE and the residual stream stay float32; and it learns the same."""
+    """Forward and backward, while RoPE, the residual stream and the logits stay float32; and it learns the same."""
     monkeypatch.setattr(GlimpseModule, "progress", 0.9)
     (module, inputs), (plain, _) = stage(SAMPLES, dropped=dropped), stage(SAMPLES, dropped=dropped)
     seen: set[torch.dtype] = set()
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, call, types, args=(), kwargs=None):
+            made = call(*args, **(kwargs or {}))
             if call.__name__.split(".")[0] in ("mm", "addmm", "bmm") or "attention" in call.__name__:
-                seen.update(x.dtype for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
-            return call(*args, **(kwargs or {}))
+                if getattr(made, "shape", (0,))[-1] != 1:  # but for the logits themselves
+                    seen.update(x.dtype for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
+            return made
 
     run = module.pruner.vip.forward
     monkeypatch.setattr(module.pruner.vip, "forward", lambda *given: watched(run, *given))
