@@ -182,9 +182,9 @@ def test_under_mixed_precision_the_predictor_multiplies_in_bfloat16(monkeypatch,
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, call, types, args=(), kwargs=None):
             made = call(*args, **(kwargs or {}))
-            if call.__name__.split(".")[0] in ("mm", "addmm", "bmm") or "attention" in call.__name__:
-                if getattr(made, "shape", (0,))[-1] != 1:  # but for the logits themselves
-                    seen.update(x.dtype for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
+            product = call.__name__.split(".")[0] in ("mm", "addmm", "bmm") or "attention" in call.__name__
+            if product and getattr(made, "shape", (0,))[-1] != 1:  # but for the logits themselves
+                seen.update(x.dtype for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor))
             return made
 
     run = module.pruner.vip.forward
