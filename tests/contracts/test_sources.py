@@ -16,9 +16,11 @@ FEW = 12
 
 
 def needs_files(source) -> bool:
-    """Its raw files must be given: the field `root` has no default."""
-    root = {field.name: field for field in fields(source.Options)}.get("root")
-    return root is not None and root.default in (NO_DEFAULT, MISSING) and root.default_factory is NO_DEFAULT
+    """Its raw files must be given: a field has no default."""
+    return any(
+        field.default in (NO_DEFAULT, MISSING) and field.default_factory is NO_DEFAULT
+        for field in fields(source.Options)
+    )
 
 
 def splits_of_all_sources() -> list:
