@@ -248,7 +248,10 @@ def main(cfg: PrepareConfig) -> None:
 
 def left_out(entry: Mapping[str, Any]) -> Iterator[str]:
     """What a manifest's entry says of samples that were left out, or a part of them, as sentences."""
-    for name, what in (("invalid", "invalid samples were left out"), ("lacking", "samples lack a part")):
+    for name, what in (
+        ("invalid", "{} invalid samples were left out"),
+        ("lacking", "{} samples were left without a part"),
+    ):
         if told := entry.get(name):
             reasons = "; ".join(f"{times} x {reason}" for reason, times in told["reasons"].items())
-            yield f"{told['count']} {what} ({reasons}), the first one {told['first'][0]}"
+            yield f"{what.format(told['count'])} ({reasons}), the first one {told['first'][0]}"

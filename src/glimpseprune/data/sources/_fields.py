@@ -13,7 +13,7 @@ import math
 import os
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
 from typing import Any, Literal, TypeVar
@@ -171,7 +171,7 @@ def sample(row: Row, fields: Fields, folder: Folder, key: str, dataset: str) -> 
     question = _field(row, fields.question)
     if not isinstance(question, str):
         raise ValueError(f"field '{fields.question}' must be a text, not {_short(question)}")
-    boxes, lost = _boxes(_maybe(row, fields.boxes, "boxes"), pictures, fields)
+    boxes, lost = _boxes(row, pictures, fields)
     own, kind, scene = (_maybe(row, getattr(fields, name), name) for name in ("key", "kind", "scene"))
     return Sample(
         key=key if own is None else name_of(_text(own, "a key")),
@@ -241,29 +241,41 @@ def _short(value: Any) -> str:
 # --------------------------------------------------------------------------------------------------------------- boxes
 
 
-def _boxes(given: Any, pictures: Sequence[Image.Image], fields: Fields) -> tuple[list[list[Box]] | None, str]:
+def _boxes(row: Row, pictures: Sequence[Image.Image], fields: Fields) -> tuple[list[list[Box]] | None, str]:
     """Boxes of each picture in pixels, None where there are none; and what was left out."""
-    if given is None or not any(_list(given)) and _depth(given) < 3 and not _is_box(given):
-        return None, ""
+    given = _maybe(row, fields.boxes, "boxes")
     depth = _depth(given)
+    if given is None or (depth < 3 and not _is_box(given) and not any(_list(given))):
+        return None, ""
     nested = [[given]] if depth == 1 else [given] if depth == 2 else given
-    if depth > 3 or len(nested) != len(pictures):
+    if not 1 <= depth <= 3 or len(nested) != len(pictures):
         raise ValueError("boxes must be four numbers, a list of boxes, or with several images a list for each")
-    made, lost = [], ""
-    for boxes, picture in zip(nested, pictures):
-        size = images.shown_size(picture)
-        made.append([])
-        for box in boxes:
-            found = in_pixels(box, size, fields.frame, fields.order)
-            try:
-                check_box(found, *size)
-            except ValueError as error:
-                if fields.bad_boxes == "refuse":
-                    raise
-                lost = str(error)
-            else:
-                made[-1].append(found)
-    return made if any(made) else None, lost
+    lost: list[str] = []
+    made = [
+        list(_fitting(boxes, images.shown_size(picture), row, fields, lost)) for boxes, picture in zip(nested, pictures)
+    ]
+    return made if any(made) else None, "; ".join(dict.fromkeys(lost))
+
+
+def _fitting(boxes: Sequence[Any], size: tuple[int, int], row: Row, fields: Fields, lost: list[str]) -> Iterator[Box]:
+    for box in boxes:
+        found = in_pixels(box, size, fields.frame, fields.order)
+        try:
+            check_box(found, *size)
+            if fields.frame == "pixels":
+                _check_size(size, (row.get("width"), row.get("height")))
+        except ValueError as error:
+            if fields.bad_boxes == "refuse":
+                raise
+            lost.append(str(error))
+        else:
+            yield found
+
+
+def _check_size(size: tuple[int, int], said: tuple[Any, Any]) -> None:
+    """Pixels of a picture that was made smaller since, or turned, are others."""
+    if all(type(each) is int for each in said) and said != size:
+        raise ValueError(f"boxes in pixels of an image of {said[0]} x {said[1]}, but it has {size[0]} x {size[1]}")
 
 
 def _is_box(given: Any) -> bool:
@@ -303,7 +315,7 @@ def _inward(v: float, end: int) -> float:
 class Rows:
     """The rows of a table by split, in their order. Every row is in one of them: unfit ones in the first there is."""
 
-    def __init__(self, table: Table, fields: Fields, folder: Folder, dataset: str) -> None:
+    def __init__(self, table: Table, fields: Fields, folder: Folder, dataset: str = "") -> None:
         self.table, self.fields, self.folder, self.dataset = table, fields, folder, dataset
         self.twice: set[int] = set()
         chosen = self._by_field() if fields.split_field else self._by_share()
@@ -319,17 +331,17 @@ class Rows:
 
     def samples(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample | Unfit]:
         for number in self.splits[split][start:stop]:
-            place = f"{self.dataset}:{self.table.place(number)}"
+            place = self.table.place(number)
             try:
                 if number in self.twice:
                     raise ValueError("another row before it has this key")
                 row = self.table.read(number)
                 if self.fields.split_field:
                     _split(row, self.fields.split_field)
-                key = name_of(f"{self.dataset}-{self.table.place(number):07d}")
-                yield sample(row, self.fields, self.folder, key, self.dataset)
+                key = name_of(f"{self.dataset}-{place:0>7}")
+                yield sample(row, self.fields, self.folder, key, self.dataset or str(row.get("dataset", "")))
             except ValueError as error:
-                yield Unfit(place, error)
+                yield Unfit(f"{self.dataset}:{place}".lstrip(":"), error)
 
     def _read(self) -> Iterator[Row | None]:
         keys = set()
@@ -376,10 +388,16 @@ def _or_none(find: Callable[[], T]) -> T | None:
 
 def _split(row: Row | None, name: str) -> str:
     said = _field(row or {}, name)
-    split = _OTHER_NAMES.get(str(said).lower(), str(said).lower())
-    if split not in SPLITS:
+    split = split_called(said)
+    if split is None:
         raise ValueError(f"field '{name}' must name a split, {', '.join(SPLITS)}, not {_short(said)}")
     return split
+
+
+def split_called(name: Any) -> str | None:
+    """The one of :data:`SPLITS` that is meant; None where none is."""
+    split = _OTHER_NAMES.get(str(name).lower(), str(name).lower())
+    return split if split in SPLITS else None
 
 
 def _drawn(name: str, shares: dict[str, float], seed: int) -> str:
@@ -421,17 +439,20 @@ class _Groups:
 # ------------------------------------------------------------------------------------------------------------ once only
 
 
-def remembered(make: Callable[[Any], Rows], options: Any, *files: str | os.PathLike[str]) -> Rows:
-    """``make(options)``, or what it gave the last time if these files have not changed since; kept for processes that
-    are forked from this one, so that many of them index a file once."""
-    stamps = [(os.fspath(file), *_stamp(file)) for file in files]
-    known = make, json.dumps(asdict(options), sort_keys=True), stamps
-    if _last[:1] != [known]:
-        _last[:] = [known, make(options)]
-    return _last[1]
+def remembered(make: Callable[[Any], Rows], options: Any, files: Mapping[str, str | os.PathLike[str]]) -> Rows:
+    """``make(options)``, or what it gave before if these files have not changed since; kept for processes that are
+    forked from this one, so that many of them index a file once."""
+    known = json.dumps(
+        [type(options).__module__, asdict(options), [(str(file), *_stamp(file)) for file in files.values()]]
+    )
+    if known not in _kept:
+        while len(_kept) > 1:
+            del _kept[next(iter(_kept))]
+        _kept[known] = make(options)
+    return _kept[known]
 
 
-_last: list[Any] = []
+_kept: dict[str, Rows] = {}
 
 
 def _stamp(file: str | os.PathLike[str]) -> tuple[int, int]:

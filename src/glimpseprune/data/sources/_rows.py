@@ -35,8 +35,8 @@ class Table(Protocol):
     def read(self, number: int) -> Row:
         """Row ``number``, 0 <= number < len; raises ValueError, which says why, where it is none."""
 
-    def place(self, number: int) -> int:
-        """The number of the row as people count: from 1, in JSON lines with the empty ones."""
+    def place(self, number: int) -> str:
+        """Where the row stands, as people count: from 1, in JSON lines with the empty ones."""
 
 
 def table(path: str | Path) -> Table:
@@ -79,8 +79,8 @@ class Lines:
             raise ValueError(f"the row has {size} bytes, more than the {JSON_BYTES} allowed")
         return _object(os.pread(self.stream.fileno(), size, start))
 
-    def place(self, number: int) -> int:
-        return int(self.lines[number]) + 1
+    def place(self, number: int) -> str:
+        return str(self.lines[number] + 1)
 
 
 def _line_ends(descriptor: int) -> np.ndarray:
@@ -122,8 +122,8 @@ class Held:
             raise self.rows[number]
         return _row(self.rows[number])
 
-    def place(self, number: int) -> int:
-        return number + 1
+    def place(self, number: int) -> str:
+        return str(number + 1)
 
 
 def _json(path: Path) -> Table:
@@ -223,29 +223,30 @@ class Parquet:
             if self.next > number:
                 return row
 
-    def place(self, number: int) -> int:
-        return number + 1
+    def place(self, number: int) -> str:
+        return str(number + 1)
 
 
 class Joined:
-    """Several tables, one after the other; ``shape`` turns a row of each into what is wanted."""
+    """Several tables, one after the other, each with a name, and with what turns its row, and the place of that, into
+    the one that is wanted."""
 
-    def __init__(self, tables: Sequence[tuple[Table, Callable[[Row, int], Row]]]) -> None:
+    def __init__(self, tables: Sequence[tuple[str, Table, Callable[[Row, str], Row]]]) -> None:
         self.tables = tables
-        self.ends = list(accumulate(len(each) for each, _ in tables))
+        self.ends = list(accumulate(len(each) for _, each, _ in tables))
 
     def __len__(self) -> int:
         return self.ends[-1] if self.ends else 0
 
     def read(self, number: int) -> Row:
-        (each, shape), own = self._find(number)
+        (_, each, shape), own = self._find(number)
         return shape(each.read(own), each.place(own))
 
-    def place(self, number: int) -> int:
-        (each, _), own = self._find(number)
-        return each.place(own)
+    def place(self, number: int) -> str:
+        (name, each, _), own = self._find(number)
+        return f"{name}:{each.place(own)}"
 
-    def _find(self, number: int) -> tuple[tuple[Table, Callable[[Row, int], Row]], int]:
+    def _find(self, number: int) -> tuple[tuple[str, Table, Callable[[Row, str], Row]], int]:
         part = bisect_right(self.ends, number)
         return self.tables[part], number - (self.ends[part - 1] if part else 0)
 

@@ -45,7 +45,7 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
 
 
 def _rows(options: Options) -> Rows:
-    return remembered(_read, options, options.path)
+    return remembered(_read, options, {"path": options.path})
 
 
 def _read(options: Options) -> Rows:
