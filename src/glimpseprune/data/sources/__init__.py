@@ -1,4 +1,4 @@
-"""One file per raw dataset. A source defines
+"""One file per raw dataset; or a file of a user's own, by its path (``source=./mine.py``). A source defines
 
 - ``Options``: a dataclass; a source that needs raw files declares where they are as a field without a default;
 - ``splits``: the names of its splits;
@@ -12,3 +12,6 @@ A sample that is only a part of what it should be says so in ``left_out``, and i
 A source that can draw any slice alone may say so by two more parameters, ``start=0, stop=None`` (positions in the
 split, past the end is empty): ``prepare`` with several workers then draws nothing twice.
 """
+
+DEFINES = ("Options", "splits", "samples")
+"""Names that every file has."""

@@ -4,7 +4,7 @@
 
 ``root`` holds ``<set>_cot_train.jsonl`` (or ``train/``, ``metadata/``) and ``benchmark/<set>.json``, ``images`` the
 pictures as they are published, in ``cot/<dataset>/``. ``train`` and ``val`` are the training rows, ``test`` is the
-benchmark; the set is the kind of a question. As the data are (docs/evaluation.md, section 1.2):
+benchmark; the set is the kind of a question. As the data are (docs/evaluation.md §1.2):
 
 - boxes are pixels, those of the benchmark behind ``###`` in the second path; the numbers of turn 1 are not used;
 - the question is turn 0 without ``<image>`` and without the sentence that asks for a box, the answer turn 3;
