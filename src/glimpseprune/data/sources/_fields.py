@@ -15,6 +15,7 @@ import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Literal, TypeVar
 
@@ -95,14 +96,19 @@ class Folder:
         self.root = os.path.realpath(path)
         if not os.path.isdir(self.root):
             raise UserError(f"options.images={path}: there is no such folder")
+        self._inside = os.path.join(self.root, "")
+        self._place = lru_cache(1 << 12)(os.path.realpath)  # of the few folders that many pictures are in
         self._last: tuple[Any, Image.Image | None] = (None, None)
 
     def find(self, name: str) -> str:
         """Where a picture lies; raises ValueError where there is none, or it is outside of the folder."""
         if "://" in name:
             raise ValueError(f'image "{name}" is an address: fetch it, and give the path of the file')
-        real = os.path.realpath(os.path.join(self.root, name))
-        if os.path.commonpath([real, self.root]) != self.root:
+        head, tail = os.path.split(os.path.join(self.root, name))
+        real = os.path.join(self._place(head), tail)
+        if tail in ("", ".", "..") or os.path.islink(real):
+            real = os.path.realpath(real)
+        if not real.startswith(self._inside):
             raise ValueError(f'image "{name}" lies outside of the folder of the images')
         if not os.path.exists(real):
             raise ValueError(f'there is no image "{name}"')
@@ -113,7 +119,7 @@ class Folder:
         name, data = _named(given)
         if data is not None:
             return blake2b(data, digest_size=12).hexdigest()
-        return os.path.relpath(self.find(name), self.root)
+        return self.find(name).removeprefix(self._inside)
 
     def open(self, given: Any) -> Image.Image:
         """A picture, not decoded yet; rows that follow each other and name the same one get the same object.
