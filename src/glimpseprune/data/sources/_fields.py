@@ -114,6 +114,16 @@ class Folder:
             raise ValueError(f'there is no image "{name}"')
         return real
 
+    def first(self, *names: str) -> str:
+        """The first of these paths where there is a picture; where there is none, the first."""
+        for name in names:
+            try:
+                self.find(name)
+            except ValueError:
+                continue
+            return name
+        return names[0]
+
     def identity(self, given: Any) -> str:
         """The same for the same picture: its place in the folder, or a hash where the row itself holds it."""
         name, data = _named(given)

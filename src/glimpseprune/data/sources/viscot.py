@@ -128,7 +128,7 @@ def _shaped(shape: Shape, name: str, folder: Folder, row: Row, place: str) -> Ro
 def _trained(row: Row, name: str, place: str, folder: Folder) -> Row:
     return {
         "key": f"viscot-{name}-train-{place}",
-        "image": _find(folder, f"cot/{_FOLDERS.get(name, name)}", row["image"]),
+        "image": _placed(folder, f"cot/{_FOLDERS.get(name, name)}/{row['image']}"),
         "question": row["question"],
         "answer": row["answer"],
         "boxes": row["bboxs"],
@@ -142,25 +142,14 @@ def _benchmarked(row: Row, name: str, place: str, folder: Folder) -> Row:
     turns = [turn["value"] for turn in row["conversations"]]
     return {
         "key": f"viscot-{name}-test-{place}",
-        "image": _find(folder, *os.path.split(picture)),
+        "image": _placed(folder, picture),
         "question": turns[0].replace(SENTENCE, ""),
         "answer": turns[3],
         "boxes": [json.loads(marked.partition("###")[2])],
     }
 
 
-def _find(folder: Folder, place: str, name: str) -> str:
-    """The path of a picture, with the folder val in it where it lies there."""
-    for path in (f"{place}/{name}", _with_val(f"{place}/{name}")):
-        try:
-            folder.find(path)
-        except ValueError:
-            continue
-        return path
-    return f"{place}/{name}"
-
-
-def _with_val(path: str) -> str:
-    """``cot/cub/x/y.jpg`` as ``cot/cub/val/x/y.jpg``."""
+def _placed(folder: Folder, path: str) -> str:
+    """``cot/cub/x/y.jpg``, or ``cot/cub/val/x/y.jpg`` where the picture lies there."""
     cot, dataset, *rest = path.split("/")
-    return "/".join((cot, dataset, "val", *rest))
+    return folder.first(path, "/".join((cot, dataset, "val", *rest)))
