@@ -385,7 +385,7 @@ class Rows:
             names = _or_none(lambda row=row: self._names(row))
             firsts.append(names and groups.join(names))
         names = groups.names()
-        return [first and _drawn(names[first], self.fields.shares, self.fields.seed) for first in firsts]
+        return [first and drawn(names[first], self.fields.shares, self.fields.seed) for first in firsts]
 
     def _names(self, row: Row | None) -> list[str]:
         if row is None:
@@ -416,7 +416,7 @@ def split_called(name: Any) -> str | None:
     return split if split in SPLITS else None
 
 
-def _drawn(name: str, shares: dict[str, float], seed: int) -> str:
+def drawn(name: str, shares: dict[str, float], seed: int) -> str:
     """A split for a name, each as often as its share says, whatever other names there are."""
     digest = blake2b(f"{seed} {name}".encode(errors="surrogatepass"), digest_size=8).digest()
     place, end = int.from_bytes(digest, "big") / 2**64, 0.0
