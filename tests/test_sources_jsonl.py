@@ -15,7 +15,7 @@ from conftest import picture
 from glimpseprune import prepare
 from glimpseprune.config import UserError, merge_options
 from glimpseprune.data.shards import Shards
-from glimpseprune.data.sources import _fields, _rows, jsonl
+from glimpseprune.data.sources import _fields, _rows, _splits, jsonl
 from glimpseprune.types import Sample
 
 ALL_TRAIN = {"train": 1.0}
@@ -228,6 +228,8 @@ def test_a_bad_box_may_be_dropped_alone(folder):
         ({"answer": {"a": 1}}, "an answer must be a text or a number, not dict"),
         ({"answer": []}, "answers must be one or more texts"),
         ({"boxes": [[1, 2, 3]]}, "it must be four finite numbers"),
+        ({"boxes": [0]}, "it must be four finite numbers"),
+        ({"boxes": [[1, 2, 3, 10**400]]}, "too large"),
         ({"boxes": [[1, 2, 3, float("nan")]]}, "it must be four finite numbers"),
         ({"boxes": [["1", 2, 3, 4]]}, "it must be four finite numbers"),
         ({"boxes": [[9, 2, 3, 4]]}, "is not inside its image of 40 x 30"),
@@ -279,6 +281,39 @@ def test_a_pipe_or_a_huge_file_is_not_read(folder):
     os.mkfifo(folder / "pipe.jsonl")
     with pytest.raises(UserError, match="it is no file"):
         read(folder / "pipe.jsonl")
+
+
+def odd(rng: np.random.Generator, depth: int = 0) -> object:
+    """Any JSON, with what is most likely to be stumbled over."""
+    texts = ["", "a", "photos/0.png", "\ud800", "a\0", "../..", "/", "x" * 9000, "https://x", "photos/cut.png"]
+    plain = [*texts, 0, -1, 10**400, 1e308, 0.5, True, None]
+    kind = rng.integers(8) if depth < 4 else 7
+    if kind == 0:
+        return [odd(rng, depth + 1) for _ in range(rng.integers(6))]
+    if kind == 1:
+        names = rng.choice(["bytes", "path", "text", "0", "a.b"], rng.integers(3))
+        return {str(name): odd(rng, depth + 1) for name in names}
+    if kind == 2:
+        numbers = [*range(-5, 45), 0.25, 10**400, -(10**400), 1e308, float("nan"), "1"]
+        return [[numbers[at] for at in rng.integers(len(numbers), size=4)] for _ in range(rng.integers(3))]
+    return plain[rng.integers(len(plain))]
+
+
+@pytest.mark.parametrize("frame", ["pixels", "fraction", "thousand"])
+def test_whatever_a_row_holds_it_is_a_sample_or_unfit(folder, frame):
+    (folder / "photos" / "cut.png").write_bytes((folder / "photos" / "0.png").read_bytes()[:500])
+    rng = np.random.default_rng(7)
+    names = ["image", "question", "answer", "boxes", "kind", "key", "scene", "width", "height", "images", "answers"]
+    rows = []
+    for _ in range(600):
+        changed = {str(name): odd(rng) for name in rng.choice(names, rng.integers(1, 4))}
+        rows.append({**ROWS[rng.integers(4)], **changed})
+    file = write_rows(folder / "rows.jsonl", rows)
+    found = [each for split in jsonl.splits for each in read(file, split, frame=frame, order="cxcywh")]
+    assert len(found) == len(rows)
+    fit = [each for each in found if isinstance(each, Sample)]
+    assert all(isinstance(each, _splits.Unfit) for each in found if not isinstance(each, Sample))
+    assert 30 < len(fit) < 570
 
 
 def test_bad_rows_are_counted_by_cause(folder):

@@ -98,7 +98,7 @@ def _object(data: bytes) -> Row:
     except RecursionError:
         raise ValueError("the row is no JSON: it is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"the row is no JSON: {getattr(error, 'msg', 'it is not in UTF-8')}") from None
+        raise ValueError(f"the row is no JSON: {getattr(error, 'msg', error)}") from None
     return _row(row)
 
 
@@ -106,6 +106,12 @@ def _row(row: Any) -> Row:
     if not isinstance(row, dict):
         raise ValueError(f"the row is no object with fields, but a {type(row).__name__}")
     return row
+
+
+def shown_value(value: Any) -> str:
+    """What a row has in the place of something else, for a message."""
+    kind = "null" if value is None else type(value).__name__
+    return f'{kind} "{value}"' if isinstance(value, str | int | float) else kind
 
 
 class Held:

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from glimpseprune.config import SEEDS, UserError, option
-from glimpseprune.data.sources._fields import drawn
+from glimpseprune.data.sources._splits import drawn
 from glimpseprune.types import Box, Sample
 
 splits = ("train", "val", "test")

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from glimpseprune.config import UserError, option
-from glimpseprune.data.sources._fields import SPLITS, Fields, Folder, Rows, Unfit, remembered, split_called
+from glimpseprune.data.sources._fields import SPLITS, Fields
+from glimpseprune.data.sources._pictures import Folder
 from glimpseprune.data.sources._rows import Joined, Row
+from glimpseprune.data.sources._splits import Rows, Unfit, remembered, split_called
 from glimpseprune.types import Sample
 
 splits = SPLITS

@@ -18,8 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from glimpseprune.config import option
-from glimpseprune.data.sources._fields import SPLITS, Fields, Folder, Rows, Unfit, remembered
+from glimpseprune.data.sources._fields import SPLITS, Fields
+from glimpseprune.data.sources._pictures import Folder
 from glimpseprune.data.sources._rows import table
+from glimpseprune.data.sources._splits import Rows, Unfit, remembered
 from glimpseprune.types import Sample
 
 splits = SPLITS

@@ -33,8 +33,10 @@ from pathlib import Path
 
 from glimpseprune import lookup
 from glimpseprune.config import UserError, option
-from glimpseprune.data.sources._fields import SPLITS, Fields, Folder, Rows, Unfit, remembered
+from glimpseprune.data.sources._fields import SPLITS, Fields
+from glimpseprune.data.sources._pictures import Folder
 from glimpseprune.data.sources._rows import Held, Joined, Row, Table, table
+from glimpseprune.data.sources._splits import Rows, Unfit, remembered
 from glimpseprune.types import Sample
 
 splits = SPLITS

@@ -26,8 +26,10 @@ from functools import partial
 from pathlib import Path
 
 from glimpseprune.config import SEEDS, UserError, option
-from glimpseprune.data.sources._fields import SPLITS, Fields, Folder, Rows, Unfit, remembered
+from glimpseprune.data.sources._fields import SPLITS, Fields
+from glimpseprune.data.sources._pictures import Folder
 from glimpseprune.data.sources._rows import Joined, Row, table
+from glimpseprune.data.sources._splits import Rows, Unfit, remembered
 from glimpseprune.types import Sample
 
 splits = SPLITS
