@@ -76,7 +76,8 @@ def test_folders_here_and_of_the_package_come_first(asked, tmp_path):
 
 def test_nothing_that_is_downloaded_says_which_file_is_run(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("raise SystemExit('this was run')")
-    (tmp_path / "models" / "base" / "config.yaml").write_text("pruner: {name: ./mine.py}\nbackbone: {path: x}\ndata: {path: x}\n")
+    saved = "pruner: {name: ./mine.py}\nbackbone: {path: x}\ndata: {path: x}\n"
+    (tmp_path / "models" / "base" / "config.yaml").write_text(saved)
     monkeypatch.setattr(hub, "folder", lambda name, *_: tmp_path / "models" / "base")
     with pytest.raises(UserError, match=r"^'owner/name' names the file ./mine.py as its method"):
         checkpoint.read_config("owner/name")

@@ -1,12 +1,15 @@
 """Lookup: folders and modules as registries, on a package made for the test."""
 
+import inspect
+import shutil
 import sys
 from importlib import import_module
 from typing import get_type_hints
 
 import pytest
 
-from glimpseprune import lookup
+from conftest import TINY
+from glimpseprune import lookup, pruners
 from glimpseprune.config import UserError
 
 CAT = """
@@ -106,6 +109,16 @@ def test_a_file_is_found_by_its_path_and_run_once(tmp_path, monkeypatch):
     assert found.Options(0.25).keep_ratio == 0.25
     assert get_type_hints(found.Options) == {"keep_ratio": float}
     assert "mine" not in lookup.names("glimpseprune.pruners")
+
+
+def test_a_pruning_method_of_ones_own(tmp_path):
+    file = shutil.copy(pruners.random.__file__, tmp_path / "mine.py")
+    built = pruners.build(str(file), {"keep_ratio": 0.3}, TINY["qwen2_5_vl"]())
+    assert built.options.keep_ratio == 0.3
+    assert type(built) is not pruners.random.Pruner
+    assert inspect.getsource(type(built)) == inspect.getsource(pruners.random.Pruner)
+    with pytest.raises(UserError, match="did you mean 'pruner.options.keep_ratio'"):
+        pruners.options_of(str(file), {"keep_rato": 0.3})
 
 
 def test_files_that_are_none_of_the_kind_are_named(tmp_path, monkeypatch):
