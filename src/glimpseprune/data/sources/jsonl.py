@@ -7,8 +7,8 @@
 
 Only image, question and answer must be there; what they and the others are called is an option. Without a field for the
 split, pictures are drawn into train, val and test by a hash of their path, so that no picture is in two of them and new
-pictures move no old ones. A row that is no good is left out, and counted by its cause. Left out: two files that hold the
-same picture are two pictures; addresses are not fetched.
+pictures move no old ones. A row that is no good is left out, and counted by its cause. Left out: two files that hold
+the same picture are two pictures; addresses are not fetched.
 """
 
 from __future__ import annotations
