@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from glimpseprune import hub
+from glimpseprune import checkpoint, hub
 from glimpseprune.config import UserError
 
 
@@ -72,3 +72,13 @@ def test_folders_here_and_of_the_package_come_first(asked, tmp_path):
     assert (hub.folder("data/tiny-qwen2_5_vl") / "config.json").is_file()
     (tmp_path / "owner" / "name").mkdir(parents=True)
     assert str(hub.folder("owner/name")) == "owner/name" and not asked
+
+
+def test_nothing_that_is_downloaded_says_which_file_is_run(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("raise SystemExit('this was run')")
+    saved = "pruner: {name: ./mine.py}\nbackbone: {path: x}\ndata: {path: x}\n"
+    (tmp_path / "models" / "base" / "config.yaml").write_text(saved)
+    monkeypatch.setattr(hub, "folder", lambda name, *_: tmp_path / "models" / "base")
+    with pytest.raises(UserError, match=r"^'owner/name' names the file ./mine.py as its method"):
+        checkpoint.read_config("owner/name")
+    assert checkpoint.read_config("models/base").pruner.name == "./mine.py"

@@ -1,10 +1,15 @@
 """Lookup: folders and modules as registries, on a package made for the test."""
 
+import inspect
+import shutil
 import sys
+from importlib import import_module
+from typing import get_type_hints
 
 import pytest
 
-from glimpseprune import lookup
+from conftest import TINY
+from glimpseprune import lookup, pruners
 from glimpseprune.config import UserError
 
 CAT = """
@@ -77,3 +82,60 @@ def test_modules_that_have_moved_answer_where_they_were():
 
     assert (TrainConfig, slurm, Deal) == (options.TrainConfig, there, Here)
     assert "options" not in lookup.names("glimpseprune.training")  # which is no stage
+
+
+# ------------------------------------------------------------------------------------------------ files of a user's own
+
+OWN = """
+from dataclasses import dataclass
+from glimpseprune.config import option
+from glimpseprune.pruners.random import Pruner
+
+@dataclass
+class Options:
+    keep_ratio: float = option(0.5, "share that stays", least=0, most=1)
+
+splits = ("train",)
+def samples(options, split): return iter(())
+"""
+
+
+def test_a_file_is_found_by_its_path_and_run_once(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("runs = []\nruns.append(1)\n" + OWN)
+    monkeypatch.chdir(tmp_path)
+    found = lookup.find("glimpseprune.pruners", "./mine.py")
+    assert found is lookup.find("glimpseprune.data.sources", str(tmp_path / "mine.py"))
+    assert found.runs == [1]
+    assert found.Options(0.25).keep_ratio == 0.25
+    assert get_type_hints(found.Options) == {"keep_ratio": float}
+    assert "mine" not in lookup.names("glimpseprune.pruners")
+
+
+def test_a_pruning_method_of_ones_own(tmp_path):
+    file = shutil.copy(pruners.random.__file__, tmp_path / "mine.py")
+    built = pruners.build(str(file), {"keep_ratio": 0.3}, TINY["qwen2_5_vl"]())
+    assert built.options.keep_ratio == 0.3
+    assert type(built) is not pruners.random.Pruner
+    assert inspect.getsource(type(built)) == inspect.getsource(pruners.random.Pruner)
+    with pytest.raises(UserError, match="did you mean 'pruner.options.keep_ratio'"):
+        pruners.options_of(str(file), {"keep_rato": 0.3})
+
+
+def test_files_that_are_none_of_the_kind_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^there is no file './none.py' \(seen from "):
+        lookup.find("glimpseprune.pruners", "./none.py")
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(UserError, match=r"^empty.py defines no Options and no Pruner: see glimpseprune.pruners"):
+        lookup.find("glimpseprune.pruners", "empty.py")
+    (tmp_path / "broken.py").write_text("import no_such_module_here")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError, match="no_such_module_here"):
+            lookup.find("glimpseprune.pruners", "broken.py")
+
+
+@pytest.mark.parametrize("package", ["glimpseprune.pruners", "glimpseprune.data.sources"])
+def test_every_module_defines_what_its_package_says(package):
+    defines = import_module(package).DEFINES
+    for name in lookup.names(package):
+        assert all(hasattr(lookup.find(package, name), each) for each in defines), name

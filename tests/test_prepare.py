@@ -214,3 +214,18 @@ def test_a_crash_leaves_what_was_there(tmp_path, workers):
         prepare.main([*argv, "overwrite=true", "options.crash=true"])
     assert content(tmp_path / "data") == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "sources"]
+
+
+def test_a_source_may_be_a_file_of_ones_own(tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "mine.py").write_text(
+        SOURCE.format(parameters="start=0, stop=None", range="start, total if stop is None else min(stop, total)")
+    )
+    monkeypatch.chdir(own)
+    for workers in (1, 2):
+        prepare.main(
+            ["source=./mine.py", f"out={tmp_path}/{workers}", "options.count=9", "shard_size=4", f"workers={workers}"]
+        )
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert keys(tmp_path / "1", "train") == [f"train-{i}" for i in range(9)]

@@ -394,6 +394,8 @@ def _read(ckpt: str | Path, weights: bool = True) -> tuple[TrainConfig, dict[str
     folder = hub.folder(ckpt)
     if (folder / CONFIG).is_file():
         saved = config.read(TrainConfig, folder / CONFIG)
+        if lookup.is_file(saved.pruner.name) and hub.is_id(ckpt):  # nothing that is downloaded says what is run
+            raise UserError(f"'{ckpt}' names the file {saved.pruner.name} as its method: download it, and look at both")
         return saved, _tensors(folder / TRAINABLE) if weights and (folder / TRAINABLE).is_file() else None
     if (folder / PUBLISHED).is_file():
         return _published(folder)

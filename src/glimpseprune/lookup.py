@@ -1,15 +1,20 @@
 """Find what a name in a config stands for: the folder (or the module) is the registry, nothing is registered.
 
 A pruner, a backbone or a data source is a file in its package's folder; a metric or a reward is a function in its
-module. Names beginning with an underscore are private. A module is imported only once it is asked for.
+module. Names beginning with an underscore are private. A module is imported only once it is asked for. A name that ends
+in ``.py`` is the path of a file of the user's own, which must define what the package says in ``DEFINES``.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import os
+import sys
 from collections.abc import Callable, Iterable
+from hashlib import blake2b
 from importlib import import_module
+from importlib.util import module_from_spec, spec_from_file_location
 from pkgutil import iter_modules
 from types import ModuleType
 
@@ -22,9 +27,37 @@ def names(package: str) -> list[str]:
 
 
 def find(package: str, name: str) -> ModuleType:
-    """The module ``name`` of ``package``; raises UserError with the choices where there is none."""
-    choose(name, names(package), package)
-    return import_module(f"{package}.{name}")
+    """The module ``name`` of ``package``, or the file ``name``; raises UserError with the choices where there is none,
+    or with what the file does not define."""
+    if not is_file(name):
+        choose(name, names(package), package)
+        return import_module(f"{package}.{name}")
+    module = _load(name)
+    if lacking := [each for each in getattr(import_module(package), "DEFINES", ()) if not hasattr(module, each)]:
+        raise UserError(f"{name} defines no {' and no '.join(lacking)}: see {package}, whose files it is like")
+    return module
+
+
+def is_file(name: str) -> bool:
+    """Whether a name is the path of a file of the user's own, which is run when it is looked up."""
+    return name.endswith(".py")
+
+
+def _load(path: str) -> ModuleType:
+    """The file as a module, run once."""
+    real = os.path.realpath(path)
+    if not os.path.isfile(real):
+        raise UserError(f"there is no file '{path}' (seen from {os.getcwd()})")
+    name = f"own_{blake2b(os.fsencode(real), digest_size=8).hexdigest()}"
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, real)
+        sys.modules[name] = module = module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
 
 
 def functions(module: str, first: str) -> dict[str, Callable]:

@@ -37,7 +37,7 @@ SOURCES = "glimpseprune.data.sources"
 
 @dataclass
 class PrepareConfig:
-    source: str = option(help="name of a file in glimpseprune/data/sources")
+    source: str = option(help="name of a file in glimpseprune/data/sources, or the path of a file of your own")
     out: str = option(help="folder to write")
     splits: list[str] | None = option(None, "splits to write; null means all the source has")
     shard_size: int = option(512, "samples per shard", least=1, most=10**6)
@@ -155,11 +155,12 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
     config.check(cfg)
     source = lookup.find(SOURCES, cfg.source)
     options = config.merge_options(source.Options, cfg.options, "options")
-    splits = list(dict.fromkeys(source.splits if cfg.splits is None else cfg.splits))
+    there = source.splits if not hasattr(source, "present") else source.present(options)
+    splits = list(dict.fromkeys(there if cfg.splits is None else cfg.splits))
     if not splits:
-        raise UserError(f"splits is empty: choose from {', '.join(source.splits)}")
+        raise UserError(f"splits is empty: choose from {', '.join(there) or 'none, for the source has no samples'}")
     for split in splits:
-        lookup.choose(split, source.splits, f"the splits of source '{cfg.source}'")
+        lookup.choose(split, there, f"the splits of source '{cfg.source}'")
     out = files.resolved(cfg.out)
     _check_free(out, cfg.overwrite)
     bar = (
@@ -241,11 +242,16 @@ def main(cfg: PrepareConfig) -> None:
         table.add_row(*(Text(legible(cell)) for cell in row))
     console.print(table)
     for split, entry in entries.items():
-        if invalid := entry.get("invalid"):
-            console.print(Text(legible(f"{split}: {left_out(invalid)}")))
+        for said in left_out(entry):
+            console.print(Text(legible(f"{split}: {said}")))
 
 
-def left_out(invalid: Mapping[str, Any]) -> str:
-    """What a manifest says of samples that were left out, as a sentence."""
-    reasons = "; ".join(f"{times} x {reason}" for reason, times in invalid["reasons"].items())
-    return f"{invalid['count']} invalid samples were left out ({reasons}), the first one {invalid['first'][0]}"
+def left_out(entry: Mapping[str, Any]) -> Iterator[str]:
+    """What a manifest's entry says of samples that were left out, or a part of them, as sentences."""
+    for name, what in (
+        ("invalid", "{} invalid samples were left out"),
+        ("lacking", "{} samples were left without a part"),
+    ):
+        if told := entry.get(name):
+            reasons = "; ".join(f"{times} x {reason}" for reason, times in told["reasons"].items())
+            yield f"{what.format(told['count'])} ({reasons}), the first one {told['first'][0]}"

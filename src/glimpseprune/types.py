@@ -134,6 +134,8 @@ class Sample:
     stands_in: str = ""
     """Set by the reader of shards, or the collator, when this sample is not one of its own: which damaged one it
     replaces, and why, or that it only pads a batch. Train on it; never score it."""
+    left_out: str = ""
+    """Set by a source: what it left out of this sample, and why; told by ``prepare``, in no shard."""
 
 
 @dataclass

@@ -42,7 +42,20 @@ from glimpseprune.config import UserError
 from glimpseprune.legible import legible, surrogate
 from glimpseprune.types import Sample
 
-__all__ = ["Damage", "ImageEncoder", "Shards", "check", "decode", "encode", "write", "write_manifest", "write_shard"]
+__all__ = [
+    "Damage",
+    "ImageEncoder",
+    "Shards",
+    "check",
+    "check_box",
+    "check_sizes",
+    "decode",
+    "encode",
+    "open_file",
+    "write",
+    "write_manifest",
+    "write_shard",
+]
 
 MANIFEST = "manifest.json"
 FORMAT = "glimpseprune-shards-1"
@@ -90,7 +103,7 @@ def check(sample: Sample) -> None:
     _check_text("scene", sample.scene, empty=True)
     if not 1 <= len(sample.images) <= IMAGES:
         raise ValueError(f"{len(sample.images)} images: there must be 1 to {IMAGES}")
-    _check_sizes(image.size for image in sample.images)
+    check_sizes(image.size for image in sample.images)
     if sample.boxes is None:
         return
     if not isinstance(sample.boxes, list) or len(sample.boxes) != len(sample.images):
@@ -98,11 +111,16 @@ def check(sample: Sample) -> None:
     for boxes, image in zip(sample.boxes, sample.images):
         width, height = images.shown_size(image)
         for box in boxes:
-            if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
-                raise ValueError(f"box {box}: it must be four finite numbers")
-            x0, y0, x1, y1 = box
-            if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
-                raise ValueError(f"box {box} is not inside its image of {width} x {height}")
+            check_box(box, width, height)
+
+
+def check_box(box: Sequence[Any], width: int, height: int) -> None:
+    """Raise ValueError where a box is none of an image of this size."""
+    if len(box) != 4 or not all(type(v) in (int, float) and math.isfinite(v) for v in box):
+        raise ValueError(f"box {box}: it must be four finite numbers")
+    x0, y0, x1, y1 = box
+    if not (0 <= x0 <= x1 <= width and 0 <= y0 <= y1 <= height):
+        raise ValueError(f"box {box} is not inside its image of {width} x {height}")
 
 
 def _check_text(name: str, value: Any, empty: bool = False) -> None:
@@ -204,7 +222,7 @@ def decode(key: str, member: Callable[[str], bytes]) -> Sample:
                 raise ValueError(f"the checksum of member '{legible(name, 20)}' is another")
             decoded[name] = _decode_image(data, [decoded[other].size for other in names[:place]])
         else:
-            _check_sizes(decoded[other].size for other in names[: place + 1])
+            check_sizes(decoded[other].size for other in names[: place + 1])
     sample = Sample(
         key=key,
         question=meta.get("question"),
@@ -248,9 +266,9 @@ def write_shard(
 
     ``leave_out(key and reason)`` is called for a sample that is invalid, or the exception that a source gives in place
     of one that it could not read, which is then left out; without it, it ends the writing. Returns the shard's entry
-    in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys``, ``kinds`` (a count of each)
-    and ``invalid`` (key and reason of those left out). A shard of which nothing is left has a count of 0. The bytes
-    depend on the samples alone.
+    in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys``, ``kinds`` (a count of each),
+    ``invalid`` (key and reason of those left out) and ``lacking`` (of those of which the source left something out). A
+    shard of which nothing is left has a count of 0. The bytes depend on the samples alone.
 
     Raises:
         UserError: an invalid sample, named by its key.
@@ -264,6 +282,7 @@ def write_shard(
     keys: list[str] = []
     kinds: Counter[str] = Counter()
     invalid: list[tuple[str, str]] = []
+    lacking: list[tuple[str, str]] = []
     encoder = ImageEncoder(image_format)
     with files.stream(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
         for sample in chain([first], samples):
@@ -281,15 +300,22 @@ def write_shard(
                 tar.write(record)
                 keys.append(sample.key)
                 kinds[sample.kind] += 1
+                if sample.left_out:
+                    lacking.append((sample.key, legible(sample.left_out, 300)))
             tick()
     size, sha256 = path.stat().st_size, _sha256(path)
     entry = {"name": path.name, "count": len(keys), "bytes": size, "sha256": sha256}
-    return entry | {"keys": keys, "kinds": dict(kinds), "invalid": invalid}
+    return entry | {"keys": keys, "kinds": dict(kinds), "invalid": invalid, "lacking": lacking}
 
 
 def _reason(error: Exception) -> str:
     """One line, the same in every process."""
     return legible(re.sub(r" at 0x[0-9a-f]+", "", str(error)) or type(error).__name__, 300)
+
+
+def _cause(reason: str) -> str:
+    """A reason without the numbers in it, and what stands in double quotes: by this it is counted."""
+    return re.sub(r'(?<![A-Za-z])-?\d[\d.]*(e[+-]?\d+)?|"[^"]*"', "…", reason)
 
 
 def close_up(folder: Path, split: str, shards: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -320,7 +346,9 @@ def write_manifest(
     folder: Path, split: str, shards: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """Enter a split, given what :func:`write_shard` said of its shards, in the folder's manifest; returns its entry,
-    in which ``invalid`` says how many samples were left out, if any: their count, reasons and the first few.
+    in which ``invalid`` says how many samples were left out, if any: their count, reasons and the first few. So does
+    ``lacking`` of samples that are there, but for a part that their source left out. Reasons that differ only in their
+    numbers and names are counted as one.
 
     Raises:
         UserError: no shards, or a key that stands twice.
@@ -330,8 +358,6 @@ def write_manifest(
     twice = [key for key, times in Counter(key for shard in shards for key in shard["keys"]).items() if times > 1]
     if twice:
         raise UserError(f"split '{split}': {len(twice)} keys stand more than once, such as {twice[0]!r}")
-    invalid = [each for shard in shards for each in shard.get("invalid", ())]
-    reasons = Counter(reason for _, reason in invalid)
     entry = {
         "split": split,
         **(meta or {}),
@@ -339,9 +365,11 @@ def write_manifest(
         "kinds": dict(sorted(sum((Counter(shard["kinds"]) for shard in shards), Counter()).items())),
         "shards": [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in shards],
     }
-    if invalid:
-        first = [f"{key}: {reason}" for key, reason in invalid[:_EXAMPLES]]
-        entry["invalid"] = {"count": len(invalid), "reasons": dict(reasons.most_common(_EXAMPLES)), "first": first}
+    for name in ("invalid", "lacking"):
+        if told := [each for shard in shards for each in shard.get(name, ())]:
+            reasons = Counter(_cause(reason) for _, reason in told)
+            first = [f"{key}: {reason}" for key, reason in told[:_EXAMPLES]]
+            entry[name] = {"count": len(told), "reasons": dict(reasons.most_common(_EXAMPLES)), "first": first}
     path = folder / MANIFEST
     manifest = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "splits": {}}
     manifest["splits"][split] = entry
@@ -437,7 +465,7 @@ class Shards:
     def _index(self, shard: int) -> tuple[IO[bytes], list[Group]]:
         if shard not in self._open:
             name, count, *_ = self.shards[shard]
-            stream = open(self.folder / name, "rb", buffering=0, opener=_open_file)  # noqa: SIM115 (kept open)
+            stream = open(self.folder / name, "rb", buffering=0, opener=open_file)  # noqa: SIM115 (kept open)
             groups = list(islice(_once(_walk(stream)), count + 1))
             if len(groups) > count:
                 warnings.warn(f"{name}: it holds more than the {count} samples that {MANIFEST} counts", stacklevel=4)
@@ -451,8 +479,8 @@ class Shards:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def _open_file(path: str, flags: int) -> int:
-    """Open a file, and nothing that only has the name of one: a pipe would be waited for."""
+def open_file(path: str, flags: int) -> int:
+    """An opener of files, and of nothing that only has the name of one: a pipe would be waited for."""
     descriptor = os.open(path, flags | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -513,7 +541,7 @@ def _decode_image(data: bytes, others: Iterable[tuple[int, int]]) -> Image.Image
     except UnidentifiedImageError:  # whose message holds an address, other each time
         raise ValueError("an image is neither PNG nor JPEG") from None
     with image:
-        _check_sizes([*others, image.size])  # known from the header, before any pixel is decoded
+        check_sizes([*others, image.size])  # known from the header, before any pixel is decoded
         if image.format == "JPEG" and _scans(data) > SCANS:
             raise ValueError(f"a JPEG of more than {SCANS} scans")
         return images.shown(image).convert("RGB")
@@ -531,7 +559,8 @@ def _check_bytes(name: str, size: int) -> None:
         raise ValueError(f"member '{name}' has {size} bytes, more than the {limit} allowed")
 
 
-def _check_sizes(sizes: Iterable[tuple[int, int]]) -> None:
+def check_sizes(sizes: Iterable[tuple[int, int]]) -> None:
+    """Raise ValueError where images of one sample, known by their sizes, are too large, alone or together."""
     total = 0
     for width, height in sizes:
         total += width * height
@@ -561,7 +590,7 @@ def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
         raise UserError(_remedy(folder, "it is a file, not a folder" if folder.exists() else "there is no such folder"))
     there = sorted(path.name for path in folder.iterdir())
     try:
-        with open(folder / MANIFEST, "rb", opener=_open_file) as stream:
+        with open(folder / MANIFEST, "rb", opener=open_file) as stream:
             if os.fstat(stream.fileno()).st_size > MANIFEST_BYTES:
                 raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
             manifest = json.load(stream)

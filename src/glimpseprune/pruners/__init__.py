@@ -3,8 +3,8 @@
 ``Pruner(backbone, options)`` has ``stops``, ``needs`` and ``decide(view)``, see :class:`glimpseprune.decoder.Pruner`;
 every default of ``Options`` works on every backbone on which the method has a meaning, and elsewhere it is refused by a
 UserError. A method whose strength can be set to a budget also has ``to_budget(keep_ratio, backbone) -> dict``: the
-options with which a fraction ``keep_ratio`` of the visual tokens is left for decoding. A new file is found by its name;
-nothing is registered.
+options with which a fraction ``keep_ratio`` of the visual tokens is left for decoding. A new file is found by its name,
+one elsewhere by its path (``pruner.name=./mine.py``); nothing is registered.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from torch import nn
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import merge_options
 from glimpseprune.lookup import find
+
+DEFINES = ("Options", "Pruner")
+"""Names that every file has."""
 
 
 def build(name: str, options: Mapping[str, Any] | Any, backbone: LVLM) -> nn.Module:

@@ -1,11 +1,17 @@
-"""One file per raw dataset. A source defines
+"""One file per raw dataset; or a file of a user's own, by its path (``source=./mine.py``). A source defines
 
-- ``Options``: a dataclass; a source that needs raw files declares them as a field ``root`` without a default;
+- ``Options``: a dataclass; a source that needs raw files declares where they are as a field without a default;
 - ``splits``: the names of its splits;
+- ``present(options)``, where that depends on its files: those of them that have samples;
 - ``samples(options, split) -> Iterator[Sample]``: always the same samples, in the same order, for the same options. In
   place of one that cannot be read it may give the exception: ``prepare`` counts it, names it and goes on. Images may
   be of any mode, and unread; boxes are in pixels of the image as it is shown (:mod:`glimpseprune.images`).
 
+A sample that is only a part of what it should be says so in ``left_out``, and is kept.
+
 A source that can draw any slice alone may say so by two more parameters, ``start=0, stop=None`` (positions in the
 split, past the end is empty): ``prepare`` with several workers then draws nothing twice.
 """
+
+DEFINES = ("Options", "splits", "samples")
+"""Names that every file has."""
