@@ -8,7 +8,7 @@
 PYTHON      ?= python3
 VENV_FLAGS  ?=
 TORCH       ?= torch==2.13.0
-EXTRAS      ?= train,demo,report,dev
+EXTRAS      ?= train,data,demo,report,dev
 TEST_JOBS   ?= 2
 KILLS       ?= 20
 DEVICE      ?= cuda
