@@ -100,7 +100,9 @@ def continue_from(
         first = state if len(index) == len(state.mask) else rows(state, index)
         running = torch.ones(len(index), dtype=torch.bool, device=backbone.device)
         ended = ~running
-        last = min((c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria)), default=math.inf)
+        # Where others may go on, whose answers may be longer, only they say when it ends.
+        limits = [c.max_length for c in stopping_criteria if isinstance(c, MaxLengthCriteria) and not synced]
+        last = min(limits, default=math.inf)
         size, length, alive = input_ids.shape[1], 0, True
         logits, steps = backbone.logits(first.hidden[:, -1]).float(), None  # [B, vocabulary]
         news: deque[News] = deque()

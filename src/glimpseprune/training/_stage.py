@@ -20,6 +20,7 @@ from glimpseprune.generate import generate
 from glimpseprune.options import PARTS, TrainConfig
 from glimpseprune.pictures import grid, panel
 from glimpseprune.running.strategies import Zero
+from glimpseprune.sharded import is_split
 from glimpseprune.training._layers import checkpointed, compile_parts
 from glimpseprune.types import Encoded, Inputs, Layout, Prefill, Rollout
 
@@ -121,8 +122,9 @@ class StageModule(L.LightningModule):
         return encoded, prefix.run(self.backbone, state, self.depth, shared, probes=self.pruner.needs.probes)
 
     def alike(self, inputs: Inputs, encoded: Encoded, state: Prefill) -> prefix.Alike | None:
-        """Which of the prompts begin alike; None where none do, or a look has given each its own images."""
-        if hasattr(self.pruner, "look"):
+        """Which of the prompts begin alike; None where none do, or a look has given each its own images, or ZeRO-3 splits
+        the weights: then all processes must call the layers equally often."""
+        if hasattr(self.pruner, "look") or is_split(self.backbone.lm_head.weight):
             return None
         return prefix.alike(state.known, prefix.pictures(inputs.prompt, encoded.layouts))
 
