@@ -122,8 +122,8 @@ class StageModule(L.LightningModule):
         return encoded, prefix.run(self.backbone, state, self.depth, shared, probes=self.pruner.needs.probes)
 
     def alike(self, inputs: Inputs, encoded: Encoded, state: Prefill) -> prefix.Alike | None:
-        """Which of the prompts begin alike; None where none do, or a look has given each its own images, or ZeRO-3 splits
-        the weights: then all processes must call the layers equally often."""
+        """Which of the prompts begin alike; None where none do, where a look has given each its own images, and where
+        ZeRO-3 splits the weights: all processes must call the layers equally often."""
         if hasattr(self.pruner, "look") or is_split(self.backbone.lm_head.weight):
             return None
         return prefix.alike(state.known, prefix.pictures(inputs.prompt, encoded.layouts))
