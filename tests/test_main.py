@@ -92,7 +92,7 @@ def test_in_processes_of_their_own(verb):
 @pytest.mark.parametrize("argv", [["-m", "src.plan"], ["-m", "glimpseprune", "plan"], ["glimpseprune", "plan"]])
 def test_before_a_command_listens_a_signal_ends_it_without_a_word(argv, tmp_path):
     """While it is imported; nothing has begun."""
-    (tmp_path / "omegaconf.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
+    (tmp_path / "yaml.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nimport time\n")
     (tmp_path / "glimpseprune").write_text("from glimpseprune.__main__ import main\nmain()\n")
     argv = [str(tmp_path / argv[0]) if argv[0] == "glimpseprune" else argv[0], *argv[1:]]
     done = subprocess.run(

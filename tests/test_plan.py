@@ -263,8 +263,8 @@ def test_more_of_anything_is_more(knob):
         (["conf/node8_7b.yaml"], "fits: trainer.strategy=ddp"),
         (["conf/nodes4x8_7b.yaml"], "fits: trainer.strategy=ddp"),
         (["conf/node8_7b.yaml", "trainer.strategy=auto"], "fits: trainer.strategy=auto (zero2)"),
-        (["conf/node8_7b.yaml", "gpu_memory=40"], "fits: trainer.strategy=zero3"),
-        (["conf/gpu1_3b.yaml", "gpu_memory=24", "data.batch_size=16"], "data.batch_size=2 trainer.accumulate=64"),
+        (["conf/node8_7b.yaml", "gpu_memory=32"], "fits: trainer.strategy=zero3"),
+        (["conf/gpu1_3b.yaml", "gpu_memory=24", "data.batch_size=16"], "data.batch_size=4 trainer.accumulate=32"),
         (["conf/node8_7b.yaml", "data.batch_size=1", "gpu_memory=6"], "lower backbone.max_pixels"),
         (["conf/nodes4x8_7b.yaml", "grpo.micro_batch=64", "data.batch_size=8"], "lower grpo.micro_batch=32"),
         (
