@@ -535,3 +535,26 @@ def test_a_layer_in_parts_is_the_layer(backbone, dense, monkeypatch) -> None:
             torch.testing.assert_close(
                 a.transpose(1, 2)[parts.mask], b.transpose(1, 2)[parts.mask], atol=1e-5, rtol=1e-5
             )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("stops", [(), (Stop(2),), (Stop(1, prune_cache=False), Stop(3, renumber=True))], ids=str)
+def test_rows_end_to_end_are_rows_that_are_masked(backbone, stops, monkeypatch) -> None:
+    """Of different lengths, before and behind what is dropped. (Where sums are in another order, not bit for bit.)"""
+    encoded, found = backbone.encode(prompts(backbone)), []
+
+    class Half:
+        needs = Needs()
+
+        def decide(self, view: View) -> Decision:
+            visual = view.state.visual
+            return Decision(visual & (visual.cumsum(1) % 2 == 0))
+
+    Half.stops = stops
+    for dense in (-1, 1 << 60):
+        monkeypatch.setattr(decoder, "DENSE", dense)
+        found.append(prefill(backbone, encoded, Half()))
+    ours, theirs = found
+    mask = ours.mask
+    assert not mask.all() and torch.equal(mask, theirs.mask) and torch.equal(ours.source[mask], theirs.source[mask])
+    torch.testing.assert_close(ours.hidden[mask], theirs.hidden[mask], atol=1e-5, rtol=1e-5)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import TINY, prompt, prompts
-from glimpseprune import attention
+from glimpseprune import attention, decoder
 from glimpseprune.config import UserError
 from glimpseprune.decoder import View, append, approach, branch, run_layers, start
 from glimpseprune.generate import generate
@@ -42,6 +42,32 @@ def test_a_copied_token_sees_what_the_token_sees():
 
     run_layers(backbone, appended, 1, probe=see)
     assert torch.allclose(pruner.probe(View(state, encoded, backbone)), seen[0], atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dense", [-1, 1 << 60], ids=["end to end", "masked"])
+@pytest.mark.parametrize("probe", glimpse.PROBES)
+@pytest.mark.parametrize("sight", glimpse.SIGHTS)
+def test_a_glimpse_that_rides_is_one_that_looks_alone(backbone, sight, probe, dense, monkeypatch):
+    """It sees the same, no token sees it, nothing of it stays; and what it saw is told to no other pruner."""
+    monkeypatch.setattr(decoder, "DENSE", dense)
+    options = VIP | {"prune_layer": 2, "probe_layers": [0, 2], "vision_layers": [1], "sight": sight, "probe": probe}
+    torch.manual_seed(0)
+    pruner, other = (build("glimpse", options, backbone).eval() for _ in range(2))
+    other.glimpse.embeddings.add_(torch.randn_like(other.glimpse.embeddings))
+    encoded = backbone.encode(prompts(backbone), pruner.needs)
+    alone = approach(backbone, start(encoded), pruner)
+    ridden = approach(backbone, start(encoded), pruner, encoded)
+    assert alone.ridden is None and ridden.ridden is not None
+    mask = ridden.mask
+    torch.testing.assert_close(ridden.hidden[mask], alone.hidden[mask], atol=1e-5, rtol=1e-5)
+    for mine, theirs in zip(ridden.cache.layers, alone.cache.layers, strict=True):
+        for a, b in ((mine.keys, theirs.keys), (mine.values, theirs.values)):
+            torch.testing.assert_close(*(x.transpose(1, 2)[mask] for x in (a, b)), atol=1e-5, rtol=1e-5)
+    views = [View(state, encoded, backbone, pruner.stops[0]) for state in (ridden, alone)]
+    torch.testing.assert_close(*map(pruner.probe, views), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(*map(other.probe, views), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(other.probe(views[0]), pruner.probe(views[0]), atol=1e-3)
 
 
 @torch.no_grad()

@@ -130,7 +130,8 @@ def approach(backbone: Backbone, state: Prefill, pruner: Pruner, encoded: Encode
     if encoded is not None and state.whole and state.depth == 0 and hasattr(pruner, "ride"):
         ride = pruner.ride(View(state, encoded, backbone, stop))
         if ride is not None:
-            return _carry(backbone, state, stop.depth, ride)
+            state = _carry(backbone, state, stop.depth, ride)
+            return replace(state, ridden=(pruner, ride.found()))
     return run_layers(backbone, state, stop.depth, probes=pruner.needs.probes)
 
 
@@ -143,7 +144,7 @@ def _carry(backbone: Backbone, state: Prefill, stop: int, ride: Ride) -> Prefill
     for layer in state.cache.layers[:stop]:
         layer.keys, layer.values = layer.keys[:, :, :size], layer.values[:, :, :size]
     added = {layer: features for layer, features in state.added.items() if layer >= stop}
-    return replace(state, hidden=joined.hidden[:, :size], depth=stop, added=added, ridden=ride.found())
+    return replace(state, hidden=joined.hidden[:, :size], depth=stop, added=added)
 
 
 def decide(backbone: Backbone, encoded: Encoded, state: Prefill, pruner: Pruner) -> Prefill:

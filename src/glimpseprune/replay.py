@@ -178,12 +178,12 @@ def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
         return None
     sizes = ("block", batch, size, state.depth, state.hidden.dtype, state.positions.ndim)
     block = take(backbone, sizes, lambda: Block(backbone, state, size))
-    try:
-        if block.used and block.replay is None:  # not the first time: recording takes as long as some ten runs
+    if block.used and block.replay is None:  # not the first time: recording takes as long as some ten runs
+        try:
             block.replay = record(backbone, block._run)
-        done = block(state)
-        back(backbone, block)
-        return done
-    except RuntimeError as error:
-        given_up(backbone, "the decoder above the pruned tokens", error)
-        return None
+        except RuntimeError as error:
+            given_up(backbone, "the decoder above the pruned tokens", error)
+            return None
+    done = block(state)
+    back(backbone, block)
+    return done

@@ -211,11 +211,12 @@ def decoding(backbone: LVLM, state: Prefill, graphs: bool = True) -> Steps:
         try:
             if steps.replay is None:
                 steps.capture()
+        except RuntimeError as error:
+            replay.given_up(backbone, "decoding", error)
+        else:
             if steps.bytes > replay.BYTES:  # too large to be kept
                 steps.lend(state)
             return steps
-        except RuntimeError as error:
-            replay.given_up(backbone, "decoding", error)
     steps = Steps(backbone, state)
     steps.fill(state)
     steps.lend(state)

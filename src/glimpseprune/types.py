@@ -307,8 +307,8 @@ class Prefill:
     """``mask`` and, before a pruner has chosen, ``visual`` on the host; None where only the device has them."""
     whole: bool = False
     """Rows are those that were encoded, in their order, with all their visual tokens."""
-    ridden: Any = None
-    """What columns that rode along found out, see :class:`Ride`; of these very rows."""
+    ridden: tuple[Any, Any] | None = None
+    """A pruner, and what its columns that rode along found out of these very rows, see :class:`Ride`."""
 
 
 @dataclass

@@ -216,8 +216,9 @@ class Pruner(nn.Module):
 
     def probe(self, view: View) -> Tensor:
         """What the glimpse sees of each visual token: [N, probe layers x H], layer-major."""
-        if view.state.ridden is not None:
-            return view.state.ridden
+        rider, found = view.state.ridden or (None, None)
+        if rider is self:
+            return found
         return self._run(view, max(self.probe_layers) + 1)[0]
 
     def with_answer(self, view: View, answer_ids: Tensor, answer_mask: Tensor) -> tuple[Tensor, Tensor]:
