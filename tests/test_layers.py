@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conftest import TINY, picture
-from glimpseprune import lora
+from glimpseprune import decoder, lora
 from glimpseprune.backbones import LVLM
 from glimpseprune.data.collate import Collator
 from glimpseprune.decoder import follow, run_layers, start
@@ -108,3 +108,17 @@ def test_compiled_is_what_is_not(monkeypatch, compiler, loss):
     for mine, theirs_ in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, theirs_, atol=1e-6, rtol=1e-3)
     assert plain.saved().keys() == made.saved().keys()
+
+
+def test_checkpointed_layers_validate_long_prompts(monkeypatch):
+    """Without gradients a layer's MLP takes a part of the columns at a time, whoever stands in the layer's place."""
+    backbone = TINY["qwen2_5_vl"]()
+    monkeypatch.setattr(decoder, "ROWS", 7)
+    scores = []
+    for checkpointing in (False, True):
+        module, inputs = stage(backbone, {"checkpointing": checkpointing})
+        module.eval()
+        module.remember = lambda _: None
+        module.tally = lambda found: scores.append({name: float(mean) for name, (mean, _) in found.items()})
+        module.validation_step(inputs, 0)
+    assert scores[0] == pytest.approx(scores[1]) and "kl" in scores[0]

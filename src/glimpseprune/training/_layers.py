@@ -38,6 +38,10 @@ class Checkpointed:
     def __init__(self, layer: nn.Module) -> None:
         self.layer = layer
 
+    def __getattr__(self, name: str) -> Any:
+        """Its parts, where it is run in parts."""
+        return getattr(self.layer, name)
+
     def __call__(self, hidden: Tensor, *, past_key_values: DynamicCache | Laying, **given: Any) -> Tensor:
         if not torch.is_grad_enabled():
             return self.layer(hidden, past_key_values=past_key_values, **given)
