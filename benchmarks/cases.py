@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.clock import AGAIN, Spread, Turns
 from benchmarks.counters import Counts, count
 from benchmarks.rows import Row
-from benchmarks.world import Prompt, Side, World
+from benchmarks.world import HUGGING_FACE, Prompt, Side, World
 
 ANSWER = 32
 """New tokens."""
@@ -37,8 +37,10 @@ class Bench:
 
     def take(self, sides: Mapping[str, Any], until: float | None = None, rounds: int | None = None) -> Turns:
         turns = Turns(sides, self.world.device)
-        again = 3 if self.world.device.type == "cuda" else 1  # a graph is recorded the second time, used the third
-        return turns.take(self.until if until is None else until, rounds or self.rounds, warm_up=again)
+        gpu = self.world.device.type == "cuda"
+        # Of ours a graph is recorded the second time, and used the third.
+        times = {name: 3 if gpu and not name.startswith(HUGGING_FACE) else 1 for name in sides}
+        return turns.take(self.until if until is None else until, rounds or self.rounds, times)
 
     def count(self, run: Callable[[], object], side: Side, prompt: Prompt) -> Counts | None:
         if not self.counting:

@@ -69,12 +69,13 @@ class Turns:
         self.failed: dict[str, str] = {}
         """Sides that failed as they warmed up, and how."""
 
-    def take(self, until: float, rounds: int, warm_up: int = 1) -> Turns:
+    def take(self, until: float, rounds: int, warm_up: int | Mapping[str, int] = 1) -> Turns:
         """At most so many ``rounds``, and but for the first none that would end after ``until`` (``time.monotonic``).
         Every other round is run backwards, so that no side is always the one behind another. What has been measured
         when :class:`Late` is raised counts."""
+        times = warm_up if isinstance(warm_up, Mapping) else dict.fromkeys(self.sides, warm_up)
         try:
-            self._warm(warm_up, until)
+            self._warm(times, until)
             longest = 0.0
             for number in range(rounds if self.sides else 0):
                 began = time.monotonic()
@@ -87,14 +88,14 @@ class Turns:
             pass
         return self
 
-    def _warm(self, times: int, until: float) -> None:
-        """Each side once, and again, ``times`` in all, for as long as most of the time is left."""
+    def _warm(self, times: Mapping[str, int], until: float) -> None:
+        """Each side once, and again, so many ``times`` in all, for as long as most of the time is left."""
         enough = time.monotonic() + (until - time.monotonic()) / 4
         for name, parts in list(self.sides.items()):
             if name.endswith(AGAIN):
                 continue
             try:
-                for number in range(times):
+                for number in range(times[name]):
                     if number and time.monotonic() > enough:
                         break
                     for run in parts.values():

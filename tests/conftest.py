@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 import devices
-from glimpseprune import pruners
+from glimpseprune import pruners, replay
 from glimpseprune.backbones import LVLM
 from glimpseprune.backbones._tiny import SPECIAL as SPECIAL
 from glimpseprune.backbones._tiny import VOCABULARY as VOCABULARY
@@ -90,6 +90,14 @@ def unmodified(backbone: LVLM) -> torch.nn.Module:
 
 
 @contextmanager
+def launched() -> Iterator[None]:
+    """Nothing is replayed, on a GPU neither: what is replayed is padded, and says nothing of its columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(replay, "may", lambda backbone: False)
+        yield
+
+
+@contextmanager
 def watched_layers(backbone: LVLM) -> Iterator[list[int]]:
     """Collects how many columns each decoder layer runs on, in the order in which they run to their end."""
     columns: list[int] = []
@@ -99,15 +107,24 @@ def watched_layers(backbone: LVLM) -> Iterator[list[int]]:
 
     hooks = [layer.register_forward_hook(see) for layer in backbone.text_model.layers]
     try:
-        yield columns
+        with launched():
+            yield columns
     finally:
         for hook in hooks:
             hook.remove()
 
 
+def multiplied(left: torch.Size, right: torch.Size, out_shape: object = None, **_: object) -> int:
+    """FLOPs of a batch of matrix products; none of outer products, of which RoPE makes its angles on a GPU."""
+    batch, rows, inner = left
+    return 2 * batch * rows * inner * right[2] if inner > 1 else 0
+
+
 def flops_of(work: Callable[[], object]) -> int:
     """FLOPs of ``work``, as torch counts them; fused kernels of a CPU it would leave out."""
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+    rules = {torch.ops.aten.bmm: multiplied}
+    counter = FlopCounterMode(display=False, custom_mapping=rules)
+    with launched(), sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
         work()
     return counter.get_total_flops()
 

@@ -83,6 +83,11 @@ def start(chosen: str) -> None:
     torch.autocast.__init__ = casting(torch.autocast.__init__)
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Equal to the bit, but for a GPU, where sums of many threads run in another order each time."""
+    return torch.equal(one, other) if device != "cuda" else torch.allclose(one, other, *TOLERANCE[one.dtype])
+
+
 def put(value: Any) -> Any:
     """``value`` (a module, a tensor, or a structure with tensors in it) on the device of the tests."""
     if device == "cpu":
@@ -137,7 +142,7 @@ def casting(init: Callable) -> Callable:
     """``torch.autocast(kind)`` where the tensors of the tests really are."""
 
     @functools.wraps(init)
-    def autocast(self: Any, kind: str, *args: Any, **kwargs: Any) -> None:
+    def autocast(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
         init(self, "cuda" if device == "cuda" else "cpu", *args, **kwargs)
 
     return autocast

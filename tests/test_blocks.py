@@ -121,6 +121,7 @@ def test_memory_of_a_published_tower(name, monkeypatch) -> None:
     by what states take beside a chunk."""
     backbone = backbones.skeleton(backbones.published()[name](), "bfloat16")
     monkeypatch.setattr(windows, "scaled_dot_product_attention", lambda query, *_, **__: torch.empty_like(query))
+    monkeypatch.setattr(windows, "CHUNK", 8192)
     tower = backbone.shapes.tower
 
     def peak(rows: int, cols: int) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from conftest import TINY, deepened, prompt, prompts
+from conftest import TINY, deepened, launched, prompt, prompts
 from glimpseprune import decoder
 from glimpseprune.attention import Gate
 from glimpseprune.backbones import LVLM
@@ -107,7 +107,8 @@ def answers(backbone: LVLM, batch: int, tokens: int = 3) -> Tensor:
 def test_keep_all_is_the_forward_of_hugging_face(backbone, pruner) -> None:
     inputs = prompts(backbone)
     encoded = backbone.encode(inputs)
-    state = prefill(backbone, encoded, pruner)
+    with launched():
+        state = prefill(backbone, encoded, pruner)
     # LLaVA's forward, unlike its generate, counts padding as positions unless told otherwise.
     told = {"position_ids": encoded.positions} if encoded.positions.ndim == 2 else {}
     ours, theirs = backbone.logits(state.hidden), backbone.model(**inputs, **told).logits

@@ -319,7 +319,7 @@ def test_where_adapters_begin_changes_neither_loss_nor_gradient(name) -> None:
     assert set(ours) < set(found)
     same({key: value for key, value in found.items() if key in ours}, ours)
     assert every.logs == pytest.approx(above.logs, abs=1e-5)
-    assert abs(above.logs["train/policy_loss"]) > 0.01
+    assert abs(above.logs["train/policy_loss"]) > 0.001
 
 
 @pytest.mark.parametrize("train", [["lora"], ["glimpse", "vip"], ["decoder"], ["lora", "glimpse", "vip", "decoder"]])
@@ -736,7 +736,7 @@ def test_what_was_trained_is_what_is_loaded(train, tiny_folder, tmp_path) -> Non
     loaded = checkpoint.load(tmp_path)
     theirs = loaded.generate(**questions, **settings)
     assert torch.equal(theirs.tokens, ours.tokens)
-    assert torch.equal(theirs.extra["logits"], ours.extra["logits"])
+    torch.testing.assert_close(theirs.extra["logits"], ours.extra["logits"], atol=1e-5, rtol=1e-5)
     assert all(torch.equal(mine, his) for mine, his in zip(ours.keep, theirs.keep))
     checkpoint.save(
         tmp_path / "again", checkpoint.read_config(tmp_path), checkpoint.trained(loaded.pruner, loaded.backbone)

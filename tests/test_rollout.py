@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import devices
 from conftest import SPECIAL, TINY, VOCABULARY, deepened, prompt, prompts
 from glimpseprune import rollout
 from glimpseprune.backbones import LVLM
@@ -188,7 +189,8 @@ def test_score_gives_the_entropy_of_what_was_drawn_from_and_gradients() -> None:
     torch.testing.assert_close(entropy[:, 0], expected.entropy(), **EXACT)
     torch.testing.assert_close(log_probs[:, 0], expected.log_prob(tokens[:, 0]), **EXACT)
     (gradient,) = torch.autograd.grad(log_probs.sum(), state.hidden)
-    kept = torch.zeros_like(state.mask).scatter_reduce(0, INDEX[:, None].expand_as(keep), keep, "amax")
+    kept = torch.zeros_like(state.mask, dtype=torch.int32)
+    kept = kept.scatter_reduce(0, INDEX[:, None].expand_as(keep), keep.int(), "amax").bool()
     assert gradient[kept & state.mask].any(-1).all() and not gradient[~kept].any()
 
 
@@ -287,6 +289,7 @@ def in_processes(work: Callable[[int], None], folder: Path, count: int = 2, seco
     assert [process.exitcode for process in processes] == [0] * count
 
 
+@pytest.mark.skipif(devices.device == "cuda", reason="forked processes cannot use a GPU")
 @torch.no_grad()
 def test_processes_that_share_weights_go_on_until_the_last_has_finished(tmp_path) -> None:
     """Layers of which each process holds a part are called equally often by all: rank 0 ends at once, rank 1 late."""

@@ -128,12 +128,13 @@ def test_windows_are_counted_in_raster_order() -> None:
 
 
 def test_segments_of_any_order_attend_within_themselves() -> None:
-    ids = torch.tensor([1, 0, 1, 2, 1, 3, 3, 0, 4, 1])
+    ids = torch.tensor([1, 0, 1, 2, 1, 3, 3, 0, 4, 1], device="cpu")  # the host knows them
     torch.manual_seed(0)
     q, k, v = torch.randn(3, len(ids), 2, 4)
     scores = torch.einsum("qhd,khd->hqk", q, k) / 2
-    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(ids[:, None] != ids, -torch.inf).softmax(-1), v)
-    segments = Segments(ids)
+    others = (ids[:, None] != ids).to(q.device)
+    expected = torch.einsum("hqk,khd->qhd", scores.masked_fill(others, -torch.inf).softmax(-1), v)
+    segments = Segments(ids, q.device)
     assert segments.sizes == [(1, 2), (2, 2), (4, 1)]
     torch.testing.assert_close(segments.attend(q, k, v), expected)
 

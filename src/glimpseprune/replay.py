@@ -11,9 +11,10 @@ that it depends on, and :func:`fingerprint` says what that is. Without a GPU the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -33,6 +34,8 @@ BYTES = 1 << 30
 """And what their buffers may come to."""
 FEW = 512
 """Columns of a batch up to which launching the layers takes longer than running them."""
+WAITED = "called a synchronizing"
+"""What torch's warning of it says."""
 STEP = 64
 """Columns are padded to a multiple of it."""
 
@@ -46,17 +49,52 @@ def record(backbone: LVLM, run: Callable[[], None], trial: Callable[[], None] | 
     Raises:
         RuntimeError: something in it waits for the device.
     """
-    pool = backbone.pools.setdefault(torch.cuda.current_stream(), torch.cuda.graph_pool_handle())
+    current = torch.cuda.current_stream()
+    if current not in backbone.pools:
+        backbone.pools[current] = Pool()
     stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
+    stream.wait_stream(current)
     with torch.inference_mode(False), torch.no_grad(), uncached_autocast():
         with torch.cuda.stream(stream):
-            for _ in range(2):  # libraries take their workspaces the first time
+            (trial or run)()  # libraries take their workspaces
+            with unwaited():
                 (trial or run)()
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        current.wait_stream(stream)
+        with torch.cuda.graph(graph, backbone.pools[current].handle, capture_error_mode="thread_local"):
             run()
     return graph.replay
+
+
+class Pool:
+    """Memory that graphs have in common. torch gives it up with the last of them, and can then record no other in it:
+    one that does next to nothing stays."""
+
+    def __init__(self) -> None:
+        self.handle, self.graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
+        self.spot = torch.zeros(1, device="cuda")
+        with torch.cuda.graph(self.graph, self.handle, capture_error_mode="thread_local"):
+            self.spot.zero_()
+
+
+@contextmanager
+def unwaited() -> Iterator[None]:
+    """Refuse a block that waits for the device, while it can be refused: a recording that fails in the midst leaves
+    torch's generators and allocator as if it still went on.
+
+    Raises:
+        RuntimeError: something waited; says which line of code.
+    """
+    usual = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(usual)
+    for each in found:
+        if WAITED in str(each.message):
+            raise RuntimeError(f"{Path(each.filename).name}:{each.lineno} waits for the device")
 
 
 def may(backbone: LVLM) -> bool:

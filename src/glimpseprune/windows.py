@@ -21,9 +21,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glimpseprune.host import upload
 
-CHUNK = 8192
+CHUNK = 12288
 """Rows (patches) that a tower works on at a time, at most, where it need not work on all at once: few enough to bound
-its memory, and so many that a GPU is not kept waiting for launches."""
+its memory, and so many that a GPU is not kept waiting for launches (docs/speed.md)."""
 CACHED = 1024
 """The same on a CPU, where what is made of so many stays nearer in its caches."""
 TILE = 128

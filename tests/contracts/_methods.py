@@ -195,6 +195,8 @@ class Coarse(Stages):
             left.append(stays.flatten())
             sizes.append((int(stays.any(1).sum()), int(stays.any(0).sum())))
         left = torch.cat(left)
+        device = left.device
+        prompt = {name: x.to(device) for name, x in prompt.items()}
         mask = prompt["attention_mask"].bool()
         places = (prompt["input_ids"] == backbone.image_token_id) & mask
         mask = mask.masked_scatter(places, left)

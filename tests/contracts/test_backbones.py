@@ -327,7 +327,9 @@ def test_load_is_found_by_model_type(name, tmp_path) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
     inputs, expected = prompts(loaded), prompts(tiny)
     assert torch.equal(inputs["input_ids"], expected["input_ids"])
-    torch.testing.assert_close(loaded.encode(inputs).embeds, tiny.encode(expected).embeds)
+    # torchvision, where it is installed, rounds pictures otherwise
+    torch.testing.assert_close(inputs["pixel_values"], expected["pixel_values"], atol=0.02, rtol=0)
+    torch.testing.assert_close(loaded.encode(inputs).embeds, tiny.encode(inputs).embeds)
     assert backbones.load(tmp_path, dtype="bfloat16").model.dtype == torch.bfloat16
 
 

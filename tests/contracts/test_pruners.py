@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, flops_of, prompt, prompts
+from conftest import PICTURES, QUESTIONS, TINY, VOCABULARY, flops_of, launched, prompt, prompts
 from contracts._masked import Replay, Witness, masked, rolled_out
 from contracts._methods import METHODS
 from glimpseprune import cost, pruners
@@ -336,7 +336,8 @@ def counting(backbone: LVLM, witness: Witness) -> Iterator[dict[int, list[int]]]
     layers = backbone.text_model.layers
     handles = [layer.register_forward_pre_hook(watch(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
-        yield seen
+        with launched():
+            yield seen
     finally:
         for handle in handles:
             handle.remove()

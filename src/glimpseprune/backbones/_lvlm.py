@@ -92,6 +92,10 @@ class LVLM(ABC):
         self.vision_width: int = self.shapes.tower.width
         self.restored: set[str] = set()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was recorded reads the weights of this one."""
+        return vars(self) | {"captured": {}, "pools": {}}
+
     @classmethod
     def load(
         cls,

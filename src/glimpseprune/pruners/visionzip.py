@@ -161,7 +161,8 @@ def merge(states: Tensor, merging: Merging) -> Tensor:
     """[N', C] -> [C', C]: each target plus the mean of the others that joined it; alone where none did."""
     targets, others, joined = merging
     total = torch.zeros(len(targets), states.shape[1], device=states.device)
-    total = total.index_add(0, joined, states[others].float())
+    # Accumulated in the same order each time, which index_add is not on a GPU.
+    total = total.index_put((joined,), states[others].float(), accumulate=True)
     number = torch.bincount(joined, minlength=len(targets)).clamp(min=1)  # [C']
     return (states[targets].float() + total / number[:, None]).to(states.dtype)
 
