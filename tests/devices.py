@@ -85,7 +85,10 @@ def start(chosen: str) -> None:
 
 def same(one: Tensor, other: Tensor) -> bool:
     """Equal to the bit, but for a GPU, where sums of many threads run in another order each time."""
-    return torch.equal(one, other) if device != "cuda" else torch.allclose(one, other, *TOLERANCE[one.dtype])
+    if device != "cuda":
+        return torch.equal(one, other)
+    atol, rtol = TOLERANCE[one.dtype]
+    return torch.allclose(one, other, atol=atol, rtol=rtol)
 
 
 def put(value: Any) -> Any:

@@ -161,11 +161,13 @@ def advance(backbone: Backbone, encoded: Encoded, state: Prefill, pruner: Pruner
         encoded: the prompts that ``state`` was started from; its rows may be others, :attr:`Prefill.row` says which.
         until: wait as soon as so many decisions have been taken; default: take all, and run through all layers.
     """
-    for _ in pruner.stops[len(state.trace) - 1 : until]:
+    left = pruner.stops[len(state.trace) - 1 : until]
+    key = replay.key(backbone) if left else None  # while the device is busy with what comes before
+    for _ in left:
         state = decide(backbone, encoded, state, pruner)
     if until is not None:
         return state
-    done = replay.rest(backbone, state) if len(state.trace) > 1 else None
+    done = replay.rest(backbone, state, key) if len(state.trace) > 1 else None
     return run_layers(backbone, state, backbone.num_layers) if done is None else done
 
 

@@ -111,10 +111,10 @@ def given_up(backbone: LVLM, what: str, error: RuntimeError) -> None:
     torch.cuda.synchronize()
 
 
-def take(backbone: LVLM, sizes: tuple, make: Callable[[], T]) -> T:
+def take(backbone: LVLM, sizes: tuple, make: Callable[[], T], key: tuple | None = None) -> T:
     """What ``make`` made for these sizes before, or makes now. Nobody else gets it until it is given :func:`back`:
-    two calls at once, of two threads, have two."""
-    key = (*sizes, *fingerprint(backbone))
+    two calls at once, of two threads, have two. ``key``: its :func:`fingerprint`, where that is known."""
+    key = (*sizes, *(key or fingerprint(backbone)))
     found = backbone.captured.pop(key, None)
     if found is None:
         with torch.inference_mode(False):  # its buffers are written to by every later call, in whatever mode
@@ -145,6 +145,11 @@ def fingerprint(backbone: LVLM) -> tuple:
     )
     rounding = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
     return places, adapters, rounding, torch.cuda.current_stream()
+
+
+def key(backbone: LVLM) -> tuple | None:
+    """What :func:`rest` asks for, in time: it takes the host a millisecond or two."""
+    return fingerprint(backbone) if may(backbone) else None
 
 
 def uncached_autocast() -> AbstractContextManager:
@@ -205,7 +210,7 @@ class Block:
         return keys, values
 
 
-def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
+def rest(backbone: LVLM, state: Prefill, key: tuple | None = None) -> Prefill | None:
     """``state`` behind all layers, by a :class:`Block`; None where that does not pay, or is not possible."""
     batch, columns = state.mask.shape
     size = -(-columns // STEP) * STEP
@@ -215,7 +220,7 @@ def rest(backbone: LVLM, state: Prefill) -> Prefill | None:
     if backbone.attention in attention.FLASH:
         return None
     sizes = ("block", batch, size, state.depth, state.hidden.dtype, state.positions.ndim)
-    block = take(backbone, sizes, lambda: Block(backbone, state, size))
+    block = take(backbone, sizes, lambda: Block(backbone, state, size), key)
     if block.used and block.replay is None:  # not the first time: recording takes as long as some ten runs
         try:
             block.replay = record(backbone, block._run)

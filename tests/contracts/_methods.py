@@ -107,7 +107,7 @@ class Merging(Stages):
             key = nn.functional.normalize(key, dim=-1)
             nearest = (key[~keep] @ key[keep].T).argmax(-1)  # [dropped]
             flops[row] += 2 * int(keep.sum()) * int((~keep).sum()) * key.shape[-1]
-            total = states[keep].index_add(0, nearest, states[~keep])
+            total = states[keep].index_put((nearest,), states[~keep], accumulate=True)
             merged.append(total / (1 + nearest.bincount(minlength=len(total)))[:, None])
         return Decision(at_columns(view, chosen), torch.cat(merged), flops)
 
