@@ -101,7 +101,8 @@ def rows(
             rate=samples / spread.median * 1e3 if samples else None,
             kernels=counted and counted.kernels,
             syncs=counted and counted.syncs,
-            rounds=len(times[part]),
+            rounds=0 if turns.is_warming else len(times[part]),
+            note="as it warmed up: no time was left for a round" if turns.is_warming else "",
             more=more,
         )
     yield from (Row(name, side, note=f"failed: {error}") for side, error in turns.failed.items())

@@ -68,6 +68,10 @@ class Turns:
         self.wall: dict[str, dict[str, list[float]]] = {name: {} for name in self.sides}
         self.failed: dict[str, str] = {}
         """Sides that failed as they warmed up, and how."""
+        self.warmed: dict[str, dict[str, tuple[float, float]]] = {}
+        """What each took when it was last warmed up, for want of a round."""
+        self.is_warming = False
+        """There was none, and :attr:`own` is what was taken then."""
 
     def take(self, until: float, rounds: int, warm_up: int | Mapping[str, int] = 1) -> Turns:
         """At most so many ``rounds``, and but for the first none that would end after ``until`` (``time.monotonic``).
@@ -86,6 +90,11 @@ class Turns:
                 longest = max(longest, time.monotonic() - began)
         except Late:
             pass
+        if not any(self.own.values()):
+            self.is_warming = True
+            for name, parts in self.warmed.items():
+                self.own[name] = {part: [own] for part, (own, _) in parts.items()}
+                self.wall[name] = {part: [wall] for part, (_, wall) in parts.items()}
         return self
 
     def _warm(self, times: Mapping[str, int], until: float) -> None:
@@ -98,13 +107,13 @@ class Turns:
                 for number in range(times[name]):
                     if number and time.monotonic() > enough:
                         break
-                    for run in parts.values():
-                        run()
+                    self.warmed[name] = {part: elapsed(run, self.device) for part, run in parts.items()}
             except Exception as error:  # costs this side, and no other
                 self.failed[name] = said(error)
                 for gone in (name, name + AGAIN):
                     self.sides.pop(gone, None)
                     self.own.pop(gone, None)
+                    self.warmed.pop(gone, None)
                 free()
 
     def _turn(self, name: str) -> None:

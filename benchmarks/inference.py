@@ -120,8 +120,7 @@ def generate(bench: Bench) -> Iterator[Row]:
     world, prompt = bench.world, bench.world.prompt
     sides = world.sides()
     if world.device.type == "cuda":
-        sides = [*sides, replace(sides[1], name="none, launched", replays=False)]
-        sides += [replace(sides[2], name=f"{sides[2].name}, launched", replays=False)]
+        sides = [*sides, replace(sides[2], name=f"{sides[2].name}, launched", replays=False)]
     lengths = {"first token": 1, f"{ANSWER} tokens": ANSWER}
     runs = {
         side.name: {part: lambda side=side, n=n: side.generate(prompt, n) for part, n in lengths.items()}

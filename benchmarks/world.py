@@ -212,7 +212,8 @@ class World:
         torch.manual_seed(depth)
         said = {"prune_layer": depth - 1, "probe_layers": (depth - 1,), "vision_layers": self.size.states}
         said |= {"threshold": 0.0, "max_keep": self.size.keep, **self.size.predictor, **more}
-        return self.place(kind(self.backbone, glimpse.Options(**said)))
+        with torch.device(self.device):
+            return self.place(kind(self.backbone, glimpse.Options(**said)))
 
     def sides(self, kind: type[nn.Module] = glimpse.Pruner) -> list[Side]:
         """Hugging Face's, unpruned, and pruned at both depths."""

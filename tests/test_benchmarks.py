@@ -16,7 +16,7 @@ from torch import nn
 from benchmarks import clock, counters, inference, rows, runner, training, world
 from benchmarks.__main__ import main
 from benchmarks.cases import Bench, Case
-from benchmarks.clock import AGAIN, Spread, Turns
+from benchmarks.clock import AGAIN, Late, Spread, Turns
 from benchmarks.rows import Row
 from glimpseprune import cost, decoder, losses
 
@@ -131,6 +131,19 @@ def test_the_first_round_is_taken_however_late_it_is():
     assert len(turns.own["a"][""]) == 1
 
 
+def test_without_time_for_a_round_what_it_took_to_warm_up_is_told():
+    """Of the sides that got that far, and said so."""
+
+    def late() -> None:
+        raise Late
+
+    turns = Turns({"a": {"x": lambda: None, "y": lambda: None}, "b": late}, CPU).take(time.monotonic() + 100, rounds=3)
+    assert turns.is_warming and {name: set(parts) for name, parts in turns.own.items() if parts} == {"a": {"x", "y"}}
+    turns.derive("both", "x", "y")
+    (row,) = (row for row in cases_rows(turns, part="both"))
+    assert (row.side, row.rounds) == ("a", 0) and row.note.startswith("as it warmed up")
+
+
 def test_a_side_that_fails_costs_only_itself():
     def fails() -> None:
         raise RuntimeError("out of\nluck")
@@ -144,10 +157,10 @@ def test_a_side_that_fails_costs_only_itself():
         assert all(row.ratio is None for row in found) or turns.first == "b"
 
 
-def cases_rows(turns: Turns):
+def cases_rows(turns: Turns, **more):
     from benchmarks.cases import rows as rows_of
 
-    return rows_of("case", turns)
+    return rows_of("case", turns, **more)
 
 
 def test_parts_and_what_is_derived_from_them():
