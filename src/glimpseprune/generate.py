@@ -25,6 +25,7 @@ from glimpseprune.config import UserError
 from glimpseprune.decoder import Pruner, prefill, rows, see
 from glimpseprune.steps import decoding, draw
 from glimpseprune.types import Encoded, Prefill, Rollout
+from glimpseprune.waves import prefilled
 
 
 @torch.no_grad()
@@ -56,8 +57,11 @@ def generate(
     Raises:
         UserError: as ``backbone.encode`` and the pruner; or a decoding mode other than greedy and sampling.
     """
-    encoded = see(backbone, pruner, prompt, targets)
-    state = prefill(backbone, encoded, pruner)
+    if synced:  # whose modules must be called equally often
+        encoded = see(backbone, pruner, prompt, targets)
+        state = prefill(backbone, encoded, pruner)
+    else:
+        encoded, state = prefilled(backbone, pruner, prompt, targets)
     return continue_from(backbone, encoded, state, generation_config, synced, **kwargs)
 
 
