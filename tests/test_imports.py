@@ -16,7 +16,7 @@ ORDER = (  # a module imports those of its own line or of lines below it; a fold
     "training running tiny",
     "evaluation budget report generate checkpoint rollout data.module",
     "pruners backbones lora data",
-    "waves",
+    "waves plot",
     "decoder prefix replay steps vip rewards metrics cost memory pictures results intervals processes",
     "attention ragged losses judge runs sharded weights windows",
     "options images",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import time
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig
+from transformers.generation.streamers import BaseStreamer
 
 from glimpseprune import backbones, config, files, generate, hub, lookup, pruners, sharded
 from glimpseprune.backbones import ALONGSIDE, LVLM, Seen
 from glimpseprune.config import UserError
 from glimpseprune.options import BackboneOptions, LoraOptions, PrunerOptions, TrainConfig
 from glimpseprune.resources import CONFIG, TRAINABLE
-from glimpseprune.types import Rollout
+from glimpseprune.types import Answer, Rollout
 from glimpseprune.weights import require_good, said_of
 
 PUBLISHED = hub.PUBLISHED
@@ -125,6 +127,34 @@ class GlimpsePrune:
             pruner.mimic(self.pruner.stops)
         return GlimpsePrune(self.backbone, pruner, self.name)
 
+    def ask(self, images: Any, question: str, *, max_new_tokens: int = 128, **arguments: Any) -> Answer:
+        """Ask one question about an image, or about several.
+
+        Args:
+            images: as of ``prepare``, of one question; or what ``see`` made of them, for more questions on them.
+            arguments: as of ``generate``: options of the pruner (``max_keep=.1``), ``streamer`` ...
+
+        Raises:
+            UserError: as ``prepare`` and ``generate``; or the backbone has no processor.
+        """
+        began = time.perf_counter()
+        if not isinstance(question, str):
+            raise UserError(f"ask takes one question, a text, not {type(question).__name__}: prepare takes several")
+        watch = Stopwatch(arguments.pop("streamer", None))
+        arguments = {"do_sample": False, "max_new_tokens": max_new_tokens, "streamer": watch} | arguments
+        rollout = self.generate(**self.prepare(question, images), **arguments)
+        ended = time.perf_counter()
+        keep = rollout.keep[0]
+        return Answer(
+            text=rollout.texts[0].strip(),
+            maps=rollout.keep_maps()[0],
+            kept=int(keep.sum()),
+            total=len(keep),
+            first_token=(watch.first or ended) - began,
+            seconds=ended - began,
+            rollout=rollout,
+        )
+
     def generate(self, **inputs: Any) -> Rollout:
         """Answer prompts: takes what ``prepare`` returns, the pruner's options for this call (such as ``max_keep=.1``)
         and the arguments of Hugging Face's ``generate``.
@@ -156,6 +186,24 @@ class GlimpsePrune:
             return rollout
         texts = self.processor.tokenizer.batch_decode(rollout.tokens, skip_special_tokens=True)
         return replace(rollout, texts=texts)
+
+
+class Stopwatch(BaseStreamer):
+    """Knows when the first token came, and hands all of them on to another streamer."""
+
+    def __init__(self, further: BaseStreamer | None = None) -> None:
+        self.further, self.prompt, self.first = further, True, None
+
+    def put(self, value: Tensor) -> None:
+        if not self.prompt and self.first is None:
+            self.first = time.perf_counter()
+        self.prompt = False  # which comes first of all
+        if self.further is not None:
+            self.further.put(value)
+
+    def end(self) -> None:
+        if self.further is not None:
+            self.further.end()
 
 
 GENERATION = {

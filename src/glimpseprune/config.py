@@ -725,8 +725,9 @@ def _suggest(root: type, top: str, key: str, siblings: list[str], renamed: Mappi
 
 def _name_bare(schema: type, argv: Sequence[str]) -> list[str]:
     """``argv``, in which arguments without a key that are no YAML files are the value of the key that ``schema.BARE``
-    names, if it names one: all of them where that is a list. A key has no slash."""
-    bare = [a for a in argv if ("=" not in a or "/" in a.partition("=")[0]) and not a.endswith((".yaml", ".yml"))]
+    names, if it names one: all of them where that is a list. A key has no slash and no space."""
+    is_bare = re.compile(r"[^=]*[/ ][^=]*=|[^=]*$").match
+    bare = [arg for arg in argv if is_bare(arg) and not arg.endswith((".yaml", ".yml"))]
     key = getattr(schema, "BARE", None)
     if key is None or not bare:
         return list(argv)

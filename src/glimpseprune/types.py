@@ -331,3 +331,27 @@ class Rollout:
             [layout.map(part) for layout, part in zip(row, keep.split([layout.count for layout in row]))]
             for keep, row in zip(self.keep, self.layouts)
         ]
+
+
+@dataclass
+class Answer:
+    """What ``ask`` returns: an answer, what was kept for it, and how long it took."""
+
+    text: str
+    maps: list[Tensor]
+    """Per image bool [rows, cols]: the visual tokens that were kept."""
+    kept: int
+    total: int
+    """Visual tokens."""
+    first_token: float
+    """Seconds until the first token was there, preparing included."""
+    seconds: float
+    """In all."""
+    rollout: Rollout
+
+    def said(self) -> str:
+        """All but the text, in a line."""
+        return (
+            f"kept {self.kept} of {self.total} visual tokens ({self.kept / max(self.total, 1):.1%}), first token after "
+            f"{self.first_token * 1e3:.0f} ms, {self.seconds * 1e3:.0f} ms in all"
+        )
