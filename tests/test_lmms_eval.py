@@ -224,7 +224,7 @@ def test_the_score_is_that_of_our_own_evaluation(task, questions, tmp_path):
     assert len(theirs["samples"]) == len(ours) == COUNT
     for sample in theirs["samples"]:
         line, (costs,) = ours[questions[sample["doc_id"]].key], sample["token_counts"]
-        assert sample["filtered_resps"] == [line["prediction"]]
+        assert sample["filtered_resps"] == line["prediction"]
         for name in ("visual", "kept", "mean_tokens", "decoder_flops", "prefill_flops", "kv", "cut"):
             assert costs[name] == pytest.approx(line[name]), name
         assert costs["input_tokens"] > costs["visual"] == 144 and 0 < costs["output_tokens"] <= 8
