@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -27,6 +28,12 @@ from glimpseprune.integrations._asked import Decoding, Turn, arguments, decoding
 ROOT = Path(__file__).parent.parent
 PRUNER = str(ROOT / "data" / "demo-pruner")
 KNOWN = ("repetition_penalty", "max_new_tokens")
+COUNT = 18
+
+
+@pytest.fixture(scope="module")
+def questions() -> list[Any]:
+    return list(tags.samples(tags.Options(count={"test": COUNT}), "test"))
 
 
 def user(*parts: Any) -> dict[str, Any]:
@@ -133,13 +140,30 @@ def test_model_args_are_those_of_the_adapter_and_of_the_method():
             arguments(wrong)
 
 
+def test_the_wrapper_for_vlmevalkit_answers(questions, monkeypatch):
+    """As docs/lmms-eval.md shows it, on a stand-in of VLMEvalKit's two names."""
+    (code,) = re.findall(r"^```python\n(.*?)^```$", (ROOT / "docs" / "lmms-eval.md").read_text(), re.M | re.S)
+    base, table = type("BaseModel", (), {"INTERLEAVE": False}), {}
+    monkeypatch.setitem(sys.modules, "vlmeval.config", SimpleNamespace(supported_VLM=table))
+    monkeypatch.setitem(sys.modules, "vlmeval.vlm.base", SimpleNamespace(BaseModel=base))
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "docs/lmms-eval.md", "exec"), {"__name__": "pruned"})
+    model = table["pruned"]()
+    answers = []
+    for question in questions[:6]:
+        message = [{"type": "image", "value": question.images[0]}, {"type": "text", "value": question.question}]
+        answers.append(model.generate_inner(message, "MMBench") == question.answers[0])
+    assert sum(answers) >= 5
+    with pytest.raises(ValueError, match="come before the text"):
+        model.generate_inner(message[::-1])
+
+
 # ------------------------------------------------------------------------------------------------- the real lmms-eval
 
 real = pytest.mark.skipif(
     find_spec("lmms_eval") is None,
     reason="lmms-eval is not installed: pip install --no-deps -r requirements/lmms-eval.txt",
 )
-COUNT = 18
 TASK = """\
 task: glimpse_tags
 dataset_path: {table}
@@ -164,11 +188,6 @@ def pictures(doc):
 def score(doc, results):
     return {"right": float(results[0].strip().lower() == doc["answer"])}
 """
-
-
-@pytest.fixture(scope="module")
-def questions() -> list[Any]:
-    return list(tags.samples(tags.Options(count={"test": COUNT}), "test"))
 
 
 @pytest.fixture(scope="module")

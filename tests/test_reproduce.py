@@ -38,13 +38,17 @@ def evaluation(folder: Path, **scores: dict[str, float]) -> None:
     (folder / "scores.json").write_text(json.dumps(rows))
 
 
-def lmms_eval(folder: Path, **scores: float) -> None:
-    """As lmms-eval leaves it, in a folder with the name of the model."""
+def lmms_eval(folder: Path, *kept: int | None, **scores: float) -> None:
+    """As lmms-eval leaves it, in a folder with the name of the model; ``kept`` of ten tokens by each answer."""
     place = folder / "model"
     place.mkdir(parents=True, exist_ok=True)
     results = {task: {"alias": task, "score,none": score, "score_stderr,none": "N/A"} for task, score in scores.items()}
     number = len(list(place.iterdir()))
     (place / f"2026-01-0{number + 1}_results.json").write_text(json.dumps({"results": results}))
+    costs = [None if tokens is None else {**COSTS, "visual": 10, "kept": tokens} for tokens in kept]
+    lines = [json.dumps({"doc_id": 0, "token_counts": [each]}) + "\n" for each in costs]
+    if lines:
+        (place / f"2026-01-0{number + 1}_samples_a.jsonl").write_text("".join(lines))
 
 
 def run(folder: Path, *lines: dict[str, Any], **options: Any) -> list[dict[str, Any]]:
@@ -87,14 +91,18 @@ def test_evaluations_stand_beside_what_is_published(tmp_path, capsys):
 
 
 def test_what_lmms_eval_wrote_stands_beside_it_too(tmp_path):
-    """Of several runs the newest; a score beyond 1 is no share, and takes part in no mean."""
+    """Of several runs the newest; a score beyond 1 is no share, and takes part in no mean. An answer out of a cache has
+    no costs."""
     folder = tmp_path / "runs"
     lmms_eval(folder / "none", a=0.1, b=1500.0)
     lmms_eval(folder / "none", a=0.8)
-    lmms_eval(folder / "11" / "fastv", a=0.4, b=1200.0)
+    lmms_eval(folder / "11" / "fastv", 1, 3, None, a=0.4, b=1200.0)
     (folder / "cache").mkdir()
     line = {"method": "fastv", "bound": "11", "column": "relative", "value": 0.681}
-    rows = run(folder, line, metrics={"a": "score,none", "b": "score,none"}, costs=[])
+    rows = run(folder, line, metrics={"a": "score,none", "b": "score,none"})
+    assert [row["method"] for row in rows] == ["none", "fastv"]
+    assert cell(rows, "fastv", "11", "kept") == (pytest.approx(0.2), None)
+    assert cell(rows, "fastv", "11", "mean_tokens") == (70.5, None)
     assert cell(rows, "none", None, "a") == (0.8, None)
     assert cell(rows, "fastv", "11", "relative") == (pytest.approx((0.5 + 0.8) / 2), 0.681)
     assert cell(rows, "fastv", "11", "mean") == (None, None)
@@ -113,7 +121,7 @@ def test_what_cannot_be_a_table_is_refused(tmp_path):
         run(folder, costs=["watts"])
     (folder / "11" / "fastv").mkdir(parents=True)
     (folder / "11" / "fastv" / "x_results.json").write_text("[]")
-    with pytest.raises(UserError, match="x_results.json: not what lmms-eval writes"):
+    with pytest.raises(UserError, match="x_results.json: not what lmms-eval writes for"):
         run(folder)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -27,8 +28,8 @@ from glimpseprune.results import SCORES, read
 
 NONE = "none"
 MEAN, RELATIVE = "mean", "relative"
-RESULTS = "*_results.json"
-"""Of lmms-eval."""
+RESULTS, SAMPLES = "*_results.json", "_samples_"
+"""Of lmms-eval: a run's scores, and what stands before the name of the task in that of a log of its samples."""
 
 Key = tuple[str, str | None]
 """A method, and the bound on the share of the visual tokens that it keeps, in percent; None: there is no bound."""
@@ -121,15 +122,38 @@ def answered(place: Path, cfg: ReproduceConfig) -> Iterator[tuple[str, dict[str,
     """Methods that lmms-eval has run, a folder each; ``place`` itself is that of the unpruned model."""
     for folder in [place] if place.name == NONE else sorted(path for path in place.glob("*") if path.is_dir()):
         scores: dict[str, float] = {}
-        for file in sorted(folder.rglob(RESULTS), key=lambda path: path.stat().st_mtime):
-            try:
+        for file in by_age(folder, RESULTS):
+            with reading(file):
                 results = json.loads(file.read_text(encoding="utf-8"))["results"]
                 said = {task: results[task].get(name) for task, name in cfg.metrics.items() if task in results}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{file}: not what lmms-eval writes ({error})") from None
             scores |= {task: float(value) for task, value in said.items() if isinstance(value, int | float)}
         if scores:
-            yield folder.name, scores
+            yield folder.name, scores | logged(folder, cfg.costs)
+
+
+def logged(folder: Path, costs: Sequence[str]) -> dict[str, float]:
+    """Means over the answers in the logs of all tasks; those out of a cache have no costs and do not count."""
+    newest = {file.name.partition(SAMPLES)[2]: file for file in by_age(folder, f"*{SAMPLES}*.jsonl")}
+    found: dict[str, list[float]] = {name: [] for name in costs}
+    for file in newest.values():
+        with reading(file), open(file, encoding="utf-8") as lines:
+            for answer in filter(None, (answer for line in lines for answer in json.loads(line)["token_counts"])):
+                for name in costs:
+                    found[name].append(answer[name] / (answer["visual"] if name == "kept" else 1))
+    return {name: fmean(values) for name, values in found.items() if values}
+
+
+def by_age(folder: Path, pattern: str) -> list[Path]:
+    return sorted(folder.rglob(pattern), key=lambda path: path.stat().st_mtime)
+
+
+@contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Errors about what is in a file name it."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{file}: not what lmms-eval writes for this model ({error})") from None
 
 
 def with_means(found: Mapping[Key, dict[str, float]], sets: Sequence[str]) -> dict[Key, dict[str, float]]:
@@ -151,7 +175,8 @@ def with_means(found: Mapping[Key, dict[str, float]], sets: Sequence[str]) -> di
 
 def table(cfg: ReproduceConfig, found: Mapping[Key, Mapping[str, float]]) -> list[dict[str, Any]]:
     """A row per method and bound, measured or published; a published number without a bound stands beside all."""
-    methods = dict.fromkeys([*(method for method, _ in found), *(number.method for number in cfg.published)])
+    named = dict.fromkeys([*(method for method, _ in found), *(number.method for number in cfg.published)])
+    methods = sorted(named, key=lambda method: method != NONE)  # which comes first
     rows = []
     for method in methods:
         bounds = {bound for name, bound in found if name == method}

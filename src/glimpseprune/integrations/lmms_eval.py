@@ -177,7 +177,7 @@ class GlimpsePrune(lmms):
             "kept": fmean(each.kept / each.visual for each in costs),
             **{name: fmean(getattr(each, name) for each in costs) for name in ("decoder_flops", "prefill_flops", "kv")},
         }
-        log_metrics(seconds, tokens, tokens / seconds, {"rank": self.rank, **means})
+        log_metrics(seconds, tokens, tokens / seconds, means)
 
 
 def load(given: Arguments, options: dict[str, Any]) -> checkpoint.GlimpsePrune:
