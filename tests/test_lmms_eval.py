@@ -266,6 +266,7 @@ def test_two_processes_share_it_and_other_methods_run_on_a_bare_backbone(task, t
 
 
 @real
+@pytest.mark.slow
 def test_an_answer_out_of_the_cache_is_the_same_without_costs(task, tmp_path):
     cache = ("--use_cache", str(tmp_path / "cache"), "--limit", "4")
     first = lmms_eval(task, tmp_path / "1", f"ckpt={PRUNER},max_keep=0.03", *cache)
@@ -335,6 +336,13 @@ def test_what_is_not_supported_is_refused_before_anything_runs(adapter, question
         adapter.loglikelihood([request])
     with pytest.raises(UserError, match="pope_ppl: it has several rounds"):
         adapter.generate_until_multi_round([request])
+
+
+def test_a_picture_that_the_processor_refuses_is_named_by_its_document(adapter, questions):
+    docs = conversations(questions[:5])
+    docs[4][0]["content"][0] = image(Image.new("RGB", (1, 400)))
+    with pytest.raises(UserError, match="among documents t 3, t 4: .*1x400"):
+        ask(adapter, docs)
 
 
 def test_a_model_that_cannot_be_meant_is_refused(adapter):

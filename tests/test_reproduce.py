@@ -198,6 +198,21 @@ def test_a_table_of_short_answers_is_a_list_of_runs(table):
     assert len(set(places)) == len(runs) == 1 + len(BOUNDS) * len(METHODS)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("lmms_eval") is None, reason="lmms-eval is not installed")
+@pytest.mark.parametrize("table", [table for table in TABLES if table.startswith("short")])
+def test_the_tasks_and_their_metrics_are_those_of_lmms_eval(table):
+    from lmms_eval.tasks import TaskManager
+
+    cfg = config.load(ReproduceConfig, [str(PAPER / "published" / f"{table}.yaml"), "folder=x"])
+    manager = TaskManager("ERROR")
+    assert set(cfg.sets) <= set(manager.all_tasks)
+    for task in cfg.sets:
+        described = manager._get_config(task)
+        known = [f"{each['metric']},none" for each in described["metric_list"]]
+        assert cfg.metrics[task] in known if task in cfg.metrics else known == ["submission,none"], task
+
+
 def taken_apart(text: str) -> dict[str, Any]:
     """What lmms-eval does with ``--model_args``, where it is installed, else for texts like these."""
     if find_spec("lmms_eval") is not None:

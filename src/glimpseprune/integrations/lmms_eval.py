@@ -104,7 +104,7 @@ class GlimpsePrune(lmms):
 
         Raises:
             UserError: as :func:`._asked.turn` and :func:`._asked.decoding`, for the first document of each task before
-                anything is answered.
+                anything is answered; or a picture that the processor refuses.
         """
         asked = [Request(*request.args) for request in requests]
         for request in {request.task: request for request in reversed(asked)}.values():
@@ -116,7 +116,11 @@ class GlimpsePrune(lmms):
         made: dict[int, GenerationResult] = {}
         began = time.perf_counter()
         for places, how in track(todo, description="answering", disable=self.rank != 0):
-            made |= zip(places, self.answers([self.turn(asked[place]) for place in places], how))
+            try:
+                made |= zip(places, self.answers([self.turn(asked[place]) for place in places], how))
+            except UserError as error:  # of a picture that the processor refuses, such as one of a line
+                which = ", ".join(f"{asked[place].task} {asked[place].doc_id}" for place in places)
+                raise UserError(f"among documents {which}: {error}") from None
         self.log([made[place].token_counts for place in made], time.perf_counter() - began)
         return [made[place] for place in range(len(asked))]
 
