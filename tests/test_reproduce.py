@@ -90,6 +90,17 @@ def test_evaluations_stand_beside_what_is_published(tmp_path, capsys):
     assert "80.0 / 81.0" in capsys.readouterr().out
 
 
+def test_a_set_may_be_a_task_of_several(tmp_path):
+    """And one without a verdict has no score."""
+    folder = tmp_path / "runs" / "11"
+    folder.mkdir(parents=True)
+    row = {"method": "none", "kind": "all", "kept": 1.0}
+    rows = [{**row, "task": "a", "accuracy": 0.5}, {**row, "task": "b", "accuracy": None}]
+    (folder / "scores.json").write_text(json.dumps(rows))
+    made = run(folder.parent)
+    assert [cell(made, "none", None, name)[0] for name in ("a", "b", "mean", "kept")] == [0.5, None, None, 1.0]
+
+
 def test_what_lmms_eval_wrote_stands_beside_it_too(tmp_path):
     """Of several runs the newest; a score beyond 1 is no share, and takes part in no mean. An answer out of a cache has
     no costs."""

@@ -21,12 +21,12 @@ from typing import Any
 
 from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
-from glimpseprune.evaluation import COSTS
 from glimpseprune.legible import legible
 from glimpseprune.report import markdown_text
 from glimpseprune.results import SCORES, read
 
 NONE = "none"
+COSTS = ("kept", "kv", "mean_tokens", "decoder_flops", "prefill_flops")
 MEAN, RELATIVE = "mean", "relative"
 RESULTS, SAMPLES = "*_results.json", "_samples_"
 """Of lmms-eval: a run's scores, and what stands before the name of the task in that of a log of its samples."""
@@ -52,15 +52,15 @@ class ReproduceConfig:
     out: str | None = option(None, "where reproduce.md and reproduce.json go (default: there)")
     title: str = option("published and here", "of the table")
     sets: list[str] = option([], "columns with scores: kinds of question, or lmms-eval's tasks")
-    costs: list[str] = option([], f"further columns: kept, {', '.join(COSTS)}")
+    costs: list[str] = option([], f"further columns, of {', '.join(COSTS)}")
     metrics: dict[str, str] = option({}, "lmms-eval's task -> the metric that is its score, as its results name it")
     published: list[Number] = option([], "what is known of the table")
 
     BARE = "folder"
 
     def __post_init__(self) -> None:
-        if unknown := sorted(set(self.costs) - {"kept", *COSTS}):
-            raise UserError(f"costs: no '{unknown[0]}', choose from kept, {', '.join(COSTS)}")
+        if unknown := [name for name in self.costs if name not in COSTS]:
+            raise UserError(f"costs: no '{unknown[0]}', choose from {', '.join(COSTS)}")
         for number in self.published:
             if number.column not in self.columns:
                 raise UserError(f"published: no column '{number.column}', there are {', '.join(self.columns)}")
@@ -109,13 +109,17 @@ def measured(cfg: ReproduceConfig) -> dict[Key, dict[str, float]]:
 
 
 def evaluated(place: Path, cfg: ReproduceConfig) -> Iterator[tuple[str, dict[str, float]]]:
-    """Methods of one of our evaluations."""
+    """Methods of one of our evaluations; a set is a kind of question, or a task of several."""
     rows = read(place).rows
     for method in dict.fromkeys(row["method"] for row in rows):
-        own = {row["kind"]: row for row in rows if row["method"] == method}
-        scores = {name: own[name]["accuracy"] for name in cfg.sets if name in own}
-        whole = own.get("all", {})
-        yield method, scores | {name: whole[name] for name in cfg.costs if whole.get(name) is not None}
+        own: dict[str, Mapping[str, Any]] = {}
+        for row in (row for row in rows if row["method"] == method):
+            own.setdefault(row["kind"], row)
+            if row["kind"] == "all" and "task" in row:
+                own[row["task"]] = row
+        numbers = {name: own[name].get("accuracy") for name in cfg.sets if name in own}
+        numbers |= {name: own.get("all", {}).get(name) for name in cfg.costs}
+        yield method, {name: value for name, value in numbers.items() if value is not None}
 
 
 def answered(place: Path, cfg: ReproduceConfig) -> Iterator[tuple[str, dict[str, float]]]:
