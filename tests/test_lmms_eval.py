@@ -19,11 +19,16 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from conftest import PICTURES, TINY
+from glimpseprune import pruners
+from glimpseprune.checkpoint import GlimpsePrune
 from glimpseprune.config import UserError
 from glimpseprune.data import shards
 from glimpseprune.data.sources import tags
 from glimpseprune.evaluate import EvaluateConfig, run
 from glimpseprune.integrations._asked import Decoding, Turn, arguments, decoding, require_options, turn
+from glimpseprune.lookup import names
+from test_evaluate import OPTIONS
 
 ROOT = Path(__file__).parent.parent
 PRUNER = str(ROOT / "data" / "demo-pruner")
@@ -279,10 +284,8 @@ def test_an_answer_out_of_the_cache_is_the_same_without_costs(task, tmp_path):
 
 @pytest.fixture(scope="module")
 def adapter():
-    pytest.importorskip("lmms_eval", reason="lmms-eval is not installed")
-    from glimpseprune.integrations.lmms_eval import GlimpsePrune
-
-    return GlimpsePrune(ckpt=PRUNER, batch_size=3)
+    module = pytest.importorskip("glimpseprune.integrations.lmms_eval", reason="lmms-eval is not installed")
+    return module.GlimpsePrune(ckpt=PRUNER, batch_size=3)
 
 
 def ask(adapter: Any, docs: list[list[dict[str, Any]]], **generation: Any) -> list[Any]:
@@ -309,6 +312,27 @@ def test_batches_equal_single_prompts_in_any_order(adapter, questions):
         ask(adapter, conversations(questions[3:4]))[0].token_counts.input_tokens
         != together[3].token_counts.input_tokens
     )
+
+
+@pytest.mark.parametrize("method", sorted(set(names("glimpseprune.pruners")) - {"oracle"}))
+@pytest.mark.parametrize("backbone", TINY)
+def test_every_backbone_and_every_method(backbone, method, monkeypatch):
+    """On random weights: what the model says itself, and its costs."""
+    module = pytest.importorskip("glimpseprune.integrations.lmms_eval", reason="lmms-eval is not installed")
+    lvlm = TINY[backbone]()
+    try:
+        pruner = pruners.build(method, OPTIONS if method == "glimpse" else {}, lvlm).eval()
+    except UserError as error:
+        pytest.skip(f"{method} has no meaning on {backbone}: {error}")
+    model = GlimpsePrune(lvlm, pruner, method)
+    monkeypatch.setattr(module, "load", lambda given, options: model)
+    found = ask(module.GlimpsePrune(ckpt="x", batch_size=2), [[user(*map(image, PICTURES[n]), "why?")] for n in (0, 1)])
+    for n, answer in enumerate(found):
+        alone = model.generate(**model.prepare(["why?"], [PICTURES[n]]), max_new_tokens=8, do_sample=False)
+        costs = answer.token_counts
+        assert answer.text == alone.texts[0]
+        assert costs.kept == int(alone.keep[0].sum()) <= costs.visual == len(alone.keep[0])
+        assert (costs.decoder_flops == 1) == (method == "none") and costs.to_dict().keys() > {"kv", "input_tokens"}
 
 
 def test_an_answer_stops_where_the_task_says_and_is_drawn_where_it_says(adapter, questions):
