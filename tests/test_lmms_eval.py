@@ -352,6 +352,7 @@ def test_an_answer_stops_where_the_task_says_and_is_drawn_where_it_says(adapter,
 
 def test_what_is_not_supported_is_refused_before_anything_runs(adapter, questions, monkeypatch):
     monkeypatch.setattr(adapter, "batch", lambda *_: pytest.fail("it runs"))
+    assert ask(adapter, []) == []
     docs = conversations(questions[:2])
     with pytest.raises(UserError, match="t, document 0: .* several turns"):
         ask(adapter, [[*docs[0], {"role": "assistant", "content": "12"}, *docs[1]]])

@@ -107,6 +107,8 @@ class GlimpsePrune(lmms):
                 anything is answered; or a picture that the processor refuses.
         """
         asked = [Request(*request.args) for request in requests]
+        if not asked:  # of more processes than documents
+            return []
         for request in {request.task: request for request in reversed(asked)}.values():
             self.turn(request)
         alike: dict[str, list[int]] = defaultdict(list)
@@ -116,8 +118,9 @@ class GlimpsePrune(lmms):
         made: dict[int, GenerationResult] = {}
         began = time.perf_counter()
         for places, how in track(todo, description="answering", disable=self.rank != 0):
+            turns = [self.turn(asked[place]) for place in places]
             try:
-                made |= zip(places, self.answers([self.turn(asked[place]) for place in places], how))
+                made |= zip(places, self.answers(turns, how))
             except UserError as error:  # of a picture that the processor refuses, such as one of a line
                 which = ", ".join(f"{asked[place].task} {asked[place].doc_id}" for place in places)
                 raise UserError(f"among documents {which}: {error}") from None
