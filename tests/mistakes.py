@@ -15,7 +15,20 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from glimpseprune import compare as side_by_side
-from glimpseprune import config, demo, evaluate, export, lookup, plan, preflight, prepare, pretrain, report, train
+from glimpseprune import (
+    config,
+    demo,
+    evaluate,
+    export,
+    lookup,
+    plan,
+    preflight,
+    prepare,
+    pretrain,
+    report,
+    reproduce,
+    train,
+)
 from glimpseprune.data import shards
 from glimpseprune.options import BackboneOptions, DataOptions, PrunerOptions, TrainConfig
 from glimpseprune.tiny.config import PretrainConfig
@@ -32,6 +45,7 @@ COMMANDS = {
     "preflight evaluate": (preflight.main, ["evaluate"], preflight.EvaluateCheck),
     "report": (report.main, [], report.ReportConfig),
     "compare": (side_by_side.main, [], side_by_side.CompareConfig),
+    "reproduce": (reproduce.main, [], reproduce.ReproduceConfig),
     "export": (export.main, [], export.ExportConfig),
     "demo": (demo.main, [], demo.DemoConfig),
 }
@@ -94,8 +108,8 @@ class World:
             "metric": ["exact_match"],
             "max_new_tokens": 64,
         }
-        for seed, name in enumerate(("eval", "eval2")):
-            (self.folder / name).mkdir()
+        for seed, name in enumerate(("eval", "eval2", "paper/11")):
+            (self.folder / name).mkdir(parents=True)
             (self.folder / name / "scores.json").write_text(json.dumps([row]))
             (self.folder / name / "evaluation.yaml").write_text(json.dumps({"asked": {**asked, "seed": seed}}))
         (self.folder / "file").write_text("a file")
@@ -127,6 +141,7 @@ class World:
             "pretrain": [out, "accelerator=cpu"],
             "report": [out, f"folder={self.at('eval')}", "plot=false"],
             "compare": [out, f"folders=[{self.at('eval')},{self.at('eval2')}]"],
+            "reproduce": [out, f"folder={self.at('paper')}", "sets=[all]"],
             "export": [out, f"ckpt={self.at('run')}"],
             "demo": [out, f"data={self.at('demo-data')}"],
         }[command]
@@ -202,6 +217,7 @@ class World:
             "export": ["ckpt", "backbone.path"],
             "pretrain": ["resume"],
             "report": ["folder"],
+            "reproduce": ["folder"],
         }
         wrong = rng.choice(["missing", "missing/below", "file", "file/below", "empty", "foreign", "deep.yaml"])
         places = [self.at(wrong), f"{self.at('run')}/{wrong}", "/dev/null", "no-such-owner/no-such-name", "~nobody/x"]
@@ -374,6 +390,7 @@ class World:
             "prepare": "out source",
             "export": "out ckpt",
             "report": "folder",
+            "reproduce": "folder",
         }
         mandatory |= {"compare": "folders", "evaluate": "data.path backbone.path methods"}
         return ["-" + rng.choice(mandatory[command].split())] if command in mandatory else None

@@ -79,7 +79,9 @@ def test_the_wheel_brings_it(tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         (entry,) = (archive.read(name) for name in archive.namelist() if name.endswith("entry_points.txt"))
-    assert entry.decode().split("]")[1].strip() == "glimpseprune = glimpseprune.__main__:main"
+    points = [line for line in entry.decode().splitlines() if line]
+    assert points[:2] == ["[console_scripts]", "glimpseprune = glimpseprune.__main__:main"]
+    assert points[2:] == ["[lmms_eval.models]", "glimpseprune = glimpseprune.integrations:manifest"]
     shipped = site / "glimpseprune" / "shipped"
     for folder in ("conf", BASE, PRUNER):
         there = {str(file.relative_to(ROOT)) for file in (ROOT / folder).rglob("*") if file.is_file()}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
+SCRIPTS = sorted((ROOT / "slurm").rglob("*.sh"))
 JOBS = [path for path in SCRIPTS if "\n#SBATCH" in path.read_text()]
 YAML = "conf/backbones/qwen2_5_vl_7b.yaml"
 
@@ -132,6 +132,32 @@ def test_other_commands(bash):
     said = bash("judge", "org/model", "--max-model-len", "4096", **job(GPUS_PER_NODE=4))
     assert "serve org/model --port 8007 --tensor-parallel-size 4 --max-model-len 4096" in said
     assert "give a model" in bash("judge", code=2)
+
+
+@pytest.mark.parametrize("model", ["qwen2_5_vl_7b", "llava1_5_7b"])
+def test_tables_of_the_paper(bash, model):
+    """What is checked, submitted and run, bound by bound; the last command puts it beside what is published."""
+    name = f"freeform_{model}"
+    own = "_llava1_5" if "llava" in model else ""
+    both = [f"conf/paper/{name}.yaml conf/paper/retention_{bound}{own}.yaml judge.model=x" for bound in (11, 22, 33)]
+    places = [f"out=runs/paper/{name}/{bound} resume=true" for bound in (11, 22, 33)]
+    said = bash(f"paper/{name}", "judge.model=x").splitlines()
+    checks, (submit, *runs, last) = said[:3], said[3:]
+    assert checks == [f"python -m src.preflight evaluate {a} {b}" for a, b in zip(both, places)]
+    assert submit.strip() == f"sbatch slurm/paper/{name}.sh judge.model=x"
+    assert [run.split("src.evaluate ")[1].strip() for run in runs] == [f"{a} {b}" for a, b in zip(both, places)]
+    assert last.strip() == f"python -m src.reproduce conf/paper/published/{name}.yaml runs/paper/{name}"
+    of_one = bash(f"paper/{name}", "judge.model=x", **job(ARRAY_TASK_ID=1))
+    assert "retention_22" in of_one and "retention_11" not in of_one
+
+    name = f"short_{model}"
+    _, submit, run, last = bash(f"paper/{name}").splitlines()
+    assert submit.strip() == f"sbatch slurm/paper/{name}.sh"
+    assert run.strip().endswith(f"--nproc-per-node=1 -m lmms_eval --config conf/paper/{name}.yaml")
+    assert last.strip() == f"python -m src.reproduce conf/paper/published/{name}.yaml runs/paper/{name}"
+    assert "--nproc-per-node=8" in bash(f"paper/{name}", **job(GPUS_ON_NODE=8))
+    assert "there are no arguments" in bash(f"paper/{name}", "x=1", code=2)
+    assert "pip install --no-deps -r requirements/lmms-eval.txt" in bash(f"paper/{name}", PYTHON="/bin/false", code=2)
 
 
 def test_help_is_the_head_of_the_script(bash):
