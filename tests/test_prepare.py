@@ -1,6 +1,7 @@
 """prepare: the same folder for any number of workers, whole or not at all, and no user mistake without an answer."""
 
 import json
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -99,10 +100,11 @@ def test_parts_make_up_the_same_shards_for_any_number_of_them(tmp_path, source, 
     for parts in (1, 2, 3, 5):
         folder = tmp_path / f"of-{parts}"
         folder.mkdir()
-        job = prepare.Job(source, options, "train", folder, 5, limit, "auto")
-        tick = Mock()
-        entries = [entry for part in range(parts) for entry in job.write(part, parts, tick, Mock())]
-        assert sum(entry["count"] for entry in entries) == tick.call_count == min(23, limit or 23)
+        job = prepare.Job(source, options, "train", folder, 5, limit)
+        count = Mock()
+        entries = [entry for part in range(parts) for entry in job.write(part, parts, count)]
+        assert sum(entry["count"] for entry in entries) == count.done.call_count == min(23, limit or 23)
+        shutil.rmtree(folder / ".journal")
         folders.append(content(folder))
     assert all(folder == folders[0] for folder in folders)
     assert len(folders[0]) == -(-min(23, limit or 23) // 5)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from functools import lru_cache
 from hashlib import blake2b
@@ -10,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from glimpseprune import images
 from glimpseprune.config import UserError
 from glimpseprune.data.shards import IMAGE_BYTES, open_file
 from glimpseprune.data.sources._rows import shown_value
@@ -96,6 +96,6 @@ def _picture(what: str, data: bytes) -> Image.Image:
     if len(data) > IMAGE_BYTES:
         raise ValueError(f"{what} has {len(data)} bytes, more than the {IMAGE_BYTES} allowed")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return images.of_file(data, FORMATS)
     except Exception:  # whatever a reader raises on hostile bytes
         raise ValueError(f"{what} is no picture that can be read ({', '.join(FORMATS)})") from None
