@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -91,7 +92,10 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
         lock = unfinished / ".lock"
         _begin(cfg, out, journal, {"asked": asked, "inputs": _inputs(cfg, source, options)}, [lock], watch.console)
         try:
-            shards.begin_manifest(unfinished, asked)
+            notes = source.notes(options) if hasattr(source, "notes") else []
+            shards.begin_manifest(unfinished, {"prepared": asked, **({"notes": notes} if notes else {})})
+            for note in notes:
+                watch.console.print(Text(legible(f"note: {note}")), soft_wrap=True)
             return {split: _write(cfg, source, options, split, unfinished, watch) for split in splits}
         except UserError as error:
             if isinstance(error, Unfinished) and journal.begun:
@@ -99,9 +103,11 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
                 raise UserError(f"{error}; {kept}") from error
             journal.end()
             raise
-        except BaseException:
+        except BaseException as error:
             if not journal.begun:
                 journal.end()
+            elif isinstance(error, Exception):
+                print(f"note: {len(journal.names())} whole shards are kept: resume=true uses them", file=sys.stderr)
             raise
 
 
@@ -291,13 +297,12 @@ def main(cfg: PrepareConfig) -> None:
         entries = prepare(cfg, console)
     console.print(written(f"{cfg.source} -> {cfg.out}", entries))
     for split, entry in entries.items():
-        console.print(Text(legible(f"{split}: {' '.join(summary(entry))}")), soft_wrap=True)
+        console.print(Text(legible(f"{split}: {summary(entry)}")), soft_wrap=True)
     if any(entry.get(name) for entry in entries.values() for name in shards.TOLD):
         console.print(left_out(entries))
     for said in dict.fromkeys(entry.get("license") or "" for entry in entries.values()):
-        console.print(
-            Text(legible(f"licence: {said or 'not declared: give license=<text> to have it in the manifest'}"))
-        )
+        said = said or "not declared: give license=<text> to have it in the manifest"
+        console.print(Text(legible(f"licence: {said}")), soft_wrap=True)
 
 
 def written(title: str, entries: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -330,11 +335,10 @@ def left_out(entries: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def summary(entry: Mapping[str, Any]) -> Iterator[str]:
-    """Of how many rows how many samples are there, as sentences."""
-    if drawn_ := entry.get("sample"):
-        yield f"{drawn_['drawn']} of {drawn_['of']} samples were drawn with seed {drawn_['seed']}."
-    yield f"Of {entry['rows']} samples {entry['count']} were written"
-    for name, word in WORDS.items():
-        if told := entry.get(name):
-            yield f"- {told['count']} {word}"
+def summary(entry: Mapping[str, Any]) -> str:
+    """How many samples there are, of how many, and what became of the others."""
+    said = [f"{entry['count']} of {entry['rows']} samples written"]
+    said += [f"{told['count']} {word}" for name, word in WORDS.items() if (told := entry.get(name))]
+    if found := entry.get("sample"):
+        said.append(f"{found['drawn']} were drawn from {found['of']} with seed {found['seed']}")
+    return ", ".join(said)

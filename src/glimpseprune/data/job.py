@@ -175,8 +175,15 @@ def write_split(
     context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
     count = Count(*(context.Value("q", 0) for _ in range(3)))
     if workers == 1:
-        seen = _Reporting(count, report)
-        return shards.close_up(job.folder, job.split, job.write(0, 1, seen))
+        written = list(job.write(0, 1, _Reporting(count, report)))
+    else:
+        written = _written(job, workers, context, count, report)
+    return shards.close_up(job.folder, job.split, written)  # only now, for what has another name is made again
+
+
+def _written(
+    job: Job, workers: int, context: Any, count: Count, report: Callable[[int, int], None]
+) -> list[dict[str, Any]]:
     with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(os.getpid(), count)) as pool:
         running = {pool.submit(_work, job, part, workers) for part in range(workers)}
         entries: list[dict[str, Any]] = []
@@ -195,7 +202,7 @@ def write_split(
             for process in list((pool._processes or {}).values()):  # or the pool would wait until they are done
                 process.kill()
             raise
-    return shards.close_up(job.folder, job.split, sorted(entries, key=lambda entry: entry["name"]))
+    return sorted(entries, key=lambda entry: entry["name"])
 
 
 class _Reporting(Count):

@@ -377,9 +377,9 @@ def close_up(folder: Path, split: str, shards: Iterable[Mapping[str, Any]]) -> l
     return kept
 
 
-def begin_manifest(folder: Path, prepared: Mapping[str, Any]) -> None:
-    """A manifest without splits yet that says how they are made."""
-    files.write_json(folder / MANIFEST, {"format": FORMAT, "prepared": prepared, "splits": {}}, indent=1)
+def begin_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
+    """A manifest without splits yet; ``meta``, such as how they are made, is entered as it is."""
+    files.write_json(folder / MANIFEST, {"format": FORMAT, **meta, "splits": {}}, indent=1)
 
 
 def write_manifest(
@@ -604,7 +604,9 @@ def _decode_image(data: bytes, others: Iterable[tuple[int, int]]) -> Image.Image
         check_sizes([*others, image.size])  # known from the header, before any pixel is decoded
         if image.format == "JPEG" and _scans(data) > SCANS:
             raise ValueError(f"a JPEG of more than {SCANS} scans")
-        return images.shown(image).convert("RGB")
+        picture = images.shown(image).convert("RGB")
+        picture.format, picture.file = image.format, data  # as it was stored, should it be stored again
+        return picture
 
 
 def _scans(jpeg: bytes) -> int:

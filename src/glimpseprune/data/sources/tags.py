@@ -265,6 +265,17 @@ def ask(rng: np.random.Generator, view: Scene, kind: str, count: int) -> list[Qu
     return out
 
 
+def count(options: Options, split: str) -> int:
+    """How many questions a split has."""
+    return options.count.get(split, 0)
+
+
+def license(options: Options) -> str:
+    return (
+        "digits: optdigits of the UCI repository, CC BY 4.0; photographs: CC BY 2.0, both as scikit-learn bundles them"
+    )
+
+
 def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
     """The questions ``start`` to ``stop`` of a split, always the same ones for the same options.
 
