@@ -14,8 +14,12 @@ from glimpseprune.config import UserError
 from glimpseprune.data.shards import IMAGE_BYTES, open_file
 from glimpseprune.data.sources._rows import shown_value
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pictures that are read: none whose reader starts another program."""
+Image.init()
+FORMATS = tuple(
+    name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+)
+"""Pictures that are read, those of several frames in a JPEG (MPO) among them: none whose reader starts another program,
+and as this Pillow was built."""
 
 
 class Folder:

@@ -271,9 +271,7 @@ def count(options: Options, split: str) -> int:
 
 
 def license(options: Options) -> str:
-    return (
-        "digits: optdigits of the UCI repository, CC BY 4.0; photographs: CC BY 2.0, both as scikit-learn bundles them"
-    )
+    return "of scikit-learn's bundle, photographs: CC BY 2.0, digits: CC BY 4.0 (optdigits of the UCI repository)"
 
 
 def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
