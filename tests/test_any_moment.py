@@ -406,7 +406,7 @@ def happened(whole: Whole, fault: str, place: Path, log: Path, rng: random.Rando
         check_end(fault, code, started.err, bytes_of(place) == before, whole.is_there(out))
         assert not over or not (gone := whole.lost(place)), f"lost: {gone}"
         again = advised(started.err) if fault.startswith("SIG") else None
-        if again is None and rng.random() < 0.5 and work.name in ("train", "evaluate"):
+        if again is None and rng.random() < 0.5 and work.name in ("train", "evaluate", "prepare"):
             again = [*(arg for arg in argv if arg != "overwrite=true"), "resume=true"]
         lead_on(again or argv, argv, log.with_name("again"), lambda: whole.is_there(out))
         wrong = differences(result(out), whole.left)
