@@ -9,6 +9,7 @@ import pytest
 
 from glimpseprune import lookup, prepare
 from glimpseprune.data import sources
+from glimpseprune.data.journal import JOURNAL
 from glimpseprune.data.shards import Shards
 
 SOURCE = '''
@@ -104,7 +105,7 @@ def test_parts_make_up_the_same_shards_for_any_number_of_them(tmp_path, source, 
         count = Mock()
         entries = [entry for part in range(parts) for entry in job.write(part, parts, count)]
         assert sum(entry["count"] for entry in entries) == count.done.call_count == min(23, limit or 23)
-        shutil.rmtree(folder / ".journal")
+        shutil.rmtree(folder / JOURNAL)
         folders.append(content(folder))
     assert all(folder == folders[0] for folder in folders)
     assert len(folders[0]) == -(-min(23, limit or 23) // 5)

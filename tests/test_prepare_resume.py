@@ -12,7 +12,7 @@ import pytest
 from glimpseprune import files, prepare
 from glimpseprune.config import Interrupted
 from glimpseprune.data import job, shards
-from glimpseprune.data.journal import Journal
+from glimpseprune.data.journal import JOURNAL, Journal
 
 COUNT, SIZE = 23, 4
 SOURCE = '''
@@ -190,7 +190,7 @@ def test_a_shard_that_is_not_what_was_said_of_it_is_made_again(tmp_path, argv, u
     argv = [*argv, f"out={tmp_path / 'out'}"]
     crashed(tmp_path, *argv)
     partial = tmp_path / ".out.partial"
-    spoil(partial / "train-000002.tar", partial / ".journal" / "train-000002.json")
+    spoil(partial / "train-000002.tar", partial / JOURNAL / "train-000002.json")
     (partial / "train-000007.tar").write_bytes(b"of nobody")
     (partial / "train-000003.tar.partial").write_bytes(b"torn")
     drawn(tmp_path)
@@ -262,7 +262,7 @@ def test_killed_where_it_takes_its_place(tmp_path, argv, undisturbed, moment, ca
     out = tmp_path / "out"
     prepare.main([*argv, f"out={out}", "splits=[val]"])
     assert killed_at(moment, [*argv, f"out={out}", "overwrite=true"]) == -signal.SIGKILL
-    assert content(out / ".journal").keys() > {"asked.json"}
+    assert content(out / JOURNAL).keys() > {"asked.json"}
     assert {name: data for name, data in content_of_files(out).items()} == undisturbed
     drawn(tmp_path)
     assert "is not empty" in refused(capsys, *argv, f"out={out}")

@@ -194,7 +194,7 @@ def _put_right(path: Path, journal: str) -> None:
     if old.is_dir() and not path.exists():  # killed between two renames
         os.replace(old, path)
     remove(old)
-    if journal:
+    if journal and path.is_dir():
         remove(path / journal)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from glimpseprune import files
 from glimpseprune.data.shards import sha256_of
 
-JOURNAL = ".journal"
+JOURNAL = ".glimpseprune-journal"
+"""Name of the folder: one that nobody else gives, for it is removed where it is left over."""
 _ASKED = "asked.json"
 
 

@@ -37,20 +37,20 @@ class Watch:
             self.bar.stop()
 
     def begin(self, what: str, total: int | None) -> None:
-        self.what, self.total = legible(what, 100), total
+        self.what, self.total, self.kept = legible(what, 100), total, 0
         self.began = self.shown = self.clock()
         self.task = self.bar.add_task(self.what, total=total, said="") if self.bar is not None else None
 
     def at(self, done: int, kept: int = 0) -> None:
         """``kept`` of those ``done`` were before it began: they say nothing of how fast it goes."""
-        now = self.clock()
+        now, self.kept = self.clock(), kept
         if now - self.shown >= (EVERY if self.bar is None else REFRESH):
             self.shown = now
             self._show(done, said(done, self.total, kept, now - self.began))
 
-    def end(self, done: int, kept: int = 0) -> None:
+    def end(self, done: int) -> None:
         self.total = done
-        self._show(done, said(done, done, kept, self.clock() - self.began))
+        self._show(done, said(done, done, self.kept, self.clock() - self.began))
 
     def _show(self, done: int, text: str) -> None:
         if self.bar is None:
