@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,17 @@ def exif(turn: int) -> Image.Exif:
     return said
 
 
+def png_of_16_bits() -> bytes:
+    """A PNG of 60 x 40 pixels of three channels, which Pillow takes for one of 8 bits."""
+    rows = np.random.default_rng(0).integers(0, 1 << 16, (40, 180), dtype=np.uint16).astype(">u2")
+    header = (60).to_bytes(4, "big") + (40).to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    made = b"\x89PNG\r\n\x1a\n"
+    for name, data in ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b"")):
+        made += len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    return made
+
+
 AS_THEY_ARE = {
     "jpeg": lambda: encoded(photo(), "JPEG", quality=71),
     "progressive": lambda: encoded(photo(), "JPEG", progressive=True),
@@ -48,6 +60,8 @@ MADE_ANEW = {
     "cmyk": lambda: encoded(photo().convert("CMYK"), "JPEG"),
     "transparent": lambda: encoded(photo().convert("RGBA"), "PNG"),
     "16 bits": lambda: encoded(Image.fromarray(np.full((40, 60), 300, np.uint16)), "PNG"),
+    "16 bits in colour": lambda: png_of_16_bits(),
+    "animated": lambda: encoded(photo(), "PNG", save_all=True, append_images=[Image.new("RGB", (60, 40))]),
     "several frames": lambda: encoded(photo(), "MPO", save_all=True, append_images=[photo()]),
     "webp": lambda: encoded(photo(), "WEBP"),
     "bmp": lambda: encoded(photo(), "BMP"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from glimpseprune import files, prepare
+from contracts._sources import RAW
+from glimpseprune import files, lookup, prepare
 from glimpseprune.config import Interrupted
 from glimpseprune.data import job, shards
 from glimpseprune.data.journal import JOURNAL, Journal
@@ -95,7 +97,7 @@ def test_it_goes_on_from_what_is_whole(tmp_path, argv, undisturbed, capsys, work
     argv = [*argv, f"out={tmp_path / 'out'}"]
     whole = crashed(tmp_path, *argv)
     assert whole == [f"train-{n:06d}.tar" for n in range(3)]
-    assert f"note: {len(whole)} whole shards are kept" in capsys.readouterr().err
+    assert f"note: {len(whole)} shards are whole and kept: resume=true uses them" in capsys.readouterr().err
     assert drawn(tmp_path) == [f"train-{i}" for i in range(14)]
     assert not (tmp_path / "out").exists()
     prepare.main([*argv, "resume=true", f"workers={workers}", "max_invalid=5"])
@@ -163,7 +165,7 @@ def test_too_many_invalid_samples_leave_what_is_whole(tmp_path, argv, undisturbe
     argv = [*argv, f"out={tmp_path / 'out'}"]
     said = refused(capsys, *argv, "max_invalid=3")
     assert "more than max_invalid=3 invalid samples, such as 'train-6'" in said
-    assert "; 1 whole shards are kept: set right what is wrong and give resume=true" in said
+    assert "; 1 shards are whole and kept: set right what is wrong and give resume=true" in said
     drawn(tmp_path)
     assert "more than max_invalid=2" in refused(capsys, *argv, "max_invalid=2", "resume=true")
     assert "train-0" not in drawn(tmp_path)
@@ -304,6 +306,31 @@ def test_the_data_of_a_training_go_on_unasked(tmp_path, argv, undisturbed):
     drawn(tmp_path)
     prepare.make_missing(out, wanted)
     assert content(tmp_path / "out") == undisturbed and "train-0" not in drawn(tmp_path)
+
+
+@pytest.mark.parametrize("name", lookup.names(job.SOURCES))
+def test_a_subset_of_any_source_goes_on(tmp_path, name, monkeypatch):
+    if name == "easy_vqa":
+        pytest.importorskip("easy_vqa")
+    options = RAW[name](tmp_path) if name in RAW else {"size": 336}
+    argv = [f"source={name}", f"options={json.dumps(options)}", "sample=5", "seed=42", "shard_size=2"]
+    whole, calls = shards.write_shard, []
+
+    def write_shard(*given, **named):
+        calls.append(given)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*given, **named)
+
+    prepare.main([*argv, f"out={tmp_path / 'undisturbed'}"])
+    monkeypatch.setattr(shards, "write_shard", write_shard)
+    with pytest.raises(SystemExit):
+        prepare.main([*argv, f"out={tmp_path / 'out'}"])
+    assert len(Journal(tmp_path / ".out.partial").names()) == 2
+    prepare.main([*argv, f"out={tmp_path / 'out'}", "workers=2", "resume=true"])
+    assert content(tmp_path / "out") == content(tmp_path / "undisturbed")
+    for split, entry in json.loads((tmp_path / "out" / "manifest.json").read_text())["splits"].items():
+        assert entry["rows"] == entry["sample"]["drawn"] == 5 and entry["sample"]["of"] >= 14, split
 
 
 def test_keys_that_stand_twice_cannot_be_mended_by_going_on(tmp_path, argv, capsys):

@@ -99,8 +99,10 @@ def file_of(image: Image.Image, most: int) -> bytes | None:
 
 
 def is_shown_as_stored(image: Image.Image) -> bool:
-    """Whether any reader sees in the file of ``image`` what :func:`shown` does: upright, opaque, of 8 bits at most."""
-    return image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info and _orientation(image) == 1
+    """Whether any reader sees in the file of ``image`` what :func:`shown` does: one picture, upright and opaque. Of how
+    many bits it is, Pillow does not always tell."""
+    plain = image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info
+    return plain and not getattr(image, "is_animated", False) and _orientation(image) == 1
 
 
 def shrunk(image: Image.Image, most: int) -> Image.Image:

@@ -32,7 +32,7 @@ from glimpseprune import config, files, lookup, results
 from glimpseprune.config import FREE, SEEDS, START, UserError, option
 from glimpseprune.data import shards
 from glimpseprune.data.draws import drawn
-from glimpseprune.data.job import SOURCES, Job, Unfinished, total_of, write_split
+from glimpseprune.data.job import SOURCES, Job, total_of, write_split
 from glimpseprune.data.journal import JOURNAL, Journal
 from glimpseprune.data.pixels import PixelLimit
 from glimpseprune.data.progress import Watch
@@ -97,17 +97,15 @@ def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dic
             for note in notes:
                 watch.console.print(Text(legible(f"note: {note}")), soft_wrap=True)
             return {split: _write(cfg, source, options, split, unfinished, watch) for split in splits}
-        except UserError as error:
-            if isinstance(error, Unfinished) and journal.begun:
-                kept = f"{len(journal.names())} whole shards are kept: set right what is wrong and give resume=true"
-                raise UserError(f"{error}; {kept}") from error
-            journal.end()
-            raise
         except BaseException as error:
             if not journal.begun:
                 journal.end()
-            elif isinstance(error, Exception):
-                print(f"note: {len(journal.names())} whole shards are kept: resume=true uses them", file=sys.stderr)
+                raise
+            kept = f"{len(journal.names())} shards are whole and kept"
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; {kept}: set right what is wrong and give resume=true") from error
+            if isinstance(error, Exception):
+                print(f"note: {kept}: resume=true uses them", file=sys.stderr)
             raise
 
 
@@ -126,24 +124,19 @@ def _write(
 ) -> dict[str, Any]:
     """Write a split; its entry in the manifest."""
     total, positions = _chosen(cfg, source, options, split, watch)
-    job = Job(
-        cfg.source,
-        options,
-        split,
-        folder,
-        cfg.shard_size,
-        cfg.limit,
-        positions,
-        cfg.image_format,
-        PixelLimit(cfg.max_pixels, cfg.large_images),
-        cfg.max_invalid,
-    )
+    how = {name: getattr(cfg, name) for name in ("shard_size", "limit", "image_format", "max_invalid")}
+    pixels = PixelLimit(cfg.max_pixels, cfg.large_images)
+    job = Job(cfg.source, options, split, folder, positions=positions, pixels=pixels, **how)
     watch.begin(split, (cfg.limit if total is None else total) if positions is None else len(positions))
     written = write_split(job, cfg.workers, watch.at)
     meta = {"source": cfg.source, "options": asdict(options), "license": _license(cfg, source, options)}
     if positions is not None:
         meta["sample"] = {"drawn": len(positions), "of": total, "seed": cfg.seed}
-    entry = shards.write_manifest(folder, split, written, meta)
+    try:  # to rename them, once all are there: what has another name than was said of it is made again
+        entry = shards.write_manifest(folder, split, shards.close_up(folder, split, written), meta)
+    except UserError:
+        Journal(folder).end()  # to go on would come to the same
+        raise
     watch.end(entry["rows"])
     return entry
 
@@ -170,9 +163,8 @@ def _asked(cfg: PrepareConfig, options: Any, splits: Sequence[str]) -> dict[str,
     """All that decides what the shards are, as JSON has it."""
     roles = dict(config.roles(PrepareConfig))
     said = {key: value for key, value in asdict(cfg).items() if roles[key] not in (START, FREE)}
-    return results.plain(
-        {**said, "splits": list(splits), "options": json.loads(json.dumps(asdict(options), default=str))}
-    )
+    said |= {"splits": splits, "options": asdict(options)}
+    return json.loads(json.dumps(said, default=str))
 
 
 def _inputs(cfg: PrepareConfig, source: ModuleType, options: Any) -> dict[str, Any]:

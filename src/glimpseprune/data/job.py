@@ -32,10 +32,6 @@ from glimpseprune.types import Sample
 SOURCES = "glimpseprune.data.sources"
 
 
-class Unfinished(UserError):
-    """What ends the work, but leaves what is whole of use: too many invalid samples, a worker that was ended."""
-
-
 @dataclass
 class Job:
     """What one process needs to write its share of the shards of a split."""
@@ -57,7 +53,7 @@ class Job:
         """Write this part's shards, giving the manifest's entry of each.
 
         Raises:
-            Unfinished: invalid samples of the split.
+            UserError: there are too many invalid samples.
         """
         journal, draw, number = Journal(self.folder), self._draw(), part
         while (bounds := self._bounds(number)) is not None:
@@ -85,7 +81,7 @@ class Job:
     def _leave_out(self, count: Count, said: str) -> None:
         if count.invalid() > self.max_invalid:
             more = f"more than max_invalid={self.max_invalid} invalid samples, such as" if self.max_invalid else ""
-            raise Unfinished(f"split '{self.split}': the source gave {more or 'an invalid sample'} {said}")
+            raise UserError(f"split '{self.split}': the source gave {more or 'an invalid sample'} {said}")
 
     def _bounds(self, number: int) -> tuple[int, int] | None:
         """The slice of what is wanted that a shard is; None where that is known to be past the end."""
@@ -156,7 +152,12 @@ class Count:
             _more(self.kept, number)
 
     def invalid(self) -> int:
+        """One more; how many there are."""
         return _more(self.bad, 1)
+
+    def seen(self) -> tuple[int, int]:
+        """How many are done, and how many of them were before; asks for no lock, which a killed worker may have."""
+        return self.total.get_obj().value, self.kept.get_obj().value
 
 
 def _more(counter: Any, number: int) -> int:
@@ -168,33 +169,28 @@ def _more(counter: Any, number: int) -> int:
 def write_split(
     job: Job, workers: int, report: Callable[[int, int], None] = lambda done, kept: None
 ) -> list[dict[str, Any]]:
-    """Write a split with so many processes; the manifest's entries of its shards, in order.
+    """Write the shards of a split with so many processes; what :func:`.shards.write_shard` said of each, in order.
 
     ``report(done, kept)`` is called now and then with how many samples are done, and how many of them were before.
+
+    Raises:
+        UserError: there are too many invalid samples, or a worker was ended from outside.
     """
     context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
     count = Count(*(context.Value("q", 0) for _ in range(3)))
     if workers == 1:
-        written = list(job.write(0, 1, _Reporting(count, report)))
-    else:
-        written = _written(job, workers, context, count, report)
-    return shards.close_up(job.folder, job.split, written)  # only now, for what has another name is made again
-
-
-def _written(
-    job: Job, workers: int, context: Any, count: Count, report: Callable[[int, int], None]
-) -> list[dict[str, Any]]:
+        return list(job.write(0, 1, _Reporting(count, report)))
     with ProcessPoolExecutor(workers, context, initializer=_share, initargs=(os.getpid(), count)) as pool:
         running = {pool.submit(_work, job, part, workers) for part in range(workers)}
         entries: list[dict[str, Any]] = []
         try:
             while running:
                 finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
-                report(count.total.value, count.kept.value)
+                report(*count.seen())
                 for future in finished:
                     entries += future.result()
         except BrokenProcessPool:
-            raise Unfinished(
+            raise UserError(
                 f"a worker was ended from outside, as a machine does that is out of memory: go on with resume=true and "
                 f"fewer than workers={workers}"
             ) from None
@@ -214,7 +210,7 @@ class _Reporting(Count):
 
     def done(self, number: int = 1, taken_over: bool = False) -> None:
         super().done(number, taken_over)
-        self.report(self.total.value, self.kept.value)
+        self.report(*self.seen())
 
 
 def _share(parent: int, count: Count) -> None:

@@ -75,6 +75,7 @@ SCANS = 500  # of one JPEG; each takes as long as decoding the whole picture, an
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot or slash: WebDataset splits names at them; 100 bytes with suffix
 _BLOCK = 512
 _SEAL = b', "own_crc32": '  # comes last in the json: a checksum of all bytes before it
+_PNG_DEPTH = 24  # byte of a PNG that says how many bits a channel has
 _FIRST = 10  # samples left out that the manifest names
 _EXAMPLES = 3  # and of each cause
 _CAUSES = 30  # that it counts one by one
@@ -194,7 +195,7 @@ class ImageEncoder:
         return (
             image.format in self.kept
             and images.is_shown_as_stored(image)
-            and not (image.format == "JPEG" and _scans(file) > SCANS)
+            and (_scans(file) <= SCANS if image.format == "JPEG" else file[_PNG_DEPTH] <= 8)
         )
 
     def _digest(self, image: Image.Image, from_jpeg: bool, keep: bool) -> bytes:
