@@ -25,12 +25,11 @@ from types import ModuleType
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from glimpseprune import config, files, lookup, results
 from glimpseprune.config import FREE, SEEDS, START, UserError, option
-from glimpseprune.data import shards
+from glimpseprune.data import shards, tables
 from glimpseprune.data.draws import drawn
 from glimpseprune.data.job import SOURCES, Job, total_of, write_split
 from glimpseprune.data.journal import JOURNAL, Journal
@@ -279,58 +278,16 @@ def _check_free(out: Path, overwrite: bool) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- the report
-
-
 @config.entry(PrepareConfig)
 def main(cfg: PrepareConfig) -> None:
     console, journal = Console(), Journal(files.unfinished(cfg.out))
     with config.advising(lambda: f"go on with: {config.command('resume=true')}" if journal.begun else ""):
         entries = prepare(cfg, console)
-    console.print(written(f"{cfg.source} -> {cfg.out}", entries))
+    console.print(tables.written(f"{cfg.source} -> {cfg.out}", entries))
     for split, entry in entries.items():
-        console.print(Text(legible(f"{split}: {summary(entry)}")), soft_wrap=True)
+        console.print(Text(legible(f"{split}: {tables.summary(entry)}")), soft_wrap=True)
     if any(entry.get(name) for entry in entries.values() for name in shards.TOLD):
-        console.print(left_out(entries))
+        console.print(tables.left_out(entries))
     for said in dict.fromkeys(entry.get("license") or "" for entry in entries.values()):
         said = said or "not declared: give license=<text> to have it in the manifest"
         console.print(Text(legible(f"licence: {said}")), soft_wrap=True)
-
-
-def written(title: str, entries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What was written of each split."""
-    table = Table(title=Text(legible(title), "table.title"))
-    for column in ("split", "samples", "kinds", "shards", "MB"):
-        table.add_column(column, justify="left" if column in ("split", "kinds") else "right")
-    for split, entry in entries.items():
-        kinds = ", ".join(f"{kind} {number}" for kind, number in entry["kinds"].items())
-        size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
-        row = split, str(entry["count"]), kinds, str(len(entry["shards"])), f"{size:.1f}"
-        table.add_row(*(Text(legible(cell)) for cell in row))
-    return table
-
-
-WORDS = {"invalid": "left out", "lacking": "without a part", "changed": "stored otherwise"}
-
-
-def left_out(entries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """What of each split is not there, only in part, or not as it was: by its cause, with an example."""
-    table = Table(title=Text("what is not as the source has it", "table.title"))
-    for column in ("split", "what", "samples", "cause", "for example"):
-        table.add_column(column, justify="right" if column == "samples" else "left", overflow="fold")
-    for split, entry in entries.items():
-        for name, word in WORDS.items():
-            told = entry.get(name, {"reasons": {}})
-            for cause, number in told["reasons"].items():
-                example = told.get("examples", {}).get(cause, told["first"])[0]
-                table.add_row(*(Text(legible(cell)) for cell in (split, word, str(number), cause, example)))
-    return table
-
-
-def summary(entry: Mapping[str, Any]) -> str:
-    """How many samples there are, of how many, and what became of the others."""
-    said = [f"{entry['count']} of {entry['rows']} samples written"]
-    said += [f"{told['count']} {word}" for name, word in WORDS.items() if (told := entry.get(name))]
-    if found := entry.get("sample"):
-        said.append(f"{found['drawn']} were drawn from {found['of']} with seed {found['seed']}")
-    return ", ".join(said)

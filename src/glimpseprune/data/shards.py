@@ -10,8 +10,9 @@ Shards are not trusted. Nothing is unpacked to disk and no name in a tar is ever
 members and of decoded images, alone and together, are bounded before they are read or decoded; the json must have the
 right types. What is refused when reading is refused when writing (:func:`check`, and the bounds below). The json of a
 sample ends in checksums of its members and of itself, which are compared whenever the sample is read (1 to 3% of the
-time that it takes); shards from before there were any are read without. Pixels are stored as :mod:`..images` shows
-them: upright, on white, in 8 bits. Left out: compressed tars and remote addresses, which cannot be read by index.
+time that it takes); shards from before there were any are read without. An image is stored as the file that it is
+where that is plain, else as :mod:`..images` shows it: upright, on white, in 8 bits. Left out: compressed tars and
+remote addresses, which cannot be read by index.
 """
 
 from __future__ import annotations
