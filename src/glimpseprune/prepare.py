@@ -31,7 +31,7 @@ from glimpseprune import config, files, lookup, results
 from glimpseprune.config import FREE, SEEDS, START, UserError, option
 from glimpseprune.data import shards, tables
 from glimpseprune.data.draws import drawn
-from glimpseprune.data.job import SOURCES, Job, total_of, write_split
+from glimpseprune.data.job import SOURCES, Job, counted, write_split
 from glimpseprune.data.journal import JOURNAL, Journal
 from glimpseprune.data.pixels import PixelLimit
 from glimpseprune.data.progress import Watch
@@ -142,8 +142,11 @@ def _write(
 
 def _chosen(cfg: PrepareConfig, source: ModuleType, options: Any, split: str, watch: Watch) -> tuple[int | None, Any]:
     """How many samples a split has, up to ``limit``, where that is known; and which of them are drawn, if any are."""
-    watch.begin(f"{split}: counting", None)
-    total = total_of(source, options, split, read=cfg.sample is not None, tick=watch.at)
+    total = source.count(options, split) if hasattr(source, "count") else None
+    if total is None and cfg.sample is not None:
+        watch.begin(f"{split}: counting", None)
+        total = counted(source.samples(options, split), watch.at)
+        watch.end(total)
     if cfg.limit is not None and total is not None:
         total = min(total, cfg.limit)
     if cfg.sample is None or total is None:

@@ -122,14 +122,10 @@ def can_slice(source: ModuleType) -> bool:
     return "start" in inspect.signature(source.samples).parameters
 
 
-def total_of(source: ModuleType, options: Any, split: str, read: bool, tick: Callable[[int], None]) -> int | None:
-    """How many samples a split has, as the source says; else by going through it where ``read`` allows it, or None."""
-    if hasattr(source, "count"):
-        return source.count(options, split)
-    if not read:
-        return None
+def counted(samples: Iterable[Sample], tick: Callable[[int], None]) -> int:
+    """How many there are, by going through them."""
     number = 0
-    for number, _ in enumerate(source.samples(options, split), 1):
+    for number, _ in enumerate(samples, 1):
         tick(number)
     return number
 
