@@ -106,14 +106,19 @@ def license(options: Options) -> str | None:
 
 
 def notes(options: Options) -> list[str]:
-    """How many rows are none of the set that is reported, and not read."""
-    if options.set != "scienceqa":
-        return []
-    (problems,) = _files(options, _form(options)).values()
-    rows = table(problems)
-    without = sum(not rows.read(number).get("image") for number in range(len(rows)))
-    said = f"{without} of {len(rows)} questions in {problems.name} have no picture and are not read"
-    return [said] if without else []
+    """Files without which a split is not whole, and rows that are none of the set that is reported."""
+    form = _form(options)
+    files = _files(options, form)
+    splits = {part.split for part in files}
+    lost = [part for part in form.parts if part.split in splits and part not in files]
+    said = [f"there is no {part.names[0]}: {part.split} is without its questions" for part in lost]
+    if options.set == "scienceqa":
+        (problems,) = files.values()
+        rows = table(problems)
+        without = sum(not rows.read(number).get("image") for number in range(len(rows)))
+        if without:
+            said.append(f"{without} of {len(rows)} questions in {problems.name} have no picture and are not read")
+    return said
 
 
 def _rows(options: Options) -> Rows:
