@@ -37,8 +37,8 @@ def left_out(entries: Entries) -> Table:
         for name, word in WORDS.items():
             told = entry.get(name, {"reasons": {}})
             for cause, number in told["reasons"].items():
-                example = told.get("examples", {}).get(cause, told["first"])[0]
-                table.add_row(*(Text(legible(cell)) for cell in (split, word, str(number), cause, example)))
+                row = split, word, str(number), cause, told["examples"][cause][0]
+                table.add_row(*(Text(legible(cell)) for cell in row))
     return table
 
 
