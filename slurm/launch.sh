@@ -94,18 +94,18 @@ one_per_gpu() {
 # ---------------------------------------------------------------------------------------------- evaluation, preparation
 
 # A job that SLURM starts again goes on where it was.
-evaluate_arguments() {
+resuming_arguments() {
     arguments=("$@")
     [ "${SLURM_RESTART_COUNT:-0}" = 0 ] || arguments+=(resume=true)
 }
 
 check_evaluate() {
-    evaluate_arguments "$@"
+    resuming_arguments "$@"
     "${PYTHON[@]}" -m src.preflight evaluate "${arguments[@]}"
 }
 
 run_evaluate() {
-    evaluate_arguments "$@"
+    resuming_arguments "$@"
     one_per_gpu
     run srun "${options[@]}" "${PYTHON[@]}" -m src.evaluate "${arguments[@]}"
 }
@@ -114,5 +114,6 @@ check_prepare() { :; }
 
 run_prepare() {
     local workers=${SLURM_CPUS_PER_TASK:-1}
-    run srun --ntasks=1 "--cpus-per-task=$workers" "${PYTHON[@]}" -m src.prepare "workers=$workers" "$@"
+    resuming_arguments "$@"
+    run srun --ntasks=1 "--cpus-per-task=$workers" "${PYTHON[@]}" -m src.prepare "workers=$workers" "${arguments[@]}"
 }

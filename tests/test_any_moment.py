@@ -33,6 +33,7 @@ from safetensors.torch import load_file, save
 
 from glimpseprune import results, runs
 from glimpseprune.config import UserError
+from glimpseprune.data.journal import JOURNAL
 from glimpseprune.running.checkpoints import newest
 from test_evaluate import save_run
 
@@ -171,7 +172,7 @@ def result(out: Path) -> dict[str, object]:
     found: dict[str, object] = {}
     for name in runs.inside(out):
         path = out / name
-        if name.startswith((f"{results.EARLIER}/", "tensorboard/")) or name == runs.MARKER:
+        if name.startswith((f"{results.EARLIER}/", f"{JOURNAL}/", "tensorboard/")) or name == runs.MARKER:
             continue
         if name == runs.INDEX:
             index = json.loads(path.read_text())
@@ -406,12 +407,13 @@ def happened(whole: Whole, fault: str, place: Path, log: Path, rng: random.Rando
         check_end(fault, code, started.err, bytes_of(place) == before, whole.is_there(out))
         assert not over or not (gone := whole.lost(place)), f"lost: {gone}"
         again = advised(started.err) if fault.startswith("SIG") else None
-        if again is None and rng.random() < 0.5 and work.name in ("train", "evaluate"):
+        if again is None and rng.random() < 0.5 and work.name in ("train", "evaluate", "prepare"):
             again = [*(arg for arg in argv if arg != "overwrite=true"), "resume=true"]
         lead_on(again or argv, argv, log.with_name("again"), lambda: whole.is_there(out))
         wrong = differences(result(out), whole.left)
         assert not wrong, f"another result: {wrong}"
         assert os.listdir(place) == ["out"], f"left: {os.listdir(place)}"
+        assert not (out / JOURNAL).exists()
         if over and work.name == "evaluate":
             assert bytes_of(out / results.EARLIER / "1") == bytes_of(whole.before)
     except AssertionError as error:

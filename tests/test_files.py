@@ -114,6 +114,71 @@ def test_a_folder_that_is_replaced_stays_until_the_other_is_whole(tmp_path):
     assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
 
 
+@pytest.mark.parametrize("at_one_stroke", [True, False])
+def test_a_folder_that_is_replaced_is_there_at_any_moment(tmp_path, monkeypatch, at_one_stroke):
+    """Where the system can make two folders change places; else one of the two is, under a name that is known."""
+    if not at_one_stroke:
+        monkeypatch.setattr(files, "_exchanged", lambda one, other: False)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    there, rename = [], os.replace
+
+    def replace(one, other):
+        rename(one, other)
+        there.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr(os, "replace", replace)
+    with files.folder(tmp_path / "out") as partial:
+        (partial / "new").touch()
+        there.clear()
+    assert all(there) == at_one_stroke
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+
+
+def test_folders_change_places(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not files._exchanged(tmp_path / "a", tmp_path / "b"):
+        pytest.skip("this system cannot")
+    assert os.listdir(tmp_path / "a") == ["b"] and os.listdir(tmp_path / "b") == ["a"]
+    assert not files._exchanged(tmp_path / "a", tmp_path / "c")
+
+
+def test_work_that_has_a_journal_stays_for_whoever_goes_on(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ZeroDivisionError), files.folder(out, ".journal") as partial:
+        (partial / "a").touch()
+        raise ZeroDivisionError
+    assert not os.listdir(tmp_path)  # it had none yet
+    with pytest.raises(ZeroDivisionError), files.folder(out, ".journal") as partial:
+        (partial / ".journal").mkdir()
+        (partial / "a").touch()
+        raise ZeroDivisionError
+    assert partial == files.unfinished(out) and sorted(os.listdir(partial)) == [".journal", "a"]
+    files.recover(out, ".journal")
+    with files.folder(out, ".journal") as partial:
+        assert sorted(os.listdir(partial)) == [".journal", ".lock", "a"]
+        (partial / "b").touch()
+    assert os.listdir(tmp_path) == ["out"] and sorted(os.listdir(out)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("left", [".out.old", ".out.partial", "out/.journal"])
+def test_what_a_killed_process_left_is_put_right_by_the_next_one(tmp_path, left):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "new").touch()
+    (tmp_path / left).mkdir()
+    (tmp_path / left / "torn").touch()
+    files.recover(tmp_path / "out", ".journal")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+    os.rename(tmp_path / "out", tmp_path / ".out.old")  # killed between the two renames
+    files.recover(tmp_path / "out", ".journal")
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == ["new"]
+    (tmp_path / ".out.partial").mkdir()
+    with files.lock(tmp_path / ".out.partial"), pytest.raises(files.Held):
+        files.recover(tmp_path / "out", ".journal")
+
+
 def test_one_at_a_time(tmp_path, capsys):
     with files.lock(tmp_path) as file, pytest.raises(SystemExit), config.answering("it"), files.lock(tmp_path):
         pass

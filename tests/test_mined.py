@@ -37,7 +37,6 @@ def test_chosen_by_the_share_of_right_answers(asked):
     assert keys(**asked, above=0.0) == "bd"
     assert keys(**asked, below=0.5) == "a"
     assert keys("val", **asked) == "de"
-    assert [sample.key for sample in mined.samples(mined.Options(**asked), "train", 1, 2)] == ["b"]
 
 
 def test_others_are_drawn_by_the_seed(asked):

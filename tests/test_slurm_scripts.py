@@ -128,7 +128,9 @@ def test_other_commands(bash):
     again = bash("evaluate", "ckpt=x", **job(RESTART_COUNT=1)).splitlines()
     assert all(line.strip().endswith("ckpt=x resume=true") for line in again) and len(again) == 2
     said = bash("prepare", "source=tags", "out=x", **job(CPUS_PER_TASK=16))
-    assert "--cpus-per-task=16 python -m src.prepare workers=16 source=tags out=x" in said
+    assert "--cpus-per-task=16 python -m src.prepare workers=16 source=tags out=x" in said and "resume" not in said
+    again = bash("prepare", "source=tags", "out=x", **job(CPUS_PER_TASK=16, RESTART_COUNT=1))
+    assert "workers=16 source=tags out=x resume=true" in again
     said = bash("judge", "org/model", "--max-model-len", "4096", **job(GPUS_PER_NODE=4))
     assert "serve org/model --port 8007 --tensor-parallel-size 4 --max-model-len 4096" in said
     assert "give a model" in bash("judge", code=2)

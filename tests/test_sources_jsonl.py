@@ -120,6 +120,17 @@ def test_parquet(folder):
         read(folder / "bad.parquet")
 
 
+def test_rows_of_parquet_that_are_read_in_their_order_are_read_once(folder, monkeypatch):
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.Table.from_pylist([{"n": n} for n in range(90)]), folder / "n.parquet", row_group_size=20)
+    rows, opened = _rows.table(folder / "n.parquet"), []
+    whole = _rows.Parquet._file
+    monkeypatch.setattr(_rows.Parquet, "_file", lambda self: (opened.append(1), whole(self))[1])
+    for numbers, times in (([0, 1, 5, 17, 19], 1), ([25, 26, 39], 1), ([88, 89], 2), ([3, 2], 4)):
+        assert [rows.read(number)["n"] for number in numbers] == numbers
+        assert len(opened) == times, numbers
+
+
 def test_without_pyarrow_parquet_says_what_to_install(folder, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     (folder / "rows.parquet").write_bytes(b"")

@@ -149,7 +149,18 @@ def test_one_command_makes_the_splits_that_are_there(roots, name):
 
 def test_what_has_no_picture_is_told(roots, capsys):
     assert len(read(roots, "scienceqa", "val")) == 1
-    assert "note: 1 of 3 questions" in capsys.readouterr().err
+    options = official.Options("scienceqa", str(roots / "scienceqa"))
+    assert official.notes(options) == ["1 of 3 questions in problems.json have no picture and are not read"]
+
+
+def test_a_split_that_is_not_whole_says_so(roots):
+    options = official.Options("pope", str(roots / "pope"))
+    assert official.notes(options) == []
+    next((roots / "pope").rglob("coco_pope_popular.json")).unlink()
+    assert official.notes(options) == ["there is no coco_pope_popular.json: test is without its questions"]
+
+
+def test_questions_with_a_hint(roots):
     assert read(roots, "scienceqa", "val")[0].question.startswith("Context: Look.\nwhich?")
 
 

@@ -92,6 +92,15 @@ def test_one_command_makes_all_splits(everything):
     assert Shards(everything / "out", "test").read(0).boxes == [[(3, 4, 50, 30)]]
 
 
+def test_files_of_no_set_are_told(everything, capsys):
+    (everything / "benchmark" / "emotic.json").write_text("[]")
+    (everything / "emotic_cot_train.jsonl").write_text("")
+    prepare.main(["source=viscot", f"options.root={everything}", f"out={everything / 'out'}", "options.val=0.4"])
+    said = [f"{name} is of no set that is read" for name in ("benchmark/emotic.json", "emotic_cot_train.jsonl")]
+    assert all(f"note: {each}\n" in capsys.readouterr().out for each in said[:1])
+    assert json.loads((everything / "out" / "manifest.json").read_text())["notes"] == said
+
+
 def test_a_box_below_its_page_is_dropped_and_told(tmp_path):
     draw(tmp_path / "cot/dude/a.jpg")
     rows = [

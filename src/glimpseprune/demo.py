@@ -91,7 +91,8 @@ def prepared(folder: str, options: list[str], counts: dict[str, int], overwrite:
         return folder
     number = f"options.count={{{', '.join(f'{split}: {n}' for split, n in counts.items())}}}"
     title = "1/3 prepare: real handwriting on real photographs"
-    step(title, "prepare", ["source=tags", f"out={folder}", *options, number, *again(overwrite)])
+    how = again(overwrite) or ["resume=true"]
+    step(title, "prepare", ["source=tags", f"out={folder}", *options, number, *how])
     return folder
 
 

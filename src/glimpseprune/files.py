@@ -7,6 +7,7 @@ or after a kill or a full disk, finds the one that was there before.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import json
@@ -127,25 +128,29 @@ def require_folder(path: str | Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
 
 
+def unfinished(path: str | Path) -> Path:
+    """The hidden folder beside ``path`` in which it grows."""
+    path = resolved(path)
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
 @contextmanager
-def folder(path: str | Path) -> Iterator[Path]:
+def folder(path: str | Path, journal: str = "") -> Iterator[Path]:
     """A hidden folder beside ``path`` to write into, which takes its place when the block has ended well.
 
     What was at ``path`` goes only then: whether it may is for the caller to say. Leftovers of a process that was killed
     are taken over, one that is still at it is :class:`Held`. Permissions are those of the umask, whatever a library
-    chose. Raises as :func:`whole`.
+    chose. With ``journal``, the name of a folder in it, the work can be gone on with: while that is there, what the
+    block has written stays when it ends badly, and is there again; it goes last of all. Raises as :func:`whole`.
     """
-    path = resolved(path)
-    partial, old = (path.with_name(f".{path.name}{end}") for end in (PARTIAL, ".old"))
+    path, partial = resolved(path), unfinished(path)
     partial.mkdir(parents=True, exist_ok=True)
+    lasting = partial / (journal or PARTIAL)
     with lock(partial) as own:
         try:
-            if old.is_dir() and not path.exists():  # killed between two renames
-                os.replace(old, path)
-            remove(old)
-            for left in partial.iterdir():
-                if left != own:
-                    remove(left)
+            _put_right(path, journal)
+            if not lasting.is_dir():
+                empty(partial, own)
             write(partial / "mode", "")  # as the umask has it now
             mode = (partial / "mode").stat().st_mode & 0o777
             remove(partial / "mode")
@@ -154,19 +159,71 @@ def folder(path: str | Path) -> Iterator[Path]:
                 if file.is_file():
                     settle(file, mode)
             own.unlink(missing_ok=True)
-            try:
-                os.replace(partial, path)  # over an empty folder, too
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                    raise
-                os.replace(path, old)
-                os.replace(partial, path)
-                remove(old)
+            _replace(partial, path)
+            if journal:
+                remove(path / journal)
         except BaseException:
             with suppress(OSError):
-                remove(partial)
+                if not lasting.is_dir():
+                    remove(partial)
             with naming(path):
                 raise
+
+
+def empty(folder: Path, *but: Path) -> None:
+    """Delete all that is in ``folder``, but these."""
+    for left in folder.iterdir():
+        if left not in but:
+            remove(left)
+
+
+def recover(path: str | Path, journal: str) -> None:
+    """Put right what a process left that was killed while it put :func:`folder` in its place; what may be gone on with
+    stays. Raises :class:`Held` where one is still at work."""
+    path, partial = resolved(path), unfinished(path)
+    if not partial.is_dir():
+        return _put_right(path, journal)
+    with lock(partial):
+        _put_right(path, journal)
+        if not (partial / journal).is_dir():
+            remove(partial)
+
+
+def _put_right(path: Path, journal: str) -> None:
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir() and not path.exists():  # killed between two renames
+        os.replace(old, path)
+    remove(old)
+    if journal and path.is_dir():
+        remove(path / journal)
+
+
+def _replace(partial: Path, path: Path) -> None:
+    """Have ``partial`` in the place of ``path``, and nothing in its own: at one stroke where the system can."""
+    try:
+        return os.replace(partial, path)  # over an empty folder, too
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    if _exchanged(partial, path):
+        return remove(partial)
+    old = path.with_name(f".{path.name}.old")
+    os.replace(path, old)
+    os.replace(partial, path)
+    remove(old)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Whether two paths were made to change places: Linux can, on most of its disks."""
+    try:
+        rename = ctypes.CDLL(None).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0
+
+
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE, as linux/fcntl.h and linux/fs.h have them."""
 
 
 # -------------------------------------------------------------------------------------------------- one at a time

@@ -15,6 +15,8 @@ Left out: colour profiles, which the image processors of transformers ignore, to
 
 from __future__ import annotations
 
+import io
+import math
 from collections import Counter
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -24,7 +26,7 @@ from PIL import Image
 
 from glimpseprune.config import UserError
 
-__all__ = ["distinct", "fingerprint", "shown", "shown_size"]
+__all__ = ["distinct", "file_of", "fingerprint", "is_shown_as_stored", "of_file", "shown", "shown_size", "shrunk"]
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -71,6 +73,48 @@ def shown_size(image: Image.Image) -> tuple[int, int]:
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
+def of_file(data: bytes, formats: Sequence[str]) -> Image.Image:
+    """A picture, not decoded yet, that goes on knowing its file; nobody may draw on it. Raises as ``Image.open``."""
+    image = Image.open(io.BytesIO(data), formats=formats)
+    image.file = data
+    return image
+
+
+def file_of(image: Image.Image, most: int) -> bytes | None:
+    """The file that an image is, byte for byte: one :func:`of_file`, or opened and not decoded yet; else None, and
+    where it has more than ``most`` bytes."""
+    if (known := getattr(image, "file", None)) is not None:
+        return known
+    stream = getattr(image, "fp", None)
+    if stream is None or not getattr(image, "tile", None):  # pixels that are there may have been changed
+        return None
+    try:
+        place = stream.tell()
+        stream.seek(0)
+        data = stream.read(most + 1)
+        stream.seek(place)
+    except (OSError, ValueError):
+        return None
+    return data if len(data) <= most else None
+
+
+def is_shown_as_stored(image: Image.Image) -> bool:
+    """Whether any reader sees in the file of ``image`` what :func:`shown` does: one picture, upright and opaque. Of how
+    many bits it is, Pillow does not always tell."""
+    plain = image.mode in ("1", "L", "P", "RGB") and "transparency" not in image.info
+    return plain and not getattr(image, "is_animated", False) and _orientation(image) == 1
+
+
+def shrunk(image: Image.Image, most: int) -> Image.Image:
+    """What is shown, with ``most`` pixels at most and its sides in proportion; as it is where it has no more."""
+    picture = shown(image)
+    scale = math.sqrt(most / (picture.width * picture.height))
+    if scale >= 1:
+        return picture
+    size = max(1, int(picture.width * scale)), max(1, int(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS)
+
+
 def distinct(images: Sequence[Image.Image]) -> tuple[list[Image.Image], list[int]]:
     """The pictures that differ in what is shown, as RGB and in their order; and which of them each image is."""
     given = {id(image): image for image in images}
@@ -94,10 +138,14 @@ def fingerprint(image: Image.Image) -> bytes:
 
 
 def _load(image: Image.Image) -> None:
-    try:
-        image.load()
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what Pillow's decoders raise
-        raise UserError(f"an image cannot be read: {error}") from error
+    broken = getattr(image, "broken", None)  # at the second time of asking Pillow may give what it has got
+    if broken is None:
+        try:
+            image.load()
+            return
+        except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:  # what Pillow's decoders raise
+            image.broken = broken = error
+    raise UserError(f"an image cannot be read: {broken}") from broken
 
 
 def _orientation(image: Image.Image) -> int:

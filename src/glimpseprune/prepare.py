@@ -4,184 +4,242 @@ Reads the samples of a source (a file in glimpseprune/data/sources) split by spl
 manifest. The folder appears under its name only when all of it is written. With ``workers`` each process writes every
 n-th shard; a shard's bytes depend on its samples alone, so any number of workers gives the same folder.
 
-A sample that no reader would take (:func:`.data.shards.check`) is left out; how many, which first and why is printed
-and stands in the manifest. More than ``max_invalid`` of them in a split are a fault of the source, and end it.
+Killed, interrupted or out of disk, it goes on with ``resume=true`` from the shards that are whole, to the same bytes.
+``sample=20000 seed=42`` takes a random subset of each split. Every image is decoded, and stored as the file that it is
+(``image_format``) within ``max_pixels``.
+
+A sample that no reader would take (:func:`.data.shards.check`) is left out; how many, which first and why is shown in
+the end and stands in the manifest. More than ``max_invalid`` of them in a split are a fault of the source, and end it.
 """
 
 from __future__ import annotations
 
-import inspect
-import multiprocessing
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from itertools import count, islice
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from rich.text import Text
 
-from glimpseprune import config, files, lookup, processes
-from glimpseprune.config import START, UserError, option
-from glimpseprune.data import shards
+from glimpseprune import config, files, lookup, results
+from glimpseprune.config import FREE, SEEDS, START, UserError, option
+from glimpseprune.data import shards, tables
+from glimpseprune.data.draws import drawn
+from glimpseprune.data.job import SOURCES, Job, counted, write_split
+from glimpseprune.data.journal import JOURNAL, Journal
+from glimpseprune.data.pixels import PixelLimit
+from glimpseprune.data.progress import Watch
 from glimpseprune.legible import legible
-from glimpseprune.types import Sample
-
-SOURCES = "glimpseprune.data.sources"
 
 
 @dataclass
 class PrepareConfig:
     source: str = option(help="name of a file in glimpseprune/data/sources, or the path of a file of your own")
-    out: str = option(help="folder to write")
+    out: str = option(help="folder to write", role=START)
     splits: list[str] | None = option(None, "splits to write; null means all the source has")
     shard_size: int = option(512, "samples per shard", least=1, most=10**6)
-    limit: int | None = option(None, "at most this many samples of each split", least=1, most=10**9)
-    image_format: Literal["auto", "png", "jpg"] = option("auto", "auto keeps JPEG files JPEG, all else becomes PNG")
-    max_invalid: int = option(
-        100, "invalid samples of a split that are left out; one more ends it", least=0, most=10**9
+    limit: int | None = option(None, "only the first so many samples of each split", least=1, most=10**9)
+    sample: int | None = option(
+        None, "a random subset of so many samples of each split, in their order", least=1, most=10**9
     )
-    workers: int = option(1, "processes; the result does not depend on it", least=1, most=256)
-    overwrite: bool = option(False, "replace a folder of shards that is already there", role=START)
+    seed: int = option(0, "of that subset", least=0, most=SEEDS)
+    image_format: Literal["auto", "png", "jpg"] = option(
+        "auto", "auto stores PNG and JPEG files as they are, all else as PNG; png and jpg turn what is none into one"
+    )
+    max_pixels: int | None = option(None, "width x height that a stored image may have", least=784, most=shards.PIXELS)
+    large_images: Literal["refuse", "shrink"] = option(
+        "refuse", "of images with more: leave the sample out, or make the image smaller, its boxes with it"
+    )
+    license: str | None = option(None, "licence of the data, for the manifest; null: what the source declares")
+    max_invalid: int = option(
+        100, "invalid samples of a split that are left out; one more ends it", least=0, most=10**9, role=FREE
+    )
+    workers: int = option(1, "processes; the result does not depend on it", least=1, most=256, role=FREE)
+    resume: bool = option(
+        False, "go on with what was interrupted on its way to `out`; where nothing was, begin", role=START
+    )
+    overwrite: bool = option(
+        False, "replace a folder of shards that is already there (with resume: where it was made otherwise)", role=START
+    )
     options: dict[str, Any] = field(default_factory=dict, metadata={"help": "options of the source"})
-
-
-@dataclass
-class Job:
-    """What one process needs to write its share of the shards of a split."""
-
-    source: str
-    options: Any
-    split: str
-    folder: Path
-    shard_size: int
-    limit: int | None
-    image_format: str
-    max_invalid: int = 0
-
-    def slices(self, part: int, parts: int) -> Iterator[tuple[int, Iterator[Sample]]]:
-        """(shard number, its samples) for shards part, part + parts, ...; a slice past the end is empty."""
-        samples, size = lookup.find(SOURCES, self.source).samples, self.shard_size
-        stream = None if "start" in inspect.signature(samples).parameters else samples(self.options, self.split)
-        number, position = part, 0
-        while self.limit is None or number * size < self.limit:
-            start, stop = number * size, number * size + size
-            if self.limit is not None:
-                stop = min(stop, self.limit)
-            if stream is None:
-                yield number, iter(samples(self.options, self.split, start=start, stop=stop))
-            else:
-                yield number, islice(stream, start - position, stop - position)
-                position = stop
-            number += parts
-
-    def write(
-        self, part: int, parts: int, tick: Callable[[], None], another: Callable[[], int]
-    ) -> Iterator[dict[str, Any]]:
-        """Write this part's shards, giving the manifest's entry of each. ``another()`` counts one more invalid sample
-        of the split and says how many there are.
-
-        Raises:
-            UserError: there are too many.
-        """
-
-        def leave_out(said: str) -> None:
-            if another() > self.max_invalid:
-                more = f"more than max_invalid={self.max_invalid} invalid samples, such as" if self.max_invalid else ""
-                raise UserError(f"split '{self.split}': the source gave {more or 'an invalid sample'} {said}")
-
-        for number, samples in self.slices(part, parts):
-            path = self.folder / shards.shard_name(self.split, number)
-            entry = shards.write_shard(samples, path, image_format=self.image_format, tick=tick, leave_out=leave_out)
-            if entry is None:
-                return
-            yield entry
-
-
-def write_split(job: Job, workers: int, report: Callable[..., None] = lambda completed: None) -> list[dict[str, Any]]:
-    """Write a split with so many processes; the manifest's entries of its shards, in order.
-
-    ``report(completed=...)`` is called now and then with the number of samples written so far.
-    """
-    if workers == 1:
-        done, invalid = count(1), count(1)
-        ticking = lambda: report(completed=n) if (n := next(done)) % 32 == 0 else None  # noqa: E731
-        return shards.close_up(job.folder, job.split, job.write(0, 1, ticking, lambda: next(invalid)))
-    context = multiprocessing.get_context("fork")  # saves importing torch again; there are no threads in this process
-    total, invalid = context.Value("q", 0), context.Value("q", 0)
-    sharing = (os.getpid(), total, invalid)
-    with ProcessPoolExecutor(workers, context, initializer=_share, initargs=sharing) as pool:
-        running = {pool.submit(_work, job, part, workers) for part in range(workers)}
-        entries: list[dict[str, Any]] = []
-        try:
-            while running:
-                finished, running = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
-                report(completed=total.value)
-                for future in finished:
-                    entries += future.result()
-        except BaseException:
-            for process in list((pool._processes or {}).values()):  # or the pool would wait until they are done
-                process.kill()
-            raise
-    return shards.close_up(job.folder, job.split, sorted(entries, key=lambda entry: entry["name"]))
-
-
-def _share(parent: int, *counters: Any) -> None:
-    global _counters
-    _counters = counters
-    processes.serve(parent)
-
-
-def _work(job: Job, part: int, parts: int) -> list[dict[str, Any]]:
-    def one_more(counter: Any) -> int:
-        with counter.get_lock():
-            counter.value += 1
-            return counter.value
-
-    return list(job.write(part, parts, *(partial(one_more, counter) for counter in _counters)))
 
 
 def prepare(cfg: PrepareConfig, console: Console | None = None) -> dict[str, dict[str, Any]]:
     """Write the folder ``cfg.out``; returns what its manifest says of each split.
 
     Raises:
-        UserError: unknown source, split or option, a folder that must not be replaced, too many invalid samples.
+        UserError: unknown source, split or option, a folder that must not be replaced or gone on with, too many invalid
+            samples.
     """
     config.check(cfg)
     source = lookup.find(SOURCES, cfg.source)
     options = config.merge_options(source.Options, cfg.options, "options")
+    splits = _splits(cfg, source, options)
+    out = files.resolved(cfg.out)
+    asked = _asked(cfg, options, splits)
+    files.recover(out, JOURNAL)
+    journal = Journal(files.unfinished(out))
+    if cfg.resume and not journal.begun and _difference(_prepared(out), asked) == "":
+        return _entries(out, splits)
+    with files.folder(out, JOURNAL) as unfinished, Watch(console) as watch:
+        lock = unfinished / ".lock"
+        _begin(cfg, out, journal, {"asked": asked, "inputs": _inputs(cfg, source, options)}, [lock], watch.console)
+        try:
+            notes = source.notes(options) if hasattr(source, "notes") else []
+            shards.begin_manifest(unfinished, {"prepared": asked, **({"notes": notes} if notes else {})})
+            for note in notes:
+                watch.console.print(Text(legible(f"note: {note}")), soft_wrap=True)
+            return {split: _write(cfg, source, options, split, unfinished, watch) for split in splits}
+        except BaseException as error:
+            if not journal.begun:
+                journal.end()
+                raise
+            kept = f"{len(journal.names())} shards are whole and kept"
+            if isinstance(error, UserError):
+                raise UserError(f"{error}; {kept}: set right what is wrong and give resume=true") from error
+            if isinstance(error, Exception):
+                print(f"note: {kept}: resume=true uses them", file=sys.stderr)
+            raise
+
+
+def _splits(cfg: PrepareConfig, source: ModuleType, options: Any) -> list[str]:
     there = source.splits if not hasattr(source, "present") else source.present(options)
     splits = list(dict.fromkeys(there if cfg.splits is None else cfg.splits))
     if not splits:
         raise UserError(f"splits is empty: choose from {', '.join(there) or 'none, for the source has no samples'}")
     for split in splits:
         lookup.choose(split, there, f"the splits of source '{cfg.source}'")
-    out = files.resolved(cfg.out)
+    return splits
+
+
+def _write(
+    cfg: PrepareConfig, source: ModuleType, options: Any, split: str, folder: Path, watch: Watch
+) -> dict[str, Any]:
+    """Write a split; its entry in the manifest."""
+    total, positions = _chosen(cfg, source, options, split, watch)
+    how = {name: getattr(cfg, name) for name in ("shard_size", "limit", "image_format", "max_invalid")}
+    pixels = PixelLimit(cfg.max_pixels, cfg.large_images)
+    job = Job(cfg.source, options, split, folder, positions=positions, pixels=pixels, **how)
+    watch.begin(split, (cfg.limit if total is None else total) if positions is None else len(positions))
+    written = write_split(job, cfg.workers, watch.at)
+    meta = {"source": cfg.source, "options": asdict(options), "license": _license(cfg, source, options)}
+    if positions is not None:
+        meta["sample"] = {"drawn": len(positions), "of": total, "seed": cfg.seed}
+    try:  # to rename them, once all are there: what has another name than was said of it is made again
+        entry = shards.write_manifest(folder, split, shards.close_up(folder, split, written), meta)
+    except UserError:
+        Journal(folder).end()  # to go on would come to the same
+        raise
+    watch.end(entry["rows"])
+    return entry
+
+
+def _chosen(cfg: PrepareConfig, source: ModuleType, options: Any, split: str, watch: Watch) -> tuple[int | None, Any]:
+    """How many samples a split has, up to ``limit``, where that is known; and which of them are drawn, if any are."""
+    total = source.count(options, split) if hasattr(source, "count") else None
+    if total is None and cfg.sample is not None:
+        watch.begin(f"{split}: counting", None)
+        total = counted(source.samples(options, split), watch.at)
+        watch.end(total)
+    if cfg.limit is not None and total is not None:
+        total = min(total, cfg.limit)
+    if cfg.sample is None or total is None:
+        return total, None
+    return total, drawn(total, cfg.sample, cfg.seed, split)
+
+
+def _license(cfg: PrepareConfig, source: ModuleType, options: Any) -> str | None:
+    return cfg.license or (source.license(options) if hasattr(source, "license") else None)
+
+
+# ------------------------------------------------------------------------------------------------------------- going on
+
+
+def _asked(cfg: PrepareConfig, options: Any, splits: Sequence[str]) -> dict[str, Any]:
+    """All that decides what the shards are, as JSON has it."""
+    roles = dict(config.roles(PrepareConfig))
+    said = {key: value for key, value in asdict(cfg).items() if roles[key] not in (START, FREE)}
+    said |= {"splits": splits, "options": asdict(options)}
+    return json.loads(json.dumps(said, default=str))
+
+
+def _inputs(cfg: PrepareConfig, source: ModuleType, options: Any) -> dict[str, Any]:
+    """Files that the source reads its rows from -> size and time of change: with others it would give other samples."""
+    given = [*(source.inputs(options) if hasattr(source, "inputs") else ())]
+    given += [cfg.source] if lookup.is_file(cfg.source) else []
+    found: dict[str, Any] = {}
+    for file in sorted(map(str, given)):
+        with suppress(OSError):
+            status = os.stat(file)
+            found[file] = [status.st_size, status.st_mtime_ns]
+    return found
+
+
+def _begin(
+    cfg: PrepareConfig, out: Path, journal: Journal, asked: dict[str, Any], but: list[Path], console: Console
+) -> None:
+    """Have the unfinished folder hold what may be gone on with, and nothing else.
+
+    Raises:
+        UserError: something is there that must neither be gone on with nor replaced.
+    """
+    before = journal.asked()
+    if journal.begun and not (cfg.resume or cfg.overwrite):
+        raise UserError(
+            f"a preparation of {out} was interrupted, {len(journal.names())} shards of it are whole: give resume=true "
+            "to go on with it, overwrite=true to begin anew, or another out=<folder>"
+        )
+    if journal.begun and cfg.resume:
+        if not (said := _changed(before, asked)):
+            _check_free(out, cfg.overwrite or before.get("overwrite", False))
+            journal.go_on(but)
+            console.print(Text(f"going on: {len(journal.names())} shards are whole"), soft_wrap=True)
+            return
+        if not cfg.overwrite:
+            raise UserError(
+                f"resume=true: what was interrupted on its way to {out} was made otherwise ({said}): leave that as it "
+                "was, or give overwrite=true to begin anew, or another out=<folder>"
+            )
+    elif cfg.resume and not cfg.overwrite and (out / shards.MANIFEST).is_file():
+        said = _difference(_prepared(out), asked["asked"])
+        raise UserError(f"resume=true: out={out} was made otherwise ({said}): give overwrite=true or another out")
     _check_free(out, cfg.overwrite)
-    bar = (
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    entries: dict[str, dict[str, Any]] = {}
-    # Progress without a thread of its own, which would be forked.
-    with files.folder(out) as unfinished, Progress(*bar, console=console, auto_refresh=False) as progress:
-        for split in splits:
-            task = progress.add_task(split, total=cfg.limit)
-            how = cfg.shard_size, cfg.limit, cfg.image_format, cfg.max_invalid
-            job = Job(cfg.source, options, split, unfinished, *how)
-            written = write_split(job, cfg.workers, partial(progress.update, task, refresh=True))
-            meta = {"source": cfg.source, "options": asdict(options)}
-            entries[split] = entry = shards.write_manifest(unfinished, split, written, meta)
-            progress.update(task, completed=entry["count"], total=entry["count"], refresh=True)
-    return entries
+    journal.begin({**asked, "overwrite": cfg.overwrite}, but)
+
+
+def _changed(before: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
+    """Where an interrupted preparation differs from the present one, in words; empty where it does not."""
+    if said := _difference(before.get("asked"), asked["asked"]):
+        return said
+    was, now = before.get("inputs", {}), results.plain(asked["inputs"])
+    files_ = [file for file in {**was, **now} if was.get(file) != now.get(file)]
+    return f"{shards.some(files_)} changed since" if files_ else ""
+
+
+def _difference(there: Any, asked: Mapping[str, Any]) -> str:
+    return results.difference(there, asked) if there else "it does not say how"
+
+
+def _prepared(out: Path) -> Any:
+    """What the manifest of a folder says of how it was made; None where there is none, or it does not."""
+    try:
+        return json.loads((out / shards.MANIFEST).read_text(encoding="utf-8")).get("prepared")
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _entries(out: Path, splits: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What the manifest of a finished folder says of each split; raises UserError where its shards are not there."""
+    for split in splits:
+        shards.Shards(out, split)
+    said = json.loads((out / shards.MANIFEST).read_text(encoding="utf-8"))["splits"]
+    return {split: said[split] for split in splits}
 
 
 def described(out: str, wanted: Mapping[str, Any] | None) -> PrepareConfig | None:
@@ -196,11 +254,12 @@ def described(out: str, wanted: Mapping[str, Any] | None) -> PrepareConfig | Non
 
 
 def make_missing(out: str, wanted: Mapping[str, Any] | None) -> None:
-    """Make the shards ``out`` if they are :func:`described` and not there. Not for two processes at a time."""
+    """Make the shards ``out`` if they are :func:`described` and not there, or go on with that. Not for two processes at
+    a time."""
     command = described(out, wanted)
     if command is not None and not Path(out).exists():
         print(f"{out} is not there: making it as data.prepare says")
-        prepare(command)
+        prepare(replace(command, resume=True, overwrite=True))  # what is there of it is only half of one
 
 
 def _check_free(out: Path, overwrite: bool) -> None:
@@ -224,34 +283,14 @@ def _check_free(out: Path, overwrite: bool) -> None:
 
 @config.entry(PrepareConfig)
 def main(cfg: PrepareConfig) -> None:
-    console = Console()
-    entries = prepare(cfg, console)
-    table = Table(title=Text(legible(f"{cfg.source} -> {cfg.out}"), "table.title"))
-    for column, side in (
-        ("split", "left"),
-        ("samples", "right"),
-        ("kinds", "left"),
-        ("shards", "right"),
-        ("MB", "right"),
-    ):
-        table.add_column(column, justify=side)
+    console, journal = Console(), Journal(files.unfinished(cfg.out))
+    with config.advising(lambda: f"go on with: {config.command('resume=true')}" if journal.begun else ""):
+        entries = prepare(cfg, console)
+    console.print(tables.written(f"{cfg.source} -> {cfg.out}", entries))
     for split, entry in entries.items():
-        kinds = ", ".join(f"{kind} {number}" for kind, number in entry["kinds"].items())
-        size = sum(shard["bytes"] for shard in entry["shards"]) / 1e6
-        row = split, str(entry["count"]), kinds, str(len(entry["shards"])), f"{size:.1f}"
-        table.add_row(*(Text(legible(cell)) for cell in row))
-    console.print(table)
-    for split, entry in entries.items():
-        for said in left_out(entry):
-            console.print(Text(legible(f"{split}: {said}")))
-
-
-def left_out(entry: Mapping[str, Any]) -> Iterator[str]:
-    """What a manifest's entry says of samples that were left out, or a part of them, as sentences."""
-    for name, what in (
-        ("invalid", "{} invalid samples were left out"),
-        ("lacking", "{} samples were left without a part"),
-    ):
-        if told := entry.get(name):
-            reasons = "; ".join(f"{times} x {reason}" for reason, times in told["reasons"].items())
-            yield f"{what.format(told['count'])} ({reasons}), the first one {told['first'][0]}"
+        console.print(Text(legible(f"{split}: {tables.summary(entry)}")), soft_wrap=True)
+    if any(entry.get(name) for entry in entries.values() for name in shards.TOLD):
+        console.print(tables.left_out(entries))
+    for said in dict.fromkeys(entry.get("license") or "" for entry in entries.values()):
+        said = said or "not declared: give license=<text> to have it in the manifest"
+        console.print(Text(legible(f"licence: {said}")), soft_wrap=True)

@@ -4,6 +4,7 @@ import inspect
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import fields, is_dataclass
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -83,6 +84,31 @@ def test_a_slice_is_a_slice(name, split, options):
     for start, stop in ((0, 5), (5, 11), (3, 4), (7, 7)):
         assert list(map(describe, source.samples(options, split, start=start, stop=stop))) == samples[start:stop]
     assert not list(source.samples(options, split, start=10**9, stop=10**9 + 5))
+
+
+@pytest.mark.parametrize(("name", "split"), splits_of_all_sources())
+def test_a_count_is_that_of_the_samples(name, split, options):
+    source = lookup.find(SOURCES, name)
+    if not hasattr(source, "count"):
+        pytest.skip("this source does not know it")
+    few(source, options, split)
+    total = source.count(options, split)
+    if "start" not in inspect.signature(source.samples).parameters:
+        assert total == len(list(source.samples(options, split)))
+        return
+    assert not list(source.samples(options, split, start=total))
+    assert len(list(source.samples(options, split, start=max(total - 2, 0)))) == min(total, 2)
+
+
+@pytest.mark.parametrize("name", lookup.names(SOURCES))
+def test_what_a_source_says_of_itself(name, options):
+    source = lookup.find(SOURCES, name)
+    said = source.license(options) if hasattr(source, "license") else None
+    assert said is None or said.strip()
+    assert all(note.strip() for note in getattr(source, "notes", lambda _: [])(options))
+    files = getattr(source, "inputs", lambda _: [])(options)
+    assert all(Path(file).is_file() for file in files)
+    assert files or name not in RAW, "what it reads may change meanwhile: see data/sources"
 
 
 @pytest.mark.parametrize("name", lookup.names(SOURCES))

@@ -10,8 +10,9 @@ Shards are not trusted. Nothing is unpacked to disk and no name in a tar is ever
 members and of decoded images, alone and together, are bounded before they are read or decoded; the json must have the
 right types. What is refused when reading is refused when writing (:func:`check`, and the bounds below). The json of a
 sample ends in checksums of its members and of itself, which are compared whenever the sample is read (1 to 3% of the
-time that it takes); shards from before there were any are read without. Pixels are stored as :mod:`..images` shows
-them: upright, on white, in 8 bits. Left out: compressed tars and remote addresses, which cannot be read by index.
+time that it takes); shards from before there were any are read without. An image is stored as the file that it is
+where that is plain, else as :mod:`..images` shows it: upright, on white, in 8 bits. Left out: compressed tars and
+remote addresses, which cannot be read by index.
 """
 
 from __future__ import annotations
@@ -75,7 +76,12 @@ SCANS = 500  # of one JPEG; each takes as long as decoding the whole picture, an
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot or slash: WebDataset splits names at them; 100 bytes with suffix
 _BLOCK = 512
 _SEAL = b', "own_crc32": '  # comes last in the json: a checksum of all bytes before it
-_EXAMPLES = 10  # samples left out that the manifest names, and reasons
+_PNG_DEPTH = 24  # byte of a PNG that says how many bits a channel has
+_FIRST = 10  # samples left out that the manifest names
+_EXAMPLES = 3  # and of each cause
+_CAUSES = 30  # that it counts one by one
+OTHER_CAUSES = "other causes"
+TOLD = ("invalid", "lacking", "changed")
 _OPEN = 32  # shards whose file and index are kept at hand
 
 Group = tuple[str, dict[str, tuple[int, int]] | None]
@@ -140,9 +146,16 @@ def _plain(sample: Sample) -> Sample:
     return replace(sample, boxes=boxes)
 
 
+def file_of(image: Image.Image) -> bytes | None:
+    """The file of an image that may be stored as it is; to be asked for before it is decoded."""
+    return images.file_of(image, IMAGE_BYTES) if image.format in ("PNG", "JPEG") else None
+
+
 class ImageEncoder:
-    """An image as (suffix, bytes). ``auto`` stores what was opened from a JPEG file as JPEG with the file's own tables
-    and all else as PNG, without loss; ``png`` and ``jpg`` (quality 95, chroma at full resolution) are for all images.
+    """An image as (suffix, bytes). ``auto`` stores the file itself, where it is a PNG or a JPEG that any reader shows
+    as :mod:`..images` does; else what was opened from a JPEG file as JPEG, with the file's own tables where it was not
+    turned, and all else as PNG, without loss. ``png`` and ``jpg`` (quality 95, chroma at full resolution) are for all
+    images; files of that kind are stored as they are.
 
     It remembers the last image, for sources ask several questions of one image in a row and encoding is what is slow.
     """
@@ -151,38 +164,55 @@ class ImageEncoder:
         if image_format not in IMAGE_FORMATS:
             raise UserError(f"image_format is {image_format!r}: choose from {', '.join(IMAGE_FORMATS)}")
         self.image_format = image_format
+        self.kept = {"auto": ("PNG", "JPEG"), "png": ("PNG",), "jpg": ("JPEG",)}[image_format]
         self.last: tuple[bytes, tuple[str, bytes]] = (b"", ("", b""))
 
-    def __call__(self, image: Image.Image) -> tuple[str, bytes]:
-        from_jpeg, given = image.format == "JPEG", image
+    def __call__(self, image: Image.Image, file: bytes | None = None) -> tuple[str, bytes]:
+        """``file``: as :func:`..images.file_of` gives it before the image is decoded."""
+        from_jpeg, given = image.format in ("JPEG", "MPO"), image
         image = images.shown(given)
         keep = from_jpeg and image is given
-        digest = hashlib.blake2b(
-            image.tobytes(), salt=f"{image.width}{image.mode}{from_jpeg:d}{keep:d}".encode()
-        ).digest()
+        if file is not None and self._is_storable(given, file):
+            stored = {"PNG": "png", "JPEG": "jpg"}[given.format], file
+            if file_of(given) is None:  # opened by the source: next time it is known by its pixels alone
+                self.last = self._digest(image, from_jpeg, keep), stored
+            return stored
+        digest = self._digest(image, from_jpeg, keep)
         if digest != self.last[0]:
             buffer = io.BytesIO()
             if self.image_format == "png" or (self.image_format == "auto" and not from_jpeg):
                 image.save(buffer, "PNG", compress_level=1)  # twice as fast as 6 and 9% larger, on photographs
                 suffix = "png"
             else:
-                exactly = keep and self.image_format == "auto"
+                own = given.format == "JPEG" and hasattr(given, "quantization")
+                exactly = keep and own and self.image_format == "auto"
                 tables = {"quality": "keep"} if exactly else {"quality": 95, "subsampling": 0}
                 image.save(buffer, "JPEG", **tables)
                 suffix = "jpg"
             self.last = digest, (suffix, buffer.getvalue())
         return self.last[1]
 
+    def _is_storable(self, image: Image.Image, file: bytes) -> bool:
+        return (
+            image.format in self.kept
+            and images.is_shown_as_stored(image)
+            and (_scans(file) <= SCANS if image.format == "JPEG" else file[_PNG_DEPTH] <= 8)
+        )
 
-def encode(sample: Sample, encoder: Callable[[Image.Image], tuple[str, bytes]]) -> dict[str, Any]:
+    def _digest(self, image: Image.Image, from_jpeg: bool, keep: bool) -> bytes:
+        salt = f"{image.width}{image.mode}{from_jpeg:d}{keep:d}".encode()
+        return hashlib.blake2b(image.tobytes(), salt=salt).digest()
+
+
+def encode(sample: Sample, encoder: Callable[[Image.Image, bytes | None], tuple[str, bytes]]) -> dict[str, Any]:
     """A WebDataset record: ``__key__``, ``json`` and ``0.png``, ``1.jpg`` ... as bytes.
 
     Raises:
         ValueError: the sample is not what :func:`check` wants, or too large to be read again.
     """
-    sample = _plain(sample)
+    sample, stored = _plain(sample), [file_of(image) for image in sample.images]
     check(sample)
-    members = {f"{i}.{suffix}": data for i, (suffix, data) in enumerate(map(encoder, sample.images))}
+    members = {f"{i}.{suffix}": data for i, (suffix, data) in enumerate(map(encoder, sample.images, stored))}
     meta = {
         "question": sample.question,
         "answers": list(sample.answers),
@@ -259,16 +289,19 @@ def write_shard(
     path: Path,
     *,
     image_format: str = "auto",
+    fit: Callable[[Sample], tuple[Sample, str]] = lambda sample: (sample, ""),
     tick: Callable[[], None] = lambda: None,
     leave_out: Callable[[str], None] | None = None,
 ) -> dict[str, Any] | None:
-    """Write one tar; None, and no file, where there are no samples. ``tick`` is called after every sample.
+    """Write one tar; None, and no file, where there are no samples. ``fit`` gives what is written of a sample, and what
+    it has changed, if anything, or raises ValueError; ``tick`` is called after every one.
 
     ``leave_out(key and reason)`` is called for a sample that is invalid, or the exception that a source gives in place
     of one that it could not read, which is then left out; without it, it ends the writing. Returns the shard's entry
     in the manifest: name, count, bytes, sha256, and, for the caller to use up, ``keys``, ``kinds`` (a count of each),
-    ``invalid`` (key and reason of those left out) and ``lacking`` (of those of which the source left something out). A
-    shard of which nothing is left has a count of 0. The bytes depend on the samples alone.
+    ``invalid`` (key and reason of those left out), ``lacking`` (of those of which the source left something out) and
+    ``changed`` (of those that ``fit`` changed). A shard of which nothing is left has a count of 0. The bytes depend on
+    the samples alone.
 
     Raises:
         UserError: an invalid sample, named by its key.
@@ -283,12 +316,14 @@ def write_shard(
     kinds: Counter[str] = Counter()
     invalid: list[tuple[str, str]] = []
     lacking: list[tuple[str, str]] = []
+    changed: list[tuple[str, str]] = []
     encoder = ImageEncoder(image_format)
     with files.stream(path) as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
         for sample in chain([first], samples):
             try:
                 if isinstance(sample, Exception):
                     raise sample
+                sample, change = fit(sample)
                 record = encode(sample, encoder)
             except Exception as error:  # whatever a decoder raises on what a source has found somewhere
                 key, reason = legible(getattr(sample, "key", type(sample).__name__), 100), _reason(error)
@@ -302,10 +337,12 @@ def write_shard(
                 kinds[sample.kind] += 1
                 if sample.left_out:
                     lacking.append((sample.key, legible(sample.left_out, 300)))
+                if change:
+                    changed.append((sample.key, legible(change, 300)))
             tick()
-    size, sha256 = path.stat().st_size, _sha256(path)
+    size, sha256 = path.stat().st_size, sha256_of(path)
     entry = {"name": path.name, "count": len(keys), "bytes": size, "sha256": sha256}
-    return entry | {"keys": keys, "kinds": dict(kinds), "invalid": invalid, "lacking": lacking}
+    return entry | {"keys": keys, "kinds": dict(kinds), "invalid": invalid, "lacking": lacking, "changed": changed}
 
 
 def _reason(error: Exception) -> str:
@@ -342,13 +379,20 @@ def close_up(folder: Path, split: str, shards: Iterable[Mapping[str, Any]]) -> l
     return kept
 
 
+def begin_manifest(folder: Path, meta: Mapping[str, Any]) -> None:
+    """A manifest without splits yet; ``meta``, such as how they are made, is entered as it is."""
+    files.write_json(folder / MANIFEST, {"format": FORMAT, **meta, "splits": {}}, indent=1)
+
+
 def write_manifest(
     folder: Path, split: str, shards: Sequence[Mapping[str, Any]], meta: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Enter a split, given what :func:`write_shard` said of its shards, in the folder's manifest; returns its entry,
-    in which ``invalid`` says how many samples were left out, if any: their count, reasons and the first few. So does
-    ``lacking`` of samples that are there, but for a part that their source left out. Reasons that differ only in their
-    numbers and names are counted as one.
+    """Enter a split, given what :func:`write_shard` said of its shards, in the folder's manifest; returns its entry.
+
+    In it ``rows`` is how many the source gave, ``count`` how many of them are there, and ``invalid`` is about those
+    that are not, if any: their ``count``, how many by ``reasons``, ``examples`` of each, and the ``first`` few. So are
+    ``lacking`` and ``changed``, about samples that are there, but for a part that their source left out, or otherwise
+    than they were. Reasons that differ only in their numbers and names are counted as one.
 
     Raises:
         UserError: no shards, or a key that stands twice.
@@ -361,20 +405,38 @@ def write_manifest(
     entry = {
         "split": split,
         **(meta or {}),
+        "rows": sum(shard["count"] + len(shard["invalid"]) for shard in shards),
         "count": sum(shard["count"] for shard in shards),
         "kinds": dict(sorted(sum((Counter(shard["kinds"]) for shard in shards), Counter()).items())),
         "shards": [{key: shard[key] for key in ("name", "count", "bytes", "sha256")} for shard in shards],
     }
-    for name in ("invalid", "lacking"):
+    for name in TOLD:
         if told := [each for shard in shards for each in shard.get(name, ())]:
-            reasons = Counter(_cause(reason) for _, reason in told)
-            first = [f"{key}: {reason}" for key, reason in told[:_EXAMPLES]]
-            entry[name] = {"count": len(told), "reasons": dict(reasons.most_common(_EXAMPLES)), "first": first}
+            entry[name] = _by_cause(told)
     path = folder / MANIFEST
     manifest = json.loads(path.read_text()) if path.exists() else {"format": FORMAT, "splits": {}}
     manifest["splits"][split] = entry
     files.write_json(path, manifest, indent=1, default=str)
     return entry
+
+
+def _by_cause(told: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """What a manifest says of samples, given the key of each and the reason."""
+    causes = [_cause(reason) for _, reason in told]
+    common = dict(Counter(causes).most_common(_CAUSES))
+    reasons: Counter[str] = Counter()
+    examples: dict[str, list[str]] = {cause: [] for cause in common}
+    for cause, (key, reason) in zip(causes, told):
+        cause = cause if cause in common else OTHER_CAUSES
+        reasons[cause] += 1
+        if len(named := examples.setdefault(cause, [])) < _EXAMPLES:
+            named.append(f"{key}: {reason}")
+    return {
+        "count": len(told),
+        "reasons": {cause: reasons[cause] for cause in examples},
+        "examples": examples,
+        "first": [f"{key}: {reason}" for key, reason in told[:_FIRST]],
+    }
 
 
 def write(
@@ -420,7 +482,7 @@ class Shards:
         self.folder, self.split = Path(folder), split
         self.shards = _read_manifest(self.folder, split)
         if verify:
-            wrong = [name for name, _, _, sha256 in self.shards if _sha256(self.folder / name) != sha256]
+            wrong = [name for name, _, _, sha256 in self.shards if sha256_of(self.folder / name) != sha256]
             if wrong:
                 raise UserError(_remedy(self.folder, f"sha256 differs from {MANIFEST} for {some(wrong)}"))
         if limit is not None and limit < 1:
@@ -544,7 +606,9 @@ def _decode_image(data: bytes, others: Iterable[tuple[int, int]]) -> Image.Image
         check_sizes([*others, image.size])  # known from the header, before any pixel is decoded
         if image.format == "JPEG" and _scans(data) > SCANS:
             raise ValueError(f"a JPEG of more than {SCANS} scans")
-        return images.shown(image).convert("RGB")
+        picture = images.shown(image).convert("RGB")
+        picture.format, picture.file = image.format, data  # as it was stored, should it be stored again
+        return picture
 
 
 def _scans(jpeg: bytes) -> int:
@@ -576,7 +640,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from functools import lru_cache
 from hashlib import blake2b
@@ -10,12 +9,17 @@ from typing import Any
 
 from PIL import Image
 
+from glimpseprune import images
 from glimpseprune.config import UserError
 from glimpseprune.data.shards import IMAGE_BYTES, open_file
 from glimpseprune.data.sources._rows import shown_value
 
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pictures that are read: none whose reader starts another program."""
+Image.init()
+FORMATS = tuple(
+    name for name in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if name in Image.OPEN
+)
+"""Pictures that are read, those of several frames in a JPEG (MPO) among them: none whose reader starts another program,
+and as this Pillow was built."""
 
 
 class Folder:
@@ -96,6 +100,6 @@ def _picture(what: str, data: bytes) -> Image.Image:
     if len(data) > IMAGE_BYTES:
         raise ValueError(f"{what} has {len(data)} bytes, more than the {IMAGE_BYTES} allowed")
     try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
+        return images.of_file(data, FORMATS)
     except Exception:  # whatever a reader raises on hostile bytes
         raise ValueError(f"{what} is no picture that can be read ({', '.join(FORMATS)})") from None

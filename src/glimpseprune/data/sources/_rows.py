@@ -217,9 +217,10 @@ class Parquet:
         return self.ends[-1] if self.ends else 0
 
     def read(self, number: int) -> Row:
-        if number != self.next or self.owner != os.getpid():  # its threads do not live on in a fork
-            group = bisect_right(self.ends, number)
-            self.owner, self.next = os.getpid(), self.ends[group - 1] if group else 0
+        group = bisect_right(self.ends, number)
+        first = self.ends[group - 1] if group else 0
+        if not first <= self.next <= number or self.owner != os.getpid():  # its threads do not live on in a fork
+            self.owner, self.next = os.getpid(), first
             groups = list(range(group, len(self.ends)))
             self.batches, self.batch = self._file().iter_batches(_BATCH, groups, use_threads=False), []
         while True:

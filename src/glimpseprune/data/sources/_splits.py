@@ -58,6 +58,9 @@ class Rows:
         """Those of :data:`SPLITS` that have rows."""
         return tuple(split for split, numbers in self.splits.items() if numbers)
 
+    def count(self, split: str) -> int:
+        return len(self.splits[split])
+
     def samples(self, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample | Unfit]:
         for number in self.splits[split][start:stop]:
             place = self.table.place(number)

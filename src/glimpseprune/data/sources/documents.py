@@ -231,10 +231,18 @@ def _turned(box: Box, degrees: float, side: int) -> Box:
     return tuple(float(v) for v in (*low, *high))
 
 
+def count(options: Options, split: str) -> int:
+    return options.count.get(split, 0)
+
+
+def license(options: Options) -> str:
+    return "made up: no rights of others" + (", but for the font files" if options.fonts else "")
+
+
 def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
     """The questions ``start`` to ``stop`` of a split, always the same ones for the same options: distinct ones of a
     page, as far as there are so many."""
-    total = options.count.get(split, 0)
+    total = count(options, split)
     stop = total if stop is None else min(stop, total)
     for index in range(start // options.questions, -(-stop // options.questions)):
         rng = np.random.default_rng([options.seed, splits.index(split), index])

@@ -57,6 +57,15 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
         )
 
 
+def count(options: Options, split: str) -> int:
+    """How many questions a split has; raises UserError as :func:`samples`."""
+    return len(_questions(split, options.val, options.seed))
+
+
+def license(options: Options) -> str:
+    return "MIT"
+
+
 SHAPES = ("rectangle", "circle", "triangle")
 
 

@@ -47,6 +47,22 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     return _rows(options).samples(split, start, stop)
 
 
+def count(options: Options, split: str) -> int:
+    """How many samples a split has, unfit ones included; raises UserError as :func:`samples`."""
+    return _rows(options).count(split)
+
+
+def inputs(options: Options) -> list[Path]:
+    """Of a set on the hub none: there a change has another address."""
+    return [file for file in Path(options.path).rglob("*") if file.is_file()] if os.path.isdir(options.path) else []
+
+
+def license(options: Options) -> str | None:
+    """What the table itself says of it."""
+    said = [part.part.info.license for _, part, _ in _rows(options).table.tables]
+    return ", ".join(dict.fromkeys(filter(None, said))) or None
+
+
 def _rows(options: Options) -> Rows:
     return remembered(_read, options, {"path": options.path})
 

@@ -46,6 +46,15 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     return _rows(options).samples(split, start, stop)
 
 
+def count(options: Options, split: str) -> int:
+    """How many samples a split has, unfit ones included; raises UserError as :func:`samples`."""
+    return _rows(options).count(split)
+
+
+def inputs(options: Options) -> list[str]:
+    return [options.path]
+
+
 def _rows(options: Options) -> Rows:
     return remembered(_read, options, {"path": options.path})
 

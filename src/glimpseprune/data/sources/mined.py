@@ -15,13 +15,12 @@ import json
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from glimpseprune.config import SEEDS, UserError, option
-from glimpseprune.data.shards import Damage, Shards
+from glimpseprune.data.shards import MANIFEST, Damage, Shards
 from glimpseprune.types import Sample
 
 splits = ("train", "val", "test")
@@ -40,15 +39,28 @@ class Options:
     seed: int = option(0, "of the choice of those", least=0, most=SEEDS)
 
 
-def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample | Damage]:
-    """Samples ``start`` to ``stop`` of a split, in the order of the folder; the damage in place of damaged ones.
+def samples(options: Options, split: str) -> Iterator[Sample | Damage]:
+    """The samples of a split, in the order of the folder; the damage in place of damaged ones.
 
     Raises:
         UserError: there is no such folder, split or file, or the file says nothing of a question.
     """
     shards = Shards(options.root, split)
     chosen = _chosen(options) if split == "train" else None
-    return islice(_read(shards, chosen), start, stop)
+    return _read(shards, chosen)
+
+
+def inputs(options: Options) -> list[Path]:
+    return [Path(options.root) / MANIFEST, Path(options.predictions)]
+
+
+def license(options: Options) -> str | None:
+    """That of the folder that was asked, as its manifest has it."""
+    try:
+        splits = json.loads((Path(options.root) / MANIFEST).read_text(encoding="utf-8"))["splits"].values()
+        return ", ".join(dict.fromkeys(entry["license"] for entry in splits if entry.get("license"))) or None
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return None
 
 
 def _read(shards: Shards, chosen: set[str] | None) -> Iterator[Sample | Damage]:

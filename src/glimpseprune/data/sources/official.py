@@ -19,13 +19,12 @@ scienceqa          problems.json                                                
 Files are those of the splits that are wanted: what is not there is no split. Test questions whose answers are kept by
 an evaluation server cannot be scored and are not read. Every question gets the line that papers put behind it
 (``brief``). VQAv2 has the answer that most gave first, then all ten. Questions of ScienceQA without a picture are none
-of the set that is reported; how many there are is printed.
+of the set that is reported; how many there are is told.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -87,10 +86,49 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     return _rows(options).samples(split, start, stop)
 
 
+def count(options: Options, split: str) -> int:
+    """How many samples a split has, unfit ones included; raises UserError as :func:`samples`."""
+    return _rows(options).count(split)
+
+
+def inputs(options: Options) -> list[Path]:
+    files = list(_files(options, _form(options)).values())
+    return [*files, *map(_annotations, files)] if options.set == "vqav2" else files
+
+
+def license(options: Options) -> str | None:
+    """As their authors say; of other sets it is not known here."""
+    return {
+        "vqav2": "annotations: CC BY 4.0 (visualqa.org); pictures: those of COCO",
+        "textvqa": "CC BY 4.0 (the card of facebook/textvqa)",
+        "chartqa": "GPL 3.0 (the card of ahmed-masry/ChartQA)",
+    }.get(options.set)
+
+
+def notes(options: Options) -> list[str]:
+    """Files without which a split is not whole, and rows that are none of the set that is reported."""
+    form = _form(options)
+    files = _files(options, form)
+    splits = {part.split for part in files}
+    lost = [part for part in form.parts if part.split in splits and part not in files]
+    said = [f"there is no {part.names[0]}: {part.split} is without its questions" for part in lost]
+    if options.set == "scienceqa":
+        (problems,) = files.values()
+        rows = table(problems)
+        without = sum(not rows.read(number).get("image") for number in range(len(rows)))
+        if without:
+            said.append(f"{without} of {len(rows)} questions in {problems.name} have no picture and are not read")
+    return said
+
+
 def _rows(options: Options) -> Rows:
-    form = FORMATS[lookup.choose(options.set, FORMATS, "the sets that are known")]
+    form = _form(options)
     files = _files(options, form)
     return remembered(partial(_read, form, files), options, {part.names[0]: file for part, file in files.items()})
+
+
+def _form(options: Options) -> Format:
+    return FORMATS[lookup.choose(options.set, FORMATS, "the sets that are known")]
 
 
 def _files(options: Options, form: Format) -> dict[Part, Path]:
@@ -174,12 +212,15 @@ def _textvqa(row: Row, part: Part, folder: Folder) -> Row:
 
 def _answered(questions: Path) -> Table:
     """The questions of VQAv2 with what the file of annotations beside theirs says of each."""
-    name = questions.name.replace("OpenEnded_", "").replace("_questions", "_annotations")
-    said = table(questions.with_name(name))
+    said = table(_annotations(questions))
     known = {row["question_id"]: row for row in map(said.read, range(len(said)))}
     asked = table(questions)
     rows = map(asked.read, range(len(asked)))
     return Held([{**known.get(row["question_id"], {}), **row} for row in rows])
+
+
+def _annotations(questions: Path) -> Path:
+    return questions.with_name(questions.name.replace("OpenEnded_", "").replace("_questions", "_annotations"))
 
 
 def _vqav2(row: Row, part: Part, folder: Folder) -> Row:
@@ -221,10 +262,7 @@ def _pope(row: Row, part: Part, folder: Folder) -> Row:
 def _pictured(problems: Path) -> Table:
     """The problems of ScienceQA that have a picture."""
     all_ = table(problems)
-    rows = list(map(all_.read, range(len(all_))))
-    kept = [row for row in rows if row.get("image")]
-    print(f"note: {len(rows) - len(kept)} of {len(rows)} questions in {problems} have no picture", file=sys.stderr)
-    return Held(kept)
+    return Held([row for row in map(all_.read, range(len(all_))) if row.get("image")])
 
 
 def _scienceqa(row: Row, part: Part, folder: Folder) -> Row:

@@ -265,6 +265,15 @@ def ask(rng: np.random.Generator, view: Scene, kind: str, count: int) -> list[Qu
     return out
 
 
+def count(options: Options, split: str) -> int:
+    """How many questions a split has."""
+    return options.count.get(split, 0)
+
+
+def license(options: Options) -> str:
+    return "of scikit-learn's bundle, photographs: CC BY 2.0, digits: CC BY 4.0 (optdigits of the UCI repository)"
+
+
 def samples(options: Options, split: str, start: int = 0, stop: int | None = None) -> Iterator[Sample]:
     """The questions ``start`` to ``stop`` of a split, always the same ones for the same options.
 

@@ -85,6 +85,27 @@ def samples(options: Options, split: str, start: int = 0, stop: int | None = Non
     return (_benchmark if split == "test" else _train)(options).samples(split, start, stop)
 
 
+def count(options: Options, split: str) -> int:
+    """How many samples a split has, unfit ones included; raises UserError as :func:`samples`."""
+    return (_benchmark if split == "test" else _train)(options).count(split)
+
+
+def inputs(options: Options) -> list[Path]:
+    return [file for patterns in (TRAIN, BENCHMARK) for file in _files(options, patterns).values()]
+
+
+def license(options: Options) -> str:
+    return "annotations: Apache 2.0 (the card of deepcs233/Visual-CoT); pictures: that of the set that each is from"
+
+
+def notes(options: Options) -> list[str]:
+    """Files that look like those of a set, and are of none."""
+    known = {pattern.format(name) for pattern in (*TRAIN, *BENCHMARK) for name in SETS}
+    there = [file for pattern in (*TRAIN, BENCHMARK[0]) for file in Path(options.root).glob(pattern.format("*"))]
+    names = sorted({str(file.relative_to(options.root)) for file in there} - known)
+    return [f"{name} is of no set that is read" for name in names]
+
+
 def _train(options: Options) -> Rows:
     files = _files(options, TRAIN)
     return remembered(partial(_rows, _trained, files, {"train": 1 - options.val, "val": options.val}), options, files)
