@@ -14,7 +14,7 @@ from pathlib import Path
 
 from glimpseprune import config, hub, resources, training
 from glimpseprune.config import UserError, option
-from glimpseprune.data.shards import Shards
+from glimpseprune.data.shards import Shards, Store
 from glimpseprune.evaluate import EvaluateConfig
 from glimpseprune.evaluate import check as check_options
 from glimpseprune.options import TrainConfig
@@ -50,7 +50,11 @@ def train(cfg: TrainCheck) -> None:
     if described(cfg.data.path, cfg.data.prepare) and not Path(cfg.data.path).exists():
         samples = "will be made"
     else:
-        samples = ", ".join(f"{len(Shards(cfg.data.path, split))} {split}" for split in ("train", "val"))
+        folders = {"train": cfg.data.path, "val": cfg.data.val_path or cfg.data.path}
+        store = Store.of(cfg.data)
+        samples = ", ".join(f"{len(Shards(path, split, store=store))} {split}" for split, path in folders.items())
+        for path in cfg.data.mix:
+            samples += f", and {len(Shards(path, 'train', store=store))} of {path}"
     begin = f"continues from {last}" if last else f"starts in {cfg.out}"
     print(f"preflight: {cfg.stage} {begin}; backbone {cfg.backbone.path}; data {cfg.data.path} ({samples})")
 

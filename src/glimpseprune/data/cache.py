@@ -29,6 +29,12 @@ def default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "glimpseprune" / "shards"
 
 
+def used(stream: IO[bytes]) -> None:
+    """Note that a file of a cache was used just now."""
+    now = time.time_ns()  # the kernel's own is milliseconds late
+    os.utime(stream.fileno(), ns=(now, now))
+
+
 class Cache:
     """A folder of at most ``limit`` bytes; may be shared by any number of processes of one machine."""
 
@@ -47,7 +53,7 @@ class Cache:
         while True:
             with suppress(FileNotFoundError):
                 stream = open(file, "rb", buffering=0)  # noqa: SIM115 (whose it is from now on)
-                os.utime(stream.fileno())  # used now
+                used(stream)
                 return stream
             self.folder.mkdir(parents=True, exist_ok=True)
             with self._alone(file.name):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -88,6 +88,13 @@ class Measured:
     """Reason -> samples."""
 
 
+def tokens_of(backbone: Any) -> Tokens:
+    """How many visual tokens an image makes for a backbone, with the pixel bounds of its processor."""
+    size = getattr(getattr(backbone.processor, "image_processor", None), "size", None) or {}
+    bounds = size.get("shortest_edge"), size.get("longest_edge")
+    return lambda image: backbone.visual_tokens(image, *bounds)
+
+
 def measure(shards: Shards | Mixture, tokens: Tokens, limits: Limits) -> Measured:
     """Lengths and what stays of the limits; what cannot be read is left to whoever reads it. Raises as ``Shards``."""
 
@@ -142,3 +149,11 @@ def _sizes(shards: Shards, start: int, count: int) -> list[list[Size]]:
         except Damage:
             found.append([])
     return found
+
+
+def dropped(measured: Measured, limits: Sequence[int]) -> list[tuple[int, int, float]]:
+    """Of each limit of visual tokens: the limit, how many samples are above it, and the share of all visual tokens that
+    these have."""
+    lengths = measured.lengths
+    total = max(1, int(lengths.sum()))
+    return [(limit, int((lengths > limit).sum()), float(lengths[lengths > limit].sum() / total)) for limit in limits]

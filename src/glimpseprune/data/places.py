@@ -43,6 +43,11 @@ class Store:
     storage: Mapping[str, Any] = field(default_factory=dict)
     fields: Mapping[str, str] | None = None
 
+    @classmethod
+    def of(cls, options: Any) -> Store:
+        """As the section ``data`` of a config says."""
+        return cls(options.cache, int(options.cache_gb * 1e9), options.storage, options.fields)
+
     def files(self) -> Cache:
         return Cache(self.cache, self.limit)
 
@@ -72,9 +77,7 @@ class Place:
     def small(self, name: str, most: int) -> bytes:
         """A file of at most ``most`` bytes, as it is now."""
         url = remote.join(self.folder, name)
-        return self.cache.text(
-            url, lambda file: remote.fetch(url, file, most=most, storage=self.store.storage), anew=True
-        )
+        return self.cache.text(url, partial(remote.fetch, url, most=most, storage=self.store.storage), anew=True)
 
     def cached(self, name: str) -> bool:
         """Whether :meth:`open` goes through the cache."""
@@ -127,7 +130,7 @@ def unpack(stream: IO[bytes], file: Path, name: str, most: int) -> None:
     written = 0
     with files.stream(file) as out, gzip.GzipFile(fileobj=stream) as packed:
         try:
-            while block := packed.read(1 << 20):
+            while block := packed.read1(1 << 20):
                 written += len(block)
                 if written > most:
                     raise remote.Lost(f"{name} unpacks to more than {most} bytes")

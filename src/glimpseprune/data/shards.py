@@ -45,6 +45,7 @@ from PIL import Image, UnidentifiedImageError
 from glimpseprune import config, files, images
 from glimpseprune.config import UserError
 from glimpseprune.data import foreign, remote
+from glimpseprune.data.cache import used
 from glimpseprune.data.foreign import Fields
 from glimpseprune.data.places import ENDS, RATIO, Place, Store, open_file
 from glimpseprune.legible import legible, surrogate
@@ -580,7 +581,7 @@ class Shards:
             self._let_go()
             self._open[shard] = stream, groups
         elif self.place.cached(self.shards[shard][0]):
-            os.utime(self._open[shard][0].fileno())  # in use: others are to leave before it
+            used(self._open[shard][0])
         self._open.move_to_end(shard)
         return self._open[shard]
 
@@ -607,12 +608,12 @@ class Shards:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def require_room(used: int, place: Place, window: int) -> None:
-    """Raise UserError where the ``used`` bytes of shards that a training reads in turns are more than the cache holds."""
-    if used > place.cache.limit:
+def require_room(needed: int, place: Place, window: int) -> None:
+    """Raise UserError where the ``needed`` bytes of shards that a training reads in turns do not fit into the cache."""
+    if needed > place.cache.limit:
         raise UserError(
-            f"data.cache_gb={place.cache.limit / 1e9:g}: {window} shards of a folder are read in turns, {used / 1e9:.3g} "
-            "GB: give more"
+            f"data.cache_gb={place.cache.limit / 1e9:g}: a training reads {window} shards of a folder in turns, which "
+            f"have {needed / 1e9:.3g} GB: give more"
         )
 
 

@@ -56,16 +56,18 @@ _WARNINGS = 20  # damaged samples reported one by one; further ones are only cou
 
 
 class ShardDataset(Dataset):
-    """The samples of one split by index; arguments and errors as :class:`.shards.Shards`.
-
-        Three things bend the order, each a pure function, too (:mod:`.order`): a mixture of folders by weights, limits that
-    leave samples out, and buckets that put samples of like length into one step, on all ranks.
+    """The samples of one split by index; arguments and errors as :class:`.shards.Shards`, or with a ``mix`` of folders
+    and their weights :class:`.mixture.Mixture`, where ``folder`` has the weight 1 unless it is named there.
 
     A damaged sample is replaced by a random intact one, the same on every reading, with ``stands_in`` set. A negative
-        index means padding.
+    index means padding.
 
-        Raises:
-            UserError: when reading, if nothing intact is found.
+    Attributes:
+        keep: bool [samples], those that may be dealt, or stand in for others; None: all.
+        change: what is done to a sample once it is read.
+
+    Raises:
+        UserError: when reading, if nothing intact is found.
     """
 
     def __init__(
