@@ -8,7 +8,10 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from glimpseprune.config import UserError
+from glimpseprune.data.order import shares
 from glimpseprune.data.shards import Shards, Store, require_room
 from glimpseprune.types import Sample
 
@@ -55,6 +58,17 @@ class Mixture:
     @property
     def left_out(self) -> Counter[str]:
         return sum((folder.left_out for folder in self.folders), Counter())
+
+    def require_shares(self, keep: np.ndarray | None) -> None:
+        """Raise UserError where a folder gives nothing to an epoch of ``keep`` (bool [samples]; None: all)."""
+        starts = [0, *self.ends]
+        sizes = [end - begin if keep is None else int(keep[begin:end].sum()) for begin, end in zip(starts, self.ends)]
+        for folder, size, weight, share in zip(self.folders, sizes, self.weights, shares(sum(sizes), self.weights)):
+            if not size or not share:
+                raise UserError(
+                    f"data.mix: {folder.place} gives none of {sum(sizes)} samples: it has {size} within the limits, "
+                    f"and its weight is {weight:g}: leave it out, or give it more"
+                )
 
     def require_cache(self, window: int) -> None:
         """As of :class:`Shards`."""

@@ -245,6 +245,8 @@ class ShardLoader:
                 f"{dataset.shards.folder} ({dataset.shards.split}) has {self.deal.total} samples: too few for one step "
                 f"of batch_size {batch_size} on {world} ranks"
             )
+        if isinstance(dataset.shards, Mixture):
+            dataset.shards.require_shares(dataset.keep)
         if shuffle:
             dataset.shards.require_cache(shuffle_shards)
 
