@@ -761,7 +761,7 @@ def _read_manifest(place: Place, split: str) -> list[Entry] | None:
         if place.store.fields is not None:
             return None
         found = str(error) if place.remote else f"there are only {some(sorted(there))}" if there else "it is empty"
-        others = "; shards that others wrote are read with data.fields={}" if _tars(there) else ""
+        others = "; shards that others wrote are read with data.fields={}" if place.remote or _tars(there) else ""
         raise UserError(_remedy(place, f"no {MANIFEST}: {found}") + others) from None
     except UserError:
         raise
@@ -857,4 +857,6 @@ def some(names: Sequence[str]) -> str:
 
 
 def _remedy(folder: Path | Place, trouble: str) -> str:
-    return f"no usable shards in {folder}: {trouble}; make them with `python -m src.prepare source=<name> out={folder}`"
+    far = isinstance(folder, Place) and folder.remote
+    out = "<folder>`, and bring that there" if far else f"{folder}`"
+    return f"no usable shards in {folder}: {trouble}; make them with `python -m src.prepare source=<name> out={out}"
