@@ -265,7 +265,8 @@ def show_lengths(cfg: PlanConfig, architecture: Any) -> None:
     found = measure(shards, lambda size: backbones.layout_of(architecture, size, *bounds).count, Limits())
     median, most = (int(np.quantile(found.lengths, share)) for share in (0.5, 1))
     size = cfg.data.batch_size
-    deal = Deal(shards.counts, size * number_of_gpus(cfg), True, lengths=found.lengths)
+    step = size * number_of_gpus(cfg)
+    deal = Deal(shards.counts, step, True, cfg.seed, together=cfg.data.together, mix=shards.mix, lengths=found.lengths)
     padding = [f"{padded(replace(deal, bucket=bucket).order(), found.lengths, size):.1%}" for bucket in (0, 64 * size)]
     print(
         f"{len(found.lengths)} training samples of {shards.folder}: {int(found.lengths.sum()):,} visual tokens, median "

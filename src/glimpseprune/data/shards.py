@@ -466,12 +466,15 @@ class Shards:
 
     Attributes:
         left_out: reason -> samples in the shards of others that lack what ``store.fields`` asks for.
+        mix: empty, for there is one folder; see :class:`.mixture.Mixture`.
 
     Raises:
         UserError: the folder or its manifest is missing or broken, the split is not in it, or its shards are not those
             of the manifest. (A shard that is only shorter than it should be is read as far as it goes: see
             :meth:`read`.)
     """
+
+    mix: Sequence[tuple[int, float]] = ()
 
     def __init__(
         self,

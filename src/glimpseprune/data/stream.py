@@ -231,10 +231,10 @@ class ShardLoader:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: at least 1 sample per batch")
         self.dataset, self.collate, self.workers = dataset, collate, workers
-        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world, together)
-        if isinstance(dataset.shards, Mixture):
-            self.deal.mix = dataset.shards.mix
-        self.deal = replace(self.deal, keep=dataset.keep, lengths=lengths, bucket=bucket)
+        shards, bent = dataset.shards, {"keep": dataset.keep, "lengths": lengths, "bucket": bucket}
+        self.deal = Deal(
+            shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world, together, mix=shards.mix, **bent
+        )
         self.damaged: Counter[str] = Counter()
         self.waited = 0.0
         self._loader: DataLoader | None = None
