@@ -17,6 +17,7 @@ from glimpseprune.data.mixture import Mixture
 from glimpseprune.data.module import ShardDataModule
 from glimpseprune.data.shards import Shards, Store, write
 from glimpseprune.data.stream import ShardDataset, ShardLoader
+from glimpseprune.train import tell_left_out
 from test_shards import headers, make, patch, picture
 
 SIZES = [(20, 12), (40, 30), (100, 100), (200, 50), (60, 60)]
@@ -121,6 +122,16 @@ def test_what_is_left_out_is_dealt_to_nobody_and_stands_in_for_nobody(folder):
         assert len(seen) == 8
         assert {int(key[-4:]) % 5 for key in seen} <= {0, 1}
     assert sum(data.left_out["train"].values()) == 12
+
+
+def test_what_is_left_out_is_told_before_a_training(folder, capsys):
+    data = ShardDataModule(folder, keys, val="train", val_limit=5, limits=Limits(max_tokens=30), tokens=area)
+    tell_left_out(data)
+    told = capsys.readouterr().out.splitlines()
+    assert told == [
+        f"note: {count} samples for {role} of {folder} are left out: above data.max_tokens=30"
+        for role, count in (("train", 12), ("val", 3))
+    ]
 
 
 def test_shrinking_keeps_the_ratio_and_takes_the_boxes_along():

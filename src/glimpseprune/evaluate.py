@@ -305,12 +305,17 @@ def checkpoint_config(cfg: Any) -> TrainConfig:
     if saved.backbone.path == MISSING:
         raise UserError(f"'{cfg.ckpt}' does not name its backbone: give backbone.path=<folder or hub id>")
     if hasattr(cfg, "data"):
-        for name in ("path", "fields", "storage", "cache", "cache_gb"):
-            if (value := getattr(cfg.data, name, None)) is not None:
-                setattr(saved.data, name, value)
+        replace_data(saved.data, cfg.data)
         if saved.data.path == MISSING:
             raise UserError(f"'{cfg.ckpt}' does not name its data: give data.path=<folder of shards>")
     return saved
+
+
+def replace_data(saved: Any, given: Any) -> None:
+    """Write into the section ``data`` of a training what an evaluation says of where its data are."""
+    for name in ("path", "fields", "storage", "cache", "cache_gb"):
+        if (value := getattr(given, name, None)) is not None:
+            setattr(saved, name, value)
 
 
 def planned(cfg: EvaluateConfig, saved: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -15,9 +15,9 @@ from pathlib import Path
 from glimpseprune import config, hub, resources, training
 from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards, Store
-from glimpseprune.evaluate import EvaluateConfig
+from glimpseprune.evaluate import EvaluateConfig, replace_data
 from glimpseprune.evaluate import check as check_options
-from glimpseprune.options import TrainConfig
+from glimpseprune.options import DataOptions, TrainConfig
 from glimpseprune.prepare import described, make_missing
 from glimpseprune.results import require_room
 from glimpseprune.train import inherited, last_checkpoint
@@ -66,16 +66,17 @@ def evaluate(cfg: EvaluateCheck) -> None:
     if cfg.planned:
         return
     require_room(cfg.place, cfg.resume or cfg.overwrite)
-    path, backbone = cfg.data.path, cfg.backbone.path
+    data, path, backbone = DataOptions(), cfg.data.path, cfg.backbone.path
     if cfg.ckpt is not None:
         check_checkpoint(cfg.ckpt, "ckpt")
     saved = None if cfg.ckpt is None else Path(resources.find(cfg.ckpt)) / "config.yaml"
     if saved is not None and saved.is_file():
         saved = config.read(TrainConfig, saved)
-        path = path or saved.data.path
+        data, path = saved.data, path or saved.data.path
         backbone = backbone or saved.backbone.path
     if path is not None:
-        Shards(path, cfg.data.split)
+        replace_data(data, cfg.data)
+        Shards(path, cfg.data.split, store=Store.of(data))
     if backbone is not None:
         check_weights(backbone, "backbone.path")
     if cfg.methods or cfg.options:
