@@ -198,6 +198,14 @@ def mixture(folder, other, **kwargs) -> ShardLoader:
     return data.train_dataloader()
 
 
+def test_scenes_of_two_folders_are_not_one(folder, tmp_path):
+    write([make(0, images=[picture(9, (50, 50))]), make(1, scene="")], tmp_path / "same", split="train")
+    reader = Mixture({folder: 1, tmp_path / "same": 1}, "train")
+    assert reader.folders[0].read(0).scene == reader.folders[1].read(0).scene == "scene-0"
+    assert reader.read(0).scene == reader.read(1).scene != reader.read(20).scene
+    assert reader.read(21).scene == ""
+
+
 def test_a_mixture_reads_each_folder_by_its_weight(folder, other):
     loader = mixture(folder, other)
     seen = [key for batch in loader for key in batch]

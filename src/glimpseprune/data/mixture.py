@@ -75,6 +75,9 @@ class Mixture:
         require_room(sum(folder.in_use(window) for folder in self.folders), self.folders[0].place, window)
 
     def read(self, index: int) -> Sample:
-        """Raises as :meth:`Shards.read`."""
+        """Raises as :meth:`Shards.read`. Scenes of two folders are never one, whatever they are called."""
         number = bisect_right(self.ends, index)
-        return self.folders[number].read(index - (self.ends[number - 1] if number else 0))
+        sample = self.folders[number].read(index - (self.ends[number - 1] if number else 0))
+        if sample.scene:
+            sample.scene = f"{number}/{sample.scene}"
+        return sample
