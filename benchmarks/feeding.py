@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from benchmarks.cases import Bench, case, rows
 from benchmarks.rows import Row
@@ -19,8 +23,10 @@ from glimpseprune.types import Inputs, Sample
 
 ROWS, TOKENS = 4, 8
 """Of a batch that is evaluated."""
-SAMPLES, SIDE = 64, 336
-"""Of a shard: how many, and pixels of an image's side."""
+SAMPLES, SHARDS, SIDE = 96, 4, 336
+"""How many, in how many shards; and pixels of an image's side."""
+BATCH, WORKERS = 8, 2
+PLAIN = "tarfile and Pillow"
 
 
 @case(gpu=10, cpu=40)
@@ -55,15 +61,15 @@ def evaluate(bench: Bench) -> Iterator[Row]:
     yield from rows(f"evaluate {ROWS}", bench.take(runs), samples=ROWS)
 
 
-@case(gpu=8, cpu=30)
+@case(gpu=12, cpu=60)
 def shards(bench: Bench) -> Iterator[Row]:
-    """Samples from a shard, images decoded: our reader in order and in a training's order, beside walking the same tar
-    with Python's own reader and Pillow."""
+    """Samples from shards, images decoded: our reader in order and in a training's order, beside walking the same tars
+    with Python's own reader and Pillow, and beside webdataset's pipeline; in this process (CPU time), then each with
+    as many workers (wall time). JPEG photographs, and PNG."""
     import numpy as np
     import PIL.Image
 
     from glimpseprune.data.shards import write
-    from glimpseprune.data.stream import ShardDataset, ShardLoader
 
     random = np.random.default_rng(0)
 
@@ -71,28 +77,74 @@ def shards(bench: Bench) -> Iterator[Row]:
         low = random.integers(0, 256, (SIDE // 8, SIDE // 8, 3), dtype=np.uint8)
         return PIL.Image.fromarray(low).resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC)
 
-    def plain(path: Path) -> int:
-        read = 0
-        with tarfile.open(path) as tar:
-            for member in tar:
-                data = tar.extractfile(member).read()
-                if not member.name.endswith(".json"):
-                    read += len(PIL.Image.open(io.BytesIO(data)).convert("RGB").tobytes())
-        return read
+    device, bench.world.device = bench.world.device, torch.device("cpu")  # whatever trains, a CPU reads
+    try:
+        for part, (image_format, workers) in enumerate(product(("jpg", "png"), (0, WORKERS))):
+            with tempfile.TemporaryDirectory() as folder:
+                samples = (Sample(f"{n:04}", "?", ("a",), [picture()]) for n in range(SAMPLES))
+                size = SAMPLES // SHARDS
+                write(samples, folder, split="train", shard_size=size, image_format=image_format)
+                sides = readers(Path(folder), workers)
+                ours = list(sides)[2:]
+                for first in list(sides)[:2]:
+                    until = bench.within(2 * (4 - part) - (first != PLAIN))
+                    turns = bench.take({name: sides[name] for name in (first, *ours)}, until)
+                    if workers:  # the CPU time of other processes is not seen here
+                        turns.own = turns.wall
+                    where = f", {workers} workers" if workers else ""
+                    yield from rows(f"shards, {image_format}{where}", turns, samples=SAMPLES)
+    finally:
+        bench.world.device = device
 
-    with tempfile.TemporaryDirectory() as folder:
-        samples = (Sample(f"{n:04}", "?", ("a",), [picture()]) for n in range(SAMPLES))
-        write(samples, folder, split="train", shard_size=SAMPLES)
-        (path,) = Path(folder).glob("*.tar")
-        data = ShardDataset(folder, "train")
-        loader = ShardLoader(data, list, 8, shuffle=True)
-        runs = {
-            "tarfile and Pillow": lambda: plain(path),
-            "in order": lambda: sum(len(sample.images) for sample in data),
-            "in a training's order": lambda: sum(map(len, loader)),
-        }
-        device, bench.world.device = bench.world.device, torch.device("cpu")  # whatever trains, a CPU reads
-        try:
-            yield from rows(f"shards, {SAMPLES} of {SIDE} px", bench.take(runs), samples=SAMPLES)
-        finally:
-            bench.world.device = device
+
+def readers(folder: Path, workers: int) -> dict[str, Callable[[], int]]:
+    """Name -> reading all samples once, in batches of ``BATCH``: two to compare with, then ours."""
+    import webdataset
+
+    from glimpseprune.data.stream import ShardDataset, ShardLoader
+
+    paths = sorted(map(str, folder.glob("*.tar")))
+    data = ShardDataset(folder, "train")
+    found = webdataset.WebDataset(paths, shardshuffle=False, nodesplitter=None).decode("pil")
+    options = {"num_workers": workers, "collate_fn": len, "persistent_workers": workers > 0}
+    options |= {"multiprocessing_context": "fork"} if workers else {}
+    loaders = {
+        PLAIN: DataLoader(Tars(paths), BATCH, **options),
+        "webdataset": DataLoader(found, BATCH, **options),
+        "ours, in order": ShardLoader(data, len, BATCH, workers=workers),
+        "ours, as a training": ShardLoader(data, len, BATCH, shuffle=True, workers=workers),
+    }
+    return {name: partial(read_all, loader) for name, loader in loaders.items()}
+
+
+def read_all(loader: Iterable[int]) -> int:
+    """How many samples came; raises if some did not, for that would be no comparison."""
+    read = sum(loader)
+    assert read == SAMPLES, f"{read} of {SAMPLES} samples were read"
+    return read
+
+
+class Tars(IterableDataset):
+    """Tars as one would read them: Python's reader, Pillow, the json as it is; shards are dealt to workers."""
+
+    def __init__(self, paths: list[str]) -> None:
+        self.paths = paths
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        import PIL.Image
+
+        worker = get_worker_info()
+        mine = self.paths[worker.id :: worker.num_workers] if worker else self.paths
+        for path in mine:
+            sample: dict[str, Any] = {}
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    data = tar.extractfile(member).read()
+                    key, _, suffix = member.name.partition(".")
+                    if sample and sample["key"] != key:
+                        yield sample
+                        sample = {}
+                    is_json = suffix == "json"
+                    sample |= {"key": key}
+                    sample[suffix] = json.loads(data) if is_json else PIL.Image.open(io.BytesIO(data)).convert("RGB")
+            yield sample

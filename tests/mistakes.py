@@ -330,6 +330,8 @@ class World:
             ["image=large"],
             ["image=0x10"],
             ["image=99999x1"],
+            ["limits=[0]"],
+            ["limits=[9]", "data.path=-"],
             ["stage=nonsense"],
             ["pruner.name=nonsense"],
             ["trainer.strategy=nonsense"],

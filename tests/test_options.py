@@ -137,3 +137,20 @@ def test_help_says_the_range(capsys):
 def test_what_no_training_can_be(arguments, said):
     with pytest.raises(UserError, match=re.escape(said)):
         config.load(TrainConfig, ["out=o", "backbone.path=b", "data.path=d", *arguments.split(" ")])
+
+
+@pytest.mark.parametrize("storage", ["{secret: x}", "{token: x}", "{client_kwargs: {aws_secret_access_key: x}}"])
+def test_a_secret_is_not_taken_into_a_config_that_is_saved(storage):
+    with pytest.raises(UserError, match=r"data.storage.*give what is secret in the environment"):
+        config.load(TrainConfig, ["out=x", "data.path=s3://b/x", "backbone.path=x", f"data.storage={storage}"])
+    given = "data.storage={anon: true, endpoint_url: http://x, client_kwargs: {region_name: y}}"
+    cfg = config.load(TrainConfig, ["out=x", "data.path=s3://b/x", "backbone.path=x", given])
+    assert cfg.data.storage["client_kwargs"] == {"region_name": "y"}
+
+
+def test_weights_of_a_mixture_are_numbers_above_0():
+    given = ["out=x", "data.path=x", "backbone.path=x"]
+    cfg = config.load(TrainConfig, [*given, "data.mix={a/b.c: 2, https://host/d: 0.5}"])
+    assert cfg.data.mix == {"a/b.c": 2.0, "https://host/d": 0.5}
+    with pytest.raises(UserError, match=r"data.mix.*give above 0, up to 1000000"):
+        config.load(TrainConfig, [*given, "data.mix={a: 0}"])

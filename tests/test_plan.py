@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -321,3 +322,29 @@ def test_a_model_of_another_kind(tmp_path):
     cfg = load("conf/demo.yaml", f"backbone.path={tmp_path}")
     with pytest.raises(UserError, match="is a 'bert' model, which no backbone knows"):
         plan.skeleton(cfg, plan.architecture(str(tmp_path)))
+
+
+def test_what_limits_would_leave_out_is_said(tmp_path, capsys, monkeypatch):
+    from glimpseprune.data.shards import write
+    from test_shards import make, picture
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    sizes = [(280, 280), (112, 56), (56, 56)]  # 100, 8 and 4 tokens
+    write((make(n, images=[picture(n, sizes[n % 3])], boxes=None) for n in range(24)), tmp_path / "a", split="train")
+    write((make(n, images=[picture(n)]) for n in range(8)), tmp_path / "b", split="train")
+    given = ["conf/stage1.yaml", "backbone.path=data/tiny-qwen2_5_vl", "data.batch_size=4", f"data.path={tmp_path}/a"]
+    plan.main([*given, "limits=[50,4]"])
+    said = capsys.readouterr().out
+    assert "24 training samples" in said
+    assert "896 visual tokens, median 8, most 100" in said
+    assert said.index("data.max_tokens=4 leaves out 16 samples (66.7%) with 96.4%") < said.index(
+        "data.max_tokens=50 leaves out 8"
+    )
+    found = re.search(r"in batches of 4, ([\d.]+)% .* are padding \(([\d.]+)% with data.bucket=256\)", said)
+    assert float(found[1]) > 30
+    assert float(found[2]) == 0
+    plan.main([*given, "limits=[50]", f"data.mix={{{tmp_path}/b: 1}}"])
+    assert "32 training samples" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        plan.main(["conf/stage1.yaml", "backbone.path=data/tiny-qwen2_5_vl", "limits=[50]"])
+    assert "limits: give data.path" in capsys.readouterr().err

@@ -83,6 +83,10 @@ class DataChoice:
     split: str = option("test", "split to score")
     batch_size: int = option(16, "samples per batch and process", least=1, most=65536)
     workers: int = option(1, "loader processes", least=0, most=256)
+    fields: dict[str, str] | None = option(None, "where things stand in shards of others (default: as in training)")
+    storage: dict[str, Any] | None = option(None, "options of fsspec's filesystem (default: as in training)")
+    cache: str | None = option(None, "folder for shards that come from an address (default: as in training)")
+    cache_gb: float | None = option(None, "GB of it at most (default: as in training)", above=0, most=1e6)
 
 
 @dataclass
@@ -159,12 +163,12 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
-    from glimpseprune.data.stream import ShardDataset
+    from glimpseprune.data.stream import ShardDataset, Store
 
     saved = checkpoint_config(cfg)
     plan = planned(cfg, saved)
     require_device(cfg.device)
-    dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit)
+    dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit, store=Store.of(saved.data))
     with Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {}) as folder:
         processes.agree(folder.claim)
         # Before it has begun, what is there is another one's.
@@ -301,10 +305,17 @@ def checkpoint_config(cfg: Any) -> TrainConfig:
     if saved.backbone.path == MISSING:
         raise UserError(f"'{cfg.ckpt}' does not name its backbone: give backbone.path=<folder or hub id>")
     if hasattr(cfg, "data"):
-        saved.data.path = cfg.data.path or saved.data.path
+        replace_data(saved.data, cfg.data)
         if saved.data.path == MISSING:
             raise UserError(f"'{cfg.ckpt}' does not name its data: give data.path=<folder of shards>")
     return saved
+
+
+def replace_data(saved: Any, given: Any) -> None:
+    """Write into the section ``data`` of a training what an evaluation says of where its data are."""
+    for name in ("path", "fields", "storage", "cache", "cache_gb"):
+        if (value := getattr(given, name, None)) is not None:
+            setattr(saved, name, value)
 
 
 def planned(cfg: EvaluateConfig, saved: TrainConfig) -> dict[str, dict[str, Any]]:

@@ -6,10 +6,11 @@ method are declared in that method's own file and merged under ``pruner.options`
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, option
+from glimpseprune.config import FREE, MISSING, PLACE, SEEDS, START, UserError, option, without_secrets
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3"]
@@ -56,9 +57,37 @@ class PrunerOptions:
     options: dict[str, Any] = option({}, "options of the method, see its Options dataclass")
 
 
+def _names(options: dict[str, Any]) -> Iterator[str]:
+    for name, value in options.items():
+        yield str(name)
+        if isinstance(value, dict):
+            yield from _names(value)
+
+
+def _is_secret(name: str) -> bool:
+    return "?" not in without_secrets(f"https://x?{name}=1")
+
+
 @dataclass
 class DataOptions:
-    path: str = option(MISSING, "folder of shards, as `python -m src.prepare` writes it", role=PLACE)
+    path: str = option(
+        MISSING,
+        "folder of shards, as `python -m src.prepare` writes it, or its address (http, https, s3, gs)",
+        role=PLACE,
+    )
+    val_path: str | None = option(None, "folder of the validation samples (default: `path`)", role=PLACE)
+    mix: dict[str, float] = option(
+        {},
+        "further folders to train on, each with its weight: the share of samples that come from there; `path` has 1, "
+        "unless it is named here",
+        above=0,
+        most=1e6,
+    )
+    fields: dict[str, str] | None = option(
+        None,
+        "how to read shards that others wrote, without our manifest: where in a sample image, question, answers, boxes "
+        "and kind stand, such as {image: jpg, question: json.question, answers: txt}; {} for these defaults",
+    )
     prepare: dict[str, Any] | None = option(
         None, "what `python -m src.prepare` is given if `path` is not there", role=FREE
     )
@@ -70,9 +99,33 @@ class DataOptions:
         least=1,
         most=65536,
     )
+    bucket: int = option(
+        0,
+        "samples among which those of like numbers of visual tokens are put into one step, so that less is padded; "
+        "0: they come as they are shuffled",
+        least=0,
+        most=10**7,
+    )
+    max_pixels: int | None = option(None, "most pixels of a sample, over its images", least=1, most=10**9)
+    max_tokens: int | None = option(None, "most visual tokens of a sample, over its images", least=1, most=10**7)
+    above: Literal["drop", "shrink"] = option(
+        "drop", "what happens to samples above a limit: left out and counted, or their images made smaller"
+    )
     val_samples: int = option(128, "samples per validation", least=1, most=10**9)
     workers: int = option(1, "loader processes per device", least=0, most=256, role=FREE)
     verify: bool = option(False, "check the shards' hashes before the start", role=FREE)
+    cache: str | None = option(
+        None, "folder for shards that come from an address, or unpacked (default: in the user's cache)", role=FREE
+    )
+    cache_gb: float = option(50.0, "GB of it at most; those used longest ago leave", above=0, most=1e6, role=FREE)
+    storage: dict[str, Any] = option({}, "options of fsspec's filesystem, such as {anon: true}", role=FREE)
+
+    def __post_init__(self) -> None:
+        if found := next((name for name in _names(self.storage) if _is_secret(name)), None):
+            raise UserError(
+                f"data.storage.{found}: a config is saved with the run; give what is secret in the environment "
+                "(AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, ~/.netrc), or as a signature in the address"
+            )
 
 
 @dataclass

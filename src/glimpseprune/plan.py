@@ -53,6 +53,12 @@ class PlanConfig(TrainConfig):
         None, "tokens of an answer (default: 32; stage grpo: grpo.max_completion_length)", least=1, most=10**7
     )
     keep: float = option(0.1, "share of the visual tokens that a rollout keeps (stage grpo)", least=0, most=1)
+    limits: list[int] = option(
+        [],
+        "limits of visual tokens per sample: say what each of them, as data.max_tokens, would leave out of data.path",
+        least=1,
+        most=10**7,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- models without weights
@@ -239,6 +245,39 @@ def show(cfg: PlanConfig, model: Model, load: Load, rows: list[Row]) -> None:
     Console(width=max(128, Console().width)).print(table)
 
 
+def show_lengths(cfg: PlanConfig, architecture: Any) -> None:
+    """How many visual tokens the training samples have, and what each of ``cfg.limits`` would leave out.
+
+    Raises:
+        UserError: there are no data.
+    """
+    import numpy as np
+
+    from glimpseprune import backbones
+    from glimpseprune.data.limits import Limits, dropped, measure
+    from glimpseprune.data.order import padded
+    from glimpseprune.data.stream import Deal, ShardDataset, Store
+
+    if cfg.data.path == "-":
+        raise UserError("limits: give data.path=<folder of shards>, which they are to be tried on")
+    bounds = pixel_bounds(cfg.backbone)
+    shards = ShardDataset(cfg.data.path, "train", store=Store.of(cfg.data), mix=cfg.data.mix).shards
+    found = measure(shards, lambda size: backbones.layout_of(architecture, size, *bounds).count, Limits())
+    median, most = (int(np.quantile(found.lengths, share)) for share in (0.5, 1))
+    size = cfg.data.batch_size
+    step = size * number_of_gpus(cfg)
+    deal = Deal(shards.counts, step, True, cfg.seed, together=cfg.data.together, mix=shards.mix, lengths=found.lengths)
+    padding = [f"{padded(replace(deal, bucket=bucket).order(), found.lengths, size):.1%}" for bucket in (0, 64 * size)]
+    print(
+        f"{len(found.lengths)} training samples of {shards.folder}: {int(found.lengths.sum()):,} visual tokens, median "
+        f"{median}, most {most}; in batches of {size}, {padding[0]} of the visual columns are padding "
+        f"({padding[1]} with data.bucket={64 * size})"
+    )
+    for limit, count, share in dropped(found, sorted(cfg.limits)):
+        of_all = f"{count / len(found.lengths):.1%}"
+        print(f"  data.max_tokens={limit} leaves out {count} samples ({of_all}) with {share:.1%} of the visual tokens")
+
+
 def _gib(number: float) -> str:
     return f"{number / GIB:.1f}"
 
@@ -259,3 +298,5 @@ def main(cfg: PlanConfig) -> None:
     rows = compare(cfg, model, load)
     show(cfg, model, load, rows)
     print(verdict(cfg, model, load, rows))
+    if cfg.limits:
+        show_lengths(cfg, found)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from glimpseprune import config, hub, resources, training
 from glimpseprune.config import UserError, option
-from glimpseprune.data.shards import Shards
-from glimpseprune.evaluate import EvaluateConfig
+from glimpseprune.data.shards import Shards, Store
+from glimpseprune.evaluate import EvaluateConfig, replace_data
 from glimpseprune.evaluate import check as check_options
-from glimpseprune.options import TrainConfig
+from glimpseprune.options import DataOptions, TrainConfig
 from glimpseprune.prepare import described, make_missing
 from glimpseprune.results import require_room
 from glimpseprune.train import inherited, last_checkpoint
@@ -50,7 +50,11 @@ def train(cfg: TrainCheck) -> None:
     if described(cfg.data.path, cfg.data.prepare) and not Path(cfg.data.path).exists():
         samples = "will be made"
     else:
-        samples = ", ".join(f"{len(Shards(cfg.data.path, split))} {split}" for split in ("train", "val"))
+        folders = {"train": cfg.data.path, "val": cfg.data.val_path or cfg.data.path}
+        store = Store.of(cfg.data)
+        samples = ", ".join(f"{len(Shards(path, split, store=store))} {split}" for split, path in folders.items())
+        for path in cfg.data.mix:
+            samples += f", and {len(Shards(path, 'train', store=store))} of {path}"
     begin = f"continues from {last}" if last else f"starts in {cfg.out}"
     print(f"preflight: {cfg.stage} {begin}; backbone {cfg.backbone.path}; data {cfg.data.path} ({samples})")
 
@@ -62,16 +66,17 @@ def evaluate(cfg: EvaluateCheck) -> None:
     if cfg.planned:
         return
     require_room(cfg.place, cfg.resume or cfg.overwrite)
-    path, backbone = cfg.data.path, cfg.backbone.path
+    data, path, backbone = DataOptions(), cfg.data.path, cfg.backbone.path
     if cfg.ckpt is not None:
         check_checkpoint(cfg.ckpt, "ckpt")
     saved = None if cfg.ckpt is None else Path(resources.find(cfg.ckpt)) / "config.yaml"
     if saved is not None and saved.is_file():
         saved = config.read(TrainConfig, saved)
-        path = path or saved.data.path
+        data, path = saved.data, path or saved.data.path
         backbone = backbone or saved.backbone.path
     if path is not None:
-        Shards(path, cfg.data.split)
+        replace_data(data, cfg.data)
+        Shards(path, cfg.data.split, store=Store.of(data))
     if backbone is not None:
         check_weights(backbone, "backbone.path")
     if cfg.methods or cfg.options:

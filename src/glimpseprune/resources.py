@@ -23,7 +23,7 @@ CONFIG, TRAINABLE = "config.yaml", "trainable.safetensors"
 """Of a run folder."""
 SEEN = "seen"
 """Section of config.yaml with the absolute paths of the folders that it names."""
-PLACES = ("backbone.path", "data.path", "init_from")
+PLACES = ("backbone.path", "data.path", "data.val_path", "init_from")
 """Keys of a run's config whose values are folders."""
 
 

@@ -9,6 +9,7 @@ ckpt=<out>``) and started from (``init_from=<out>``).
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -37,7 +38,7 @@ def inherited(given: Mapping[str, Any]) -> dict[str, Any]:
     pruner = given.get("pruner", {}).get("name", saved.pruner.name) == saved.pruner.name
     return {
         "backbone": vars(saved.backbone),
-        "data": {"path": saved.data.path},
+        "data": {name: getattr(saved.data, name) for name in ("path", "val_path", "fields", "storage")},
         "lora": None if saved.lora is None else vars(saved.lora),
         **({"pruner": vars(saved.pruner)} if pruner else {}),
     }
@@ -65,7 +66,9 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
 
     from glimpseprune import backbones, checkpoint
     from glimpseprune.data.collate import Collator
+    from glimpseprune.data.limits import Limits, tokens_of
     from glimpseprune.data.module import ShardDataModule
+    from glimpseprune.data.shards import Store
     from glimpseprune.pruners import glimpse
     from glimpseprune.running import slurm, strategies
     from glimpseprune.running.astray import Astray
@@ -101,6 +104,11 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
         seed=cfg.seed,
         together=cfg.data.together,
         verify=cfg.data.verify,
+        store=Store.of(cfg.data),
+        mix=cfg.data.mix,
+        val_folder=cfg.data.val_path,
+        bucket=cfg.data.bucket,
+        limits=Limits(cfg.data.max_pixels, cfg.data.max_tokens, cfg.data.above),
     )
     name = strategies.choose(
         cfg.trainer.strategy,
@@ -165,7 +173,8 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
             device=strategies.mine(devices),
             fresh=True,
         )
-    data.collate = Collator(model.backbone)
+    data.collate, data.tokens = Collator(model.backbone), tokens_of(model.backbone)
+    tell_left_out(data)
     module = stage(cfg, model.backbone, model.pruner)
     if cfg.lora is not None and cfg.lora.first_layer is None:
         cfg.lora.first_layer = module.depth  # where they are, whatever pruner loads them
@@ -176,6 +185,15 @@ def fit(cfg: TrainConfig, run: runs.Run | None) -> None:
     strategies.leave()
     if trainer.is_global_zero:
         print(config.as_typed(f"run folder: {cfg.out}   evaluate it: python -m src.evaluate ckpt={cfg.out}"))
+
+
+def tell_left_out(data: Any) -> None:
+    """Say what of the samples takes no part, and why."""
+    above = data.measure()
+    for role, dataset in data.datasets.items():
+        for reason, count in sorted((dataset.shards.left_out + above.get(role, Counter())).items()):
+            if is_first_process():
+                print(f"note: {count} samples for {role} of {dataset.shards.folder} are left out: {reason}")
 
 
 def require_launcher(cfg: TrainConfig) -> None:

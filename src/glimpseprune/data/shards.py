@@ -11,8 +11,10 @@ members and of decoded images, alone and together, are bounded before they are r
 right types. What is refused when reading is refused when writing (:func:`check`, and the bounds below). The json of a
 sample ends in checksums of its members and of itself, which are compared whenever the sample is read (1 to 3% of the
 time that it takes); shards from before there were any are read without. An image is stored as the file that it is
-where that is plain, else as :mod:`..images` shows it: upright, on white, in 8 bits. Left out: compressed tars and
-remote addresses, which cannot be read by index.
+where that is plain, else as :mod:`..images` shows it: upright, on white, in 8 bits.
+
+A folder may also be an address, its shards ``.tar.gz``, and both come through a cache (:mod:`.places`); and shards that
+others wrote are read by a map of fields (:mod:`.foreign`), counted once.
 """
 
 from __future__ import annotations
@@ -30,16 +32,22 @@ import zlib
 from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import lru_cache, partial
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from glimpseprune import files, images
+from glimpseprune import config, files, images
 from glimpseprune.config import UserError
+from glimpseprune.data import foreign, remote
+from glimpseprune.data.cache import used
+from glimpseprune.data.foreign import Fields
+from glimpseprune.data.places import ENDS, RATIO, Place, Store, open_file
 from glimpseprune.legible import legible, surrogate
 from glimpseprune.types import Sample
 
@@ -47,6 +55,7 @@ __all__ = [
     "Damage",
     "ImageEncoder",
     "Shards",
+    "Store",
     "check",
     "check_box",
     "check_sizes",
@@ -75,6 +84,7 @@ SCANS = 500  # of one JPEG; each takes as long as decoding the whole picture, an
 
 _KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")  # no dot or slash: WebDataset splits names at them; 100 bytes with suffix
 _BLOCK = 512
+_COUNTING = 8  # shards that are counted at a time
 _SEAL = b', "own_crc32": '  # comes last in the json: a checksum of all bytes before it
 _PNG_DEPTH = 24  # byte of a PNG that says how many bits a channel has
 _FIRST = 10  # samples left out that the manifest names
@@ -82,11 +92,23 @@ _EXAMPLES = 3  # and of each cause
 _CAUSES = 30  # that it counts one by one
 OTHER_CAUSES = "other causes"
 TOLD = ("invalid", "lacking", "changed")
+_HEAD = 1 << 16  # bytes of an image in which its size stands, almost always
+_ORIENTATION = 0x0112  # of EXIF
 _OPEN = 32  # shards whose file and index are kept at hand
 
+T = TypeVar("T")
+Entry = tuple[str, int, "int | None", "str | None"]
+"""Of a shard: name, samples, bytes and sha256, as far as known."""
 Group = tuple[str, dict[str, tuple[int, int]] | None]
 """Key of a sample, and where its members lie in the tar: name without key -> offset, size in bytes. None in place of
 them where another sample has had the key already."""
+
+
+class _Stop(Exception):
+    """What is no fault of a sample, and ends the reading."""
+
+    def __init__(self, error: UserError) -> None:
+        self.error = error
 
 
 class Damage(Exception):
@@ -262,6 +284,36 @@ def decode(key: str, member: Callable[[str], bytes]) -> Sample:
         kind=meta.get("kind"),
         dataset=meta.get("dataset", ""),
         scene=meta.get("scene", ""),
+    )
+    check(sample)
+    return sample
+
+
+def decode_foreign(key: str, members: Iterable[str], member: Callable[[str], bytes], fields: Fields) -> Sample:
+    """A sample as others write it; ``members``: its suffixes. Raises on anything that is not right."""
+
+    def text(suffix: str) -> str:
+        data = member(suffix)
+        if len(data) > 4 * TEXT:
+            raise ValueError(f"member '{suffix}' has {len(data)} bytes, more than a text may have")
+        return data.decode()
+
+    @lru_cache(1)
+    def meta() -> Any:
+        return json.loads(member("json"))
+
+    found = {name: foreign.value(spec, members, text, meta) for name, spec in vars(fields).items() if name != "image"}
+    if lacking := [name for name in ("question", "answers") if found[name] is None]:
+        raise ValueError(f"no {lacking[0]} ({getattr(fields, lacking[0])})")
+    image = _decode_image(member(next(name for name, _ in foreign.places(fields.image) if name in members)), [])
+    boxes = found["boxes"]
+    sample = Sample(
+        key=key,
+        question=" ".join(foreign.texts(found["question"])),
+        answers=foreign.texts(found["answers"]),
+        images=[image],
+        boxes=None if boxes is None else [[tuple(box) for box in boxes]],
+        kind="all" if found["kind"] is None else str(found["kind"]),
     )
     check(sample)
     return sample
@@ -469,8 +521,13 @@ def shard_name(split: str, index: int) -> str:
 class Shards:
     """The samples of one split of a folder, by index; any process may read any of them.
 
-    ``limit`` leaves only the first so many samples; ``verify`` compares the sha256 of every shard with the manifest,
-    which reads the whole folder once.
+    ``folder`` may be an address; ``limit`` leaves only the first so many samples; ``verify`` compares the sha256 of
+    every shard here with the manifest, which reads the whole folder once (what comes from an address is compared as it
+    comes); ``store`` says how what is not just files with our manifest is read.
+
+    Attributes:
+        left_out: reason -> samples in the shards of others that lack what ``store.fields`` asks for.
+        mix: empty, for there is one folder; see :class:`.mixture.Mixture`.
 
     Raises:
         UserError: the folder or its manifest is missing or broken, the split is not in it, or its shards are not those
@@ -478,10 +535,26 @@ class Shards:
             :meth:`read`.)
     """
 
-    def __init__(self, folder: str | Path, split: str, *, limit: int | None = None, verify: bool = False) -> None:
-        self.folder, self.split = Path(folder), split
-        self.shards = _read_manifest(self.folder, split)
-        if verify:
+    mix: Sequence[tuple[int, float]] = ()
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        limit: int | None = None,
+        verify: bool = False,
+        store: Store = Store(),  # noqa: B008 (frozen)
+    ) -> None:
+        self.place, self.split = Place(folder, store), split
+        self.folder = self.place.folder
+        self.fields: Fields | None = None
+        self.left_out: Counter[str] = Counter()
+        if (shards := _read_manifest(self.place, split)) is None:
+            self.fields = config.merge_options(Fields, store.fields, "data.fields")
+            shards, self.left_out = _counted(self.place, split, self.fields)
+        self.shards = shards
+        if verify and not self.place.remote and self.fields is None:
             wrong = [name for name, _, _, sha256 in self.shards if sha256_of(self.folder / name) != sha256]
             if wrong:
                 raise UserError(_remedy(self.folder, f"sha256 differs from {MANIFEST} for {some(wrong)}"))
@@ -490,6 +563,7 @@ class Shards:
         ends = list(accumulate(count for _, count, _, _ in self.shards))
         self.ends = ends if limit is None else [min(end, limit) for end in ends]
         self._open: OrderedDict[int, tuple[IO[bytes], list[Group]]] = OrderedDict()
+        self._lost: dict[int, str] = {}
 
     def __len__(self) -> int:
         return self.ends[-1]
@@ -499,6 +573,15 @@ class Shards:
         """Samples of each shard."""
         return [end - start for start, end in zip([0, *self.ends], self.ends)]
 
+    def require_cache(self, window: int) -> None:
+        """Raise UserError where ``window`` shards, which a training reads in turns, are more than the cache holds."""
+        require_room(self.in_use(window), self.place, window)
+
+    def in_use(self, window: int) -> int:
+        """Bytes of the cache that the largest ``window`` shards take up, as far as they are known."""
+        sizes = [size or 0 for name, _, size, _ in self.shards if self.place.cached(name)]
+        return sum(sorted(sizes, reverse=True)[:window])
+
     def read(self, index: int) -> Sample:
         """Sample ``index``, 0 <= index < len.
 
@@ -507,7 +590,16 @@ class Shards:
 
         Raises:
             Damage: the sample is lost or broken.
+            UserError: its shard did not come for now, or there is no room for it.
         """
+        return self._member(index, self._decode)
+
+    def sizes(self, index: int) -> list[tuple[int, int]]:
+        """Width and height of each image of a sample, as it would be shown, without decoding them; raises as
+        :meth:`read`."""
+        return self._member(index, self._sizes)
+
+    def _member(self, index: int, make: Callable[[str, str, Iterable[str], Callable[[str], bytes]], T]) -> T:
         shard = bisect_right(self.ends, index)
         local = index - (self.ends[shard - 1] if shard else 0)
         name, count, _, _ = self.shards[shard]
@@ -520,37 +612,82 @@ class Shards:
             place = f"{place} ({key})"
             if members is None:
                 raise ValueError("another sample before it has this key")
-            return decode(key, lambda member: _read_member(stream, members, member))
+            return make(name, key, members, partial(_read_member, stream, members))
+        except _Stop as stop:
+            raise stop.error from None
         except Exception as error:  # whatever a decoder raises on hostile bytes
             raise Damage(legible(f"{place}: {error or type(error).__name__}", 300)) from error
+
+    def _decode(self, shard: str, key: str, members: Iterable[str], member: Callable[[str], bytes]) -> Sample:
+        if self.fields is None:
+            return decode(key, member)
+        return decode_foreign(foreign.key_of(shard, key), members, member, self.fields)
+
+    def _sizes(
+        self, shard: str, key: str, members: Iterable[str], member: Callable[[str], bytes]
+    ) -> list[tuple[int, int]]:
+        if self.fields is None:
+            names = json.loads(member("json")).get("images")
+        else:
+            names = [next(name for name, _ in foreign.places(self.fields.image) if name in members)]
+        if not isinstance(names, list) or len(names) > IMAGES:
+            raise ValueError(f"'images' in the json must be at most {IMAGES} names of members")
+        return [_image_size(partial(member, name)) for name in names]
 
     def _index(self, shard: int) -> tuple[IO[bytes], list[Group]]:
         if shard not in self._open:
             name, count, *_ = self.shards[shard]
-            stream = open(self.folder / name, "rb", buffering=0, opener=open_file)  # noqa: SIM115 (kept open)
-            groups = list(islice(_once(_walk(stream)), count + 1))
+            stream = self._stream(shard)
+            found = _once(_walk(stream)) if self.fields is None else _complete(stream, self.fields)
+            groups = list(islice(found, count + 1))
             if len(groups) > count:
-                warnings.warn(f"{name}: it holds more than the {count} samples that {MANIFEST} counts", stacklevel=4)
+                warnings.warn(f"{name}: it holds more than the {count} samples that {MANIFEST} counts", stacklevel=5)
+            self._let_go()
             self._open[shard] = stream, groups
-            if len(self._open) > _OPEN:
-                self._open.popitem(last=False)[1][0].close()
+        elif self.place.cached(self.shards[shard][0]):
+            used(self._open[shard][0])
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def _stream(self, shard: int) -> IO[bytes]:
+        if shard in self._lost:
+            raise remote.Lost(self._lost[shard])
+        name, _, size, sha256 = self.shards[shard]
+        try:
+            return self.place.open(name, size, sha256)
+        except remote.Lost as lost:  # 512 samples need not ask 512 times
+            self._lost[shard] = str(lost)
+            raise
+        except UserError as error:
+            raise _Stop(error) from error
+
+    def _let_go(self) -> None:
+        """Close what was used longest ago, and what has left the cache, whose place on the disk waits for that."""
+        gone = {other for other, (stream, _) in self._open.items() if not os.fstat(stream.fileno()).st_nlink}
+        stay = [other for other in self._open if other not in gone]
+        for other in [*gone, *stay[: max(0, len(stay) + 1 - _OPEN)]]:
+            self._open.pop(other)[0].close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-def open_file(path: str, flags: int) -> int:
-    """An opener of files, and of nothing that only has the name of one: a pipe would be waited for."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("it is no file")
-    return descriptor
+def require_room(needed: int, place: Place, window: int) -> None:
+    """Raise UserError where the ``needed`` bytes of shards that a training reads in turns do not fit into the cache."""
+    if needed > place.cache.limit:
+        raise UserError(
+            f"data.cache_gb={place.cache.limit / 1e9:g}: a training reads {window} shards of a folder in turns, which "
+            f"have {needed / 1e9:.3g} GB: give more"
+        )
 
 
-def _walk(stream: IO[bytes]) -> Iterator[Group]:
+def _own_name(name: str) -> tuple[str, str] | None:
+    """Key and suffix of a member of our shards; None for one that is foreign."""
+    key, _, member = name.partition(".")
+    return (key, member) if _KEY.fullmatch(key) else None
+
+
+def _walk(stream: IO[bytes], split_name: Callable[[str], tuple[str, str] | None] = _own_name) -> Iterator[Group]:
     """Samples of a tar in order. What is not a sound header is passed over, block by block, up to the next one."""
     size = os.fstat(stream.fileno()).st_size
     group: Group | None = None
@@ -565,9 +702,9 @@ def _walk(stream: IO[bytes]) -> Iterator[Group]:
             offset = start
             continue
         offset = start + -(-header.size // _BLOCK) * _BLOCK
-        key, _, member = header.name.partition(".")
-        if not header.isreg() or not _KEY.fullmatch(key):
+        if not header.isreg() or (name := split_name(header.name)) is None:
             continue
+        key, member = name
         if group is None or key != group[0] or member in group[1]:
             if group:
                 yield group
@@ -585,11 +722,24 @@ def _once(groups: Iterable[Group]) -> Iterator[Group]:
         seen.add(key)
 
 
-def _read_member(stream: IO[bytes], members: Mapping[str, tuple[int, int]], name: str) -> bytes:
+def _complete(stream: IO[bytes], fields: Fields, left_out: Counter[str] | None = None) -> Iterator[Group]:
+    """Samples of a tar that others wrote, but those that lack a field, which are counted by reason."""
+    for key, members in _once(_walk(stream, foreign.split_name)):
+        reason = "another sample before it has this key" if members is None else foreign.lacking(members, fields)
+        if not reason:
+            yield key, members
+        elif left_out is not None:
+            left_out[reason] += 1
+
+
+def _read_member(
+    stream: IO[bytes], members: Mapping[str, tuple[int, int]], name: str, most: int | None = None
+) -> bytes:
     if name not in members:
         raise ValueError(f"member '{legible(name, 20)}' is missing")
     offset, size = members[name]
     _check_bytes(name, size)
+    size = size if most is None else min(size, most)
     data = os.pread(stream.fileno(), size, offset)
     if len(data) < size:
         raise ValueError(f"member '{name}' is cut off after {len(data)} of {size} bytes")
@@ -609,6 +759,18 @@ def _decode_image(data: bytes, others: Iterable[tuple[int, int]]) -> Image.Image
         picture = images.shown(image).convert("RGB")
         picture.format, picture.file = image.format, data  # as it was stored, should it be stored again
         return picture
+
+
+def _image_size(read: Callable[..., bytes]) -> tuple[int, int]:
+    """Width and height of an image as it is shown, from its header; ``read(most)`` gives its first bytes, or all."""
+    try:
+        image = Image.open(io.BytesIO(read(_HEAD)), formats=("PNG", "JPEG"))
+    except Exception:  # a header may be longer: a thumbnail, a colour profile
+        image = Image.open(io.BytesIO(read()), formats=("PNG", "JPEG"))
+    with image:
+        check_sizes([image.size])
+        turned = "exif" in image.info and image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
 
 
 def _scans(jpeg: bytes) -> int:
@@ -648,43 +810,53 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
-    """(name, count, bytes, sha256) of each shard of a split, checked against what lies in the folder."""
-    if not folder.is_dir():
-        raise UserError(_remedy(folder, "it is a file, not a folder" if folder.exists() else "there is no such folder"))
-    there = sorted(path.name for path in folder.iterdir())
+def _read_manifest(place: Place, split: str) -> list[Entry] | None:
+    """The shards of a split, checked against what lies in the folder; None where there is no manifest and the shards of
+    others are welcome."""
+    folder = place.folder
+    there = {} if place.remote else _names(folder)
     try:
-        with open(folder / MANIFEST, "rb", opener=open_file) as stream:
-            if os.fstat(stream.fileno()).st_size > MANIFEST_BYTES:
-                raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
-            manifest = json.load(stream)
-    except FileNotFoundError:
-        found = f"there are only {some(there)}" if there else "it is empty"
-        raise UserError(_remedy(folder, f"no {MANIFEST}: {found}")) from None
+        if place.remote:
+            manifest = json.loads(place.small(MANIFEST, MANIFEST_BYTES))
+        else:
+            with open(folder / MANIFEST, "rb", opener=open_file) as stream:
+                if os.fstat(stream.fileno()).st_size > MANIFEST_BYTES:
+                    raise ValueError(f"it has more than {MANIFEST_BYTES} bytes")
+                manifest = json.load(stream)
+    except (FileNotFoundError, remote.Lost) as error:
+        if place.store.fields is not None:
+            return None
+        found = str(error) if place.remote else f"there are only {some(sorted(there))}" if there else "it is empty"
+        others = "; shards that others wrote are read with data.fields={}" if place.remote or _tars(there) else ""
+        raise UserError(_remedy(place, f"no {MANIFEST}: {found}") + others) from None
+    except UserError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(_remedy(folder, f"cannot read {MANIFEST}: {error}")) from None
+        raise UserError(_remedy(place, f"cannot read {MANIFEST}: {error}")) from None
     try:
         if manifest["format"] != FORMAT:
             raise ValueError
         splits = manifest["splits"]
         if split not in splits:
-            raise UserError(_remedy(folder, f"there is no split '{split}', only {some(sorted(splits))}"))
+            raise UserError(_remedy(place, f"there is no split '{split}', only {some(sorted(splits))}"))
         shards = [(s["name"], s["count"], s["bytes"], s["sha256"]) for s in splits[split]["shards"]]
         if not shards or not all(
-            name == shard_name(split, i)
+            name in (shard_name(split, i), shard_name(split, i) + ".gz")
             and type(count) is type(size) is int
-            and 0 < count <= min(size // (2 * _BLOCK), SHARD_COUNT)
+            and 0 < count <= min(size * (1 if name.endswith(".tar") else RATIO) // (2 * _BLOCK), SHARD_COUNT)
             for i, (name, count, size, _) in enumerate(shards)
         ):
             raise ValueError
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(_remedy(folder, f"{MANIFEST} is not one of ours")) from None
+        raise UserError(_remedy(place, f"{MANIFEST} is not one of ours")) from None
+    if place.remote:
+        return shards
     listed = {name for name, *_ in shards}
     if lost := sorted(listed - set(there)):
         raise UserError(_remedy(folder, f"{some(lost)} of {len(listed)} shards in {MANIFEST} are missing"))
-    of_split = re.compile(re.escape(split) + r"-\d{6}\.tar")
+    of_split = re.compile(re.escape(split) + r"-\d{6}\.tar(\.gz)?")
     if extra := [name for name in there if of_split.fullmatch(name) and name not in listed]:
         raise UserError(_remedy(folder, f"{some(extra)} are there but not in {MANIFEST}"))
     found = {name: (folder / name).stat() for name in sorted(listed)}
@@ -695,11 +867,62 @@ def _read_manifest(folder: Path, split: str) -> list[tuple[str, int, int, str]]:
     return shards
 
 
+def _names(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(_remedy(folder, "it is a file, not a folder" if folder.exists() else "there is no such folder"))
+    return sorted(path.name for path in folder.iterdir())
+
+
+def _tars(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.endswith(ENDS) and not name.startswith(".")]
+
+
+def _counted(place: Place, split: str, fields: Fields) -> tuple[list[Entry], Counter[str]]:
+    """The shards of a split that others wrote, without those of which nothing is left, and what was left out by reason.
+    Each is walked once; what was found is kept in the cache until it is another file."""
+    try:
+        there = place.names()
+    except remote.Lost as lost:
+        raise UserError(f"no shards in {place}: {lost}") from None
+    names = foreign.of_split(_tars(there), split)
+    if not names:
+        raise UserError(f"no shards of split '{split}' in {place}: {some(sorted(there)) or 'it is empty'}")
+
+    def counted(name: str) -> dict[str, Any]:
+        what = json.dumps([place.identity(name, there[name]), vars(fields)])
+        return json.loads(place.cache.text(what, partial(_count, place, name, there[name], fields)))
+
+    with ThreadPoolExecutor(_COUNTING) as pool:
+        found = dict(zip(names, pool.map(counted, names)))
+    if lost := {name: entry["lost"] for name, entry in found.items() if entry["lost"]}:
+        warnings.warn(f"{place}: {len(lost)} shards are left out, such as {next(iter(lost.values()))}", stacklevel=3)
+    left_out = sum((Counter(entry["left_out"]) for entry in found.values()), Counter())
+    shards = [(name, entry["count"], there[name], None) for name, entry in found.items() if entry["count"]]
+    if not shards:
+        raise UserError(f"no sample of split '{split}' in {place} has what data.fields asks for: {dict(left_out)}")
+    return shards, left_out
+
+
+def _count(place: Place, name: str, size: int | None, fields: Fields, file: Path) -> None:
+    """Write what is found in a shard to ``file``."""
+    left_out: Counter[str] = Counter()
+    try:
+        with place.open(name, size) as stream:
+            count, lost = sum(1 for _ in _complete(stream, fields, left_out)), ""
+    except (remote.Lost, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        count, lost = 0, legible(f"{name}: {error}", 300)
+    files.write_json(file, {"count": count, "left_out": left_out, "lost": lost})
+
+
 def some(names: Sequence[str]) -> str:
     """The first few names, for a message."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(legible(name, 100) for name in names[:3]) + more
 
 
-def _remedy(folder: Path, trouble: str) -> str:
-    return f"no usable shards in {folder}: {trouble}; make them with `python -m src.prepare source=<name> out={folder}`"
+def _remedy(folder: Path | Place, trouble: str) -> str:
+    far = isinstance(folder, Place) and folder.remote
+    out = "<folder>`, and bring that there" if far else f"{folder}`"
+    return f"no usable shards in {folder}: {trouble}; make them with `python -m src.prepare source=<name> out={out}"

@@ -15,6 +15,9 @@ large the data: at any time one such group is in use. Workers take whole batches
 ranks, than shards. webdataset's and torchdata's streams were left out: they tie order and state to the number of ranks,
 workers and shards.
 
+Three things bend the order, each a pure function, too (:mod:`.order`): a mixture of folders by weights, limits that
+leave samples out, and buckets that put samples of like length into one step, on all ranks.
+
 A damaged sample is replaced by a random intact one, which ``Sample.stands_in`` marks, is counted in ``damaged``, and is
 reported once.
 """
@@ -26,6 +29,7 @@ import os
 import time
 import warnings
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +43,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from glimpseprune import processes
 from glimpseprune.config import UserError
-from glimpseprune.data.shards import Damage, Shards
+from glimpseprune.data import order as orders
+from glimpseprune.data.mixture import Mixture
+from glimpseprune.data.shards import Damage, Shards, Store
 from glimpseprune.types import Sample
 
 PADDING = "padding"
@@ -50,17 +56,37 @@ _WARNINGS = 20  # damaged samples reported one by one; further ones are only cou
 
 
 class ShardDataset(Dataset):
-    """The samples of one split by index; arguments and errors as :class:`.shards.Shards`.
+    """The samples of one split by index; arguments and errors as :class:`.shards.Shards`, or with a ``mix`` of folders
+    and their weights :class:`.mixture.Mixture`, where ``folder`` has the weight 1 unless it is named there.
 
     A damaged sample is replaced by a random intact one, the same on every reading, with ``stands_in`` set. A negative
     index means padding.
+
+    Attributes:
+        keep: bool [samples], those that may be dealt, or stand in for others; None: all.
+        change: what is done to a sample once it is read.
 
     Raises:
         UserError: when reading, if nothing intact is found.
     """
 
-    def __init__(self, folder: str | Path, split: str, *, limit: int | None = None, verify: bool = False) -> None:
-        self.shards = Shards(folder, split, limit=limit, verify=verify)
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str,
+        *,
+        limit: int | None = None,
+        verify: bool = False,
+        store: Store = Store(),  # noqa: B008 (frozen)
+        mix: Mapping[str, float] | None = None,
+    ) -> None:
+        self.shards: Shards | Mixture
+        if mix:
+            self.shards = Mixture({str(folder): 1.0, **mix}, split, verify=verify, store=store)
+        else:
+            self.shards = Shards(folder, split, limit=limit, verify=verify, store=store)
+        self.keep: np.ndarray | None = None
+        self.change: Callable[[Sample], Sample] = _as_it_is
 
     def __len__(self) -> int:
         return len(self.shards)
@@ -72,11 +98,13 @@ class ShardDataset(Dataset):
         if index < 0:
             return replace(self[index % len(self)], stands_in=PADDING)
         try:
-            return self.shards.read(index)
+            return self.change(self.shards.read(index))
         except Damage as damage:
             for other in np.random.default_rng(index).integers(len(self), size=_TRIES):
+                if self.keep is not None and not self.keep[other]:
+                    other = np.flatnonzero(self.keep)[other % self.keep.sum()]
                 try:
-                    return replace(self.shards.read(int(other)), stands_in=str(damage))
+                    return replace(self.change(self.shards.read(int(other))), stands_in=str(damage))
                 except Damage:
                     continue
             shards = self.shards
@@ -106,15 +134,23 @@ class Deal:
     epoch: int = 0
     consumed: int = 0
     """Samples of this epoch dealt so far, to all ranks."""
+    mix: Sequence[tuple[int, float]] = ()
+    """Of each folder, how many of ``counts`` are its shards, and its weight; empty: there is one."""
+    keep: np.ndarray | None = None  # bool [samples]: those that are dealt; None: all
+    lengths: np.ndarray | None = None  # int [samples]: by which they are put into buckets
+    bucket: int = 0
+    """Samples among which those of like length are put together when they are shuffled; 0: none are."""
+    step: int = 0
+    """Samples of a step for which the buckets of this epoch were made; 0: those of its own. Kept by a run that is
+    resumed on other ranks, or it would not know which samples of a bucket it has had."""
+
+    def __post_init__(self) -> None:
+        self.total = sum(self.counts) if self.keep is None else int(self.keep.sum())
 
     @property
     def stride(self) -> int:
         """Samples dealt per step, to all ranks."""
         return self.batch_size * self.world
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts)
 
     @property
     def finished(self) -> bool:
@@ -135,22 +171,21 @@ class Deal:
     def order(self) -> np.ndarray:
         """int [samples]: the indices in the order of this epoch."""
         if not self.shuffle:
-            return np.arange(self.total)
-        rng = np.random.default_rng((self.seed, self.epoch))
-        ends = np.cumsum(self.counts)
-        shards = rng.permutation(len(self.counts))
-        order = np.concatenate([np.arange(ends[shard] - self.counts[shard], ends[shard]) for shard in shards])
-        edges = np.cumsum([self.counts[shard] for shard in shards])[self.shuffle_shards - 1 :: self.shuffle_shards]
-        parts = np.split(order, edges)  # views
-        if self.together == 1:
-            for part in parts:
-                rng.shuffle(part)
-            return order
-        begins = (order % self.together == 0) | np.isin(order, ends - self.counts)
-        for part, begin in zip(parts, np.split(begins, edges)):
-            blocks = np.split(part, np.flatnonzero(begin)[1:])
-            part[:] = np.concatenate([blocks[block] for block in rng.permutation(len(blocks))]) if len(part) else part
-        return order
+            return self._kept(np.arange(sum(self.counts)))
+        if self.mix:
+            edges = np.cumsum([0, *(shards for shards, _ in self.mix)])
+            folders = [self.counts[begin:end] for begin, end in zip(edges, edges[1:])]
+            weights = [weight for _, weight in self.mix]
+            found = orders.mixed(folders, weights, self.seed, self.epoch, self.shuffle_shards, self.together, self.keep)
+        else:
+            seed = self.seed, self.epoch
+            found = self._kept(orders.shuffled(self.counts, seed, self.shuffle_shards, self.together))
+        if not self.bucket or self.lengths is None:
+            return found
+        return orders.bucketed(found, self.lengths, self.bucket, self.step or self.stride, (self.seed, self.epoch, 0))
+
+    def _kept(self, indices: np.ndarray) -> np.ndarray:
+        return indices if self.keep is None else indices[self.keep[indices]]
 
 
 class ShardLoader:
@@ -166,6 +201,7 @@ class ShardLoader:
         workers: processes beside this one; 0 reads here. They affect speed only.
         rank, world: this process among all that share an epoch.
         together: consecutive samples of a shard that stay next to each other.
+        lengths: int [samples], visual tokens of each, and ``bucket``: see :class:`Deal`.
 
     Attributes:
         deal: the place, see :class:`Deal`.
@@ -189,11 +225,16 @@ class ShardLoader:
         rank: int = 0,
         world: int = 1,
         together: int = 1,
+        lengths: np.ndarray | None = None,
+        bucket: int = 0,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}: at least 1 sample per batch")
         self.dataset, self.collate, self.workers = dataset, collate, workers
-        self.deal = Deal(dataset.shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world, together)
+        shards, bent = dataset.shards, {"keep": dataset.keep, "lengths": lengths, "bucket": bucket}
+        self.deal = Deal(
+            shards.counts, batch_size, shuffle, seed, shuffle_shards, rank, world, together, mix=shards.mix, **bent
+        )
         self.damaged: Counter[str] = Counter()
         self.waited = 0.0
         self._loader: DataLoader | None = None
@@ -201,9 +242,13 @@ class ShardLoader:
         self._begun = False
         if not len(self):
             raise UserError(
-                f"{dataset.shards.folder} ({dataset.shards.split}) has {len(dataset)} samples: too few for one step of "
-                f"batch_size {batch_size} on {world} ranks"
+                f"{dataset.shards.folder} ({dataset.shards.split}) has {self.deal.total} samples: too few for one step "
+                f"of batch_size {batch_size} on {world} ranks"
             )
+        if isinstance(dataset.shards, Mixture):
+            dataset.shards.require_shares(dataset.keep)
+        if shuffle:
+            dataset.shards.require_cache(shuffle_shards)
 
     def __len__(self) -> int:
         """Steps of a whole epoch, the same on every rank."""
@@ -214,7 +259,7 @@ class ShardLoader:
         if not deal.shuffle:
             deal.consumed = 0
         elif deal.finished or self._begun:
-            deal.epoch, deal.consumed = deal.epoch + 1, 0
+            deal.epoch, deal.consumed, deal.step = deal.epoch + 1, 0, 0
         self._begun = True
         new = self._loader is None
         self._loader = self._loader or self._start()
@@ -231,23 +276,32 @@ class ShardLoader:
             if not deal.finished and self._batches is batches:
                 self.close()  # left on the way: its workers hold batches that nobody will fetch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The place, equal on all ranks, and what makes it mean the same samples."""
         deal = self.deal
         identity = {"samples": deal.total, "seed": deal.seed, "window": deal.shuffle_shards}
         identity |= {"together": deal.together}
-        return {"epoch": deal.epoch, "consumed": deal.consumed, **identity}
+        if deal.mix:
+            identity["mix"] = str([tuple(folder) for folder in deal.mix])
+        if deal.keep is not None:
+            identity["kept"] = zlib.crc32(np.packbits(deal.keep))
+        if deal.bucket and deal.lengths is not None:
+            identity |= {"bucket": deal.bucket, "lengths": zlib.crc32(np.ascontiguousarray(deal.lengths))}
+        place = {"epoch": deal.epoch, "consumed": deal.consumed}
+        return place | ({"step": deal.step or deal.stride} if "bucket" in identity else {}) | identity
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state`` with the next iterator; raises UserError where that would be other samples."""
-        for name, here in self.state_dict().items():
-            there = state.get(name, 1)  # a checkpoint of before says nothing of `together`
-            if name not in ("epoch", "consumed") and there != here:
+        now, before = self.state_dict(), {"together": 1} | dict(state)  # one of before says nothing of `together`
+        for name in [name for name in {**now, **before} if name not in ("epoch", "consumed", "step")]:
+            if before.get(name) != now.get(name):
                 folder = self.dataset.shards.folder
                 raise UserError(
-                    f"cannot resume: the data of the checkpoint had {name} {there}, {folder} now has {here}"
+                    f"cannot resume: the data of the checkpoint had {name} {before.get(name)}, {folder} now has "
+                    f"{now.get(name)}"
                 )
         self.deal.epoch, self.deal.consumed = state["epoch"], state["consumed"]
+        self.deal.step = state.get("step", 0)
         self._begun = False
 
     def close(self) -> None:
@@ -283,6 +337,10 @@ class ShardLoader:
                 more = "; further damage is only counted" if len(self.damaged) == _WARNINGS else ""
                 warnings.warn(f"damaged sample replaced by another: {damage}{more}", stacklevel=2)
             self.damaged[damage] += 1
+
+
+def _as_it_is(sample: Sample) -> Sample:
+    return sample
 
 
 def _collate(collate: Callable[[list[Sample]], Any], samples: list[Sample]) -> tuple[Any, list[str]]:
