@@ -18,7 +18,7 @@ import random
 import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, unquote, urlsplit
@@ -35,8 +35,8 @@ MAX_REPLY = 1 << 20
 
 SILENCE = 3
 """So many timeouts long a call waits for its next reply, whatever the number of rows; and it gives up when requests
-that failed outnumber replies by so many times ``concurrency``: a judge that lets most of them hang, or answers most with
-an error that is not about their text, holds nobody up either."""
+that failed outnumber replies by so many times ``concurrency``: a judge that lets most of them hang, or answers them
+with an error that is not about their text, holds nobody up either."""
 
 TEMPERATURE = 0
 Row = tuple[str, tuple[str, ...], str]
