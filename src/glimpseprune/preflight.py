@@ -15,7 +15,7 @@ from pathlib import Path
 from glimpseprune import config, hub, resources, training
 from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards
-from glimpseprune.evaluate import EvaluateConfig
+from glimpseprune.evaluate import EvaluateConfig, asked_tasks, require_data
 from glimpseprune.evaluate import check as check_options
 from glimpseprune.options import TrainConfig
 from glimpseprune.prepare import described, make_missing
@@ -62,7 +62,7 @@ def evaluate(cfg: EvaluateCheck) -> None:
     if cfg.planned:
         return
     require_room(cfg.place, cfg.resume or cfg.overwrite)
-    path, backbone = cfg.data.path, cfg.backbone.path
+    path, backbone = cfg.data.path or "", cfg.backbone.path
     if cfg.ckpt is not None:
         check_checkpoint(cfg.ckpt, "ckpt")
     saved = None if cfg.ckpt is None else Path(resources.find(cfg.ckpt)) / "config.yaml"
@@ -70,8 +70,11 @@ def evaluate(cfg: EvaluateCheck) -> None:
         saved = config.read(TrainConfig, saved)
         path = path or saved.data.path
         backbone = backbone or saved.backbone.path
-    if path is not None:
-        Shards(path, cfg.data.split)
+    asked = asked_tasks(cfg, path)
+    for name, task in asked.items():
+        if task.data:
+            require_data(name, task)
+            Shards(task.data, task.split)
     if backbone is not None:
         check_weights(backbone, "backbone.path")
     if cfg.methods or cfg.options:
@@ -79,7 +82,9 @@ def evaluate(cfg: EvaluateCheck) -> None:
 
         planned(cfg, checkpoint_config(cfg))
     what = cfg.ckpt or f"{', '.join(cfg.methods or [cfg.pruner.name])} on {backbone}"
-    print(f"preflight: evaluates {what} on the split {cfg.data.split} of {path}")
+    on = ", ".join(f"{name} ({task.split} of {task.data})".strip() for name, task in asked.items() if name)
+    on = on or ", ".join(f"the split {task.split} of {task.data}" for task in asked.values())
+    print(f"preflight: evaluates {what} on {on}")
 
 
 def check_weights(path: str, key: str) -> Path:
