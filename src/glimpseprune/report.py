@@ -25,8 +25,8 @@ from glimpseprune.results import KEPT, PREDICTIONS, Evaluated, read, read_lines
 
 KEYS = set(
     "task method kind accuracy accuracy_ci relative difference difference_ci kept kept_tokens mean_tokens "
-    "prefill_flops decoder_flops kv cut n coverage mask_iou mask_recall mask_precision f1_ci pass_at_k k time_to_first_token "
-    "peak_bytes".split()
+    "prefill_flops decoder_flops kv cut n coverage mask_iou mask_recall mask_precision f1_ci pass_at_k k "
+    "time_to_first_token peak_bytes".split()
 )
 """Of a row of scores.json; another one is a metric."""
 CONTROLS = ("none", "none+", "random", "oracle", "zero")
