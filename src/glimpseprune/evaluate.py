@@ -394,7 +394,10 @@ def opened(name: str, task: Task, limit: int | None) -> ShardDataset:
     dataset = ShardDataset(task.data, task.split, limit=limit)
     for metric in filter(None, map(metric_of, task.metrics)):
         answers = dataset[0].answers
-        metric(answers[0], answers)
+        try:
+            metric(answers[0], answers)
+        except UserError as error:
+            raise UserError(f"{task.data}, split {task.split}: {error}") from None
     return dataset
 
 
@@ -689,6 +692,7 @@ def describe(
     if "" in tasks:
         theirs = {key: of[""] for key, of in theirs.items()}
     else:
+        theirs["tasks"] = list(tasks)
         theirs["suffix"] = {name: task.suffix for name, task in tasks.items() if task.suffix}
     if any(JUDGE in task.metrics for task in tasks.values()):
         theirs["judge"] = judging.described(cfg.judge, tasks)

@@ -146,7 +146,7 @@ class Judge:
         outcome, on the way.
 
         Raises:
-            UserError: no request was answered, in this call or an earlier one.
+            UserError: no request was answered, in this call or an earlier one, and nothing was remembered.
             ValueError: lists of different lengths.
         """
         rows: list[Row] = list(zip(questions, map(tuple, answers), predictions, strict=True))
@@ -159,7 +159,7 @@ class Judge:
             outcomes |= await self._send(todo, done)
         self.asked += len(rows)
         self.failures.update(outcomes[row].reason for row in rows if isinstance(outcomes[row], _Missing))
-        if todo and not self._replies:
+        if todo and not self._replies and not self.remembered:
             raise UserError(self._no_answer(outcomes[todo[0]]))
         return [None if isinstance(outcomes[row], _Missing) else outcomes[row] for row in rows]
 

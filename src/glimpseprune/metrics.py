@@ -97,10 +97,10 @@ def pope_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, 
     return pope_ratios(*(sum(column) for column in zip(*parts))) if parts else pope_ratios(0, 0, 0, 0, 0)
 
 
-def pope_parts(prediction: str, label: str) -> tuple[float, ...]:
+def pope_parts(answer: str, label: str) -> tuple[float, ...]:
     """What one answer adds to the sums that :func:`pope_ratios` is made of."""
-    said, meant = _says_yes(prediction), _says_yes(label)
-    return tuple(map(float, (said is meant is not None, said and meant or False, said or False, meant or False, 1)))
+    said, meant = _says_yes(answer), _says_yes(label)
+    return tuple(map(float, (said is meant is not None, bool(said and meant), bool(said), bool(meant), 1)))
 
 
 def pope_ratios(right: float, hits: float, yes: float, true: float, count: float) -> dict[str, float]:
