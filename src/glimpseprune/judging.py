@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glimpseprune.config import without_secrets
+from glimpseprune.config import UserError, without_secrets
 from glimpseprune.judge import PROMPT, TEMPERATURE, Judge
 from glimpseprune.options import JudgeOptions
 from glimpseprune.tasks import JUDGE, Task
@@ -54,7 +54,7 @@ def judge(
     """Give the records of tasks with a judge their verdicts, in place.
 
     Raises:
-        UserError: the judge does not answer.
+        UserError: the judge does not answer; the answers are kept.
     """
     told = Told()
     for name, task in tasks.items():
@@ -62,7 +62,11 @@ def judge(
         todo = [record for record in own if record["metrics"][JUDGE] is None]
         if todo:
             client = Judge(replace(options, cache=options.cache or str(out / VERDICTS)), task.prompt or PROMPT)
-            for record, verdict in zip(todo, asked(client, task, todo, f"judging {name}".strip())):
+            try:
+                verdicts = asked(client, task, todo, f"judging {name}".strip())
+            except UserError as error:
+                raise UserError(f"{error}; all answers are there, ask again with resume=true") from None
+            for record, verdict in zip(todo, verdicts):
                 record["metrics"][JUDGE] = verdict
                 if task.metrics[0] == JUDGE:
                     record["score"] = verdict

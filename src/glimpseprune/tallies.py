@@ -51,7 +51,9 @@ class Pope(Metric):
             self.sums += torch.tensor(parts, dtype=torch.float64, device=self.sums.device).sum(0)  # [5]
 
     def compute(self) -> dict[str, Tensor]:
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in pope_ratios(*self.sums.tolist()).items()}
+        return {
+            name: torch.tensor(value, dtype=torch.float64) for name, value in pope_ratios(*self.sums.tolist()).items()
+        }
 
 
 class Masks(Metric):
