@@ -198,6 +198,8 @@ def test_a_judge_scores_what_was_said(server, folder, tiny_folder, tmp_path, cap
             assert row["accuracy"] == pytest.approx(sum(spoken) / len(spoken), abs=1e-4)
             assert row["coverage"] == pytest.approx(len(spoken) / 5) and row["n"] == 5 and "anls" in row
     report.main([str(tmp_path / "out")])
+    evaluate.main([*args, "resume=true"])  # still silent about them: nothing changes
+    assert lines_of(tmp_path / "out") == lines
     sent = len(server.requests)
     silent.clear()
     evaluate.main([*args, "resume=true"])

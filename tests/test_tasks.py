@@ -89,6 +89,7 @@ def test_what_a_run_says_goes_before_what_a_task_says():
     assert given.suffix == docvqa.suffix
     two = asked("tasks=[docvqa,tags]", "data.paths.tags=x")
     assert list(two) == ["docvqa", "tags"] and (two["docvqa"].data, two["tags"].data) == (docvqa.data, "x")
+    assert asked("tasks=docvqa") == {"docvqa": docvqa}
     (plain,) = asked().values()
     assert plain == Task("shards", "test", metrics=("exact_match",), max_new_tokens=64)
 
@@ -102,6 +103,8 @@ def test_what_a_run_says_goes_before_what_a_task_says():
         (["tasks=[docvqa]", "data.paths.tags=x"], "data.paths.tags: the tasks are docvqa"),
         (["data.paths.tags=x"], "the tasks are none, give data.path"),
         (["tasks=[viscot]"], "the task viscot is scored by a judge: give judge.base_url"),
+        (["tasks={a: 1}"], "tasks={'a': 1}: give the name of a task, or a list of names"),
+        (["tasks=[1]"], "give the name of a task"),
         (["metric=judge"], "metric=judge needs one: give judge.base_url"),
     ],
 )

@@ -29,7 +29,7 @@ times, their accuracy is the mean over the k, and ``pass_at_k`` is that of the b
 
 ``tasks=[docvqa,textvqa]`` evaluates several tasks in one run, files of ``tasks/`` that name data, suffix, metric and
 length of each; rows have a ``task`` then. ``data.paths.docvqa=<folder>`` says where data are that lie elsewhere.
-``tasks=[viscot]``, and any ``metric=judge``, need a judge (``judge.base_url``, ``judge.model``): it is asked when all
+``tasks=viscot``, and any ``metric=judge``, need a judge (``judge.base_url``, ``judge.model``): it is asked when all
 answers are there, its verdicts are kept, and those that are missing are asked for again with ``resume=true``.
 
 Several processes (``torchrun --nproc-per-node 8 -m src.evaluate ...``, or srun) share the samples, a device each.
@@ -117,7 +117,9 @@ class EvaluateConfig:
     ckpt: str | None = option(None, "run folder, published folder or hub id")
     out: str | None = option(None, "where the results go (default: the run folder)")
     limit: int | None = option(None, "score only so many samples", least=1, most=10**9)
-    tasks: list[str] = option([], "files of tasks/, or of your own: what is asked, and how it is scored")
+    tasks: Any = option(
+        None, "a file of tasks/, or of your own, or a list of them: what is asked, and how it is scored"
+    )
     metric: Any = option(
         None,
         "a function of metrics.py, judge, or a list of them, the first one is the accuracy "
@@ -155,8 +157,12 @@ class EvaluateConfig:
     def metrics(self) -> list[str]:
         """Those that are given, or what they are without tasks."""
         if self.metric is None:
-            return [] if self.tasks else ["exact_match"]
+            return [] if self.task_names else ["exact_match"]
         return [self.metric] if isinstance(self.metric, str) else self.metric
+
+    @property
+    def task_names(self) -> list[str]:
+        return [self.tasks] if isinstance(self.tasks, str) else [] if self.tasks is None else self.tasks
 
     @property
     def place(self) -> Path:
@@ -204,8 +210,7 @@ def answered(
 
     earlier = processes.agree(lambda: folder.earlier(resume=cfg.resume, overwrite=cfg.overwrite, draws=cfg.samples))
     require_fit(cfg, saved, plan)
-    if any(JUDGE in task.metrics for task in asked.values()):
-        processes.agree(lambda: folder.is_done or judging.require(cfg.judge))
+    processes.agree(lambda: folder.is_done or judging.require(cfg.judge, asked))
     model = load_model(cfg, saved, plan, processes)
     collate = Collator(model.backbone)
     base = base_of(saved, model)
@@ -331,7 +336,7 @@ def check(cfg: EvaluateConfig) -> None:
     if cfg.samples > 1 and not cfg.draws:
         raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
     given = cfg.metrics
-    if not (isinstance(given, list) and (given or cfg.tasks) and all(isinstance(name, str) for name in given)):
+    if not (isinstance(given, list) and (given or cfg.task_names) and all(isinstance(name, str) for name in given)):
         raise UserError(f"metric={cfg.metric}: give the name of a metric, or a list of names")
     for name in given:
         metric_of(name)
@@ -342,7 +347,9 @@ def check(cfg: EvaluateConfig) -> None:
 
 def check_tasks(cfg: EvaluateConfig) -> None:
     """Raises UserError where it is not clear what is asked, or who scores it."""
-    named = [tasks.label(name) for name in cfg.tasks]
+    if not (isinstance(cfg.task_names, list) and all(isinstance(name, str) for name in cfg.task_names)):
+        raise UserError(f"tasks={cfg.tasks}: give the name of a task, or a list of names")
+    named = [tasks.label(name) for name in cfg.task_names]
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise UserError(f"tasks: {twice[0]} is there twice")
     if unknown := [name for name in cfg.data.paths if name not in named]:
@@ -358,14 +365,14 @@ def check_tasks(cfg: EvaluateConfig) -> None:
 def asked_tasks(cfg: EvaluateConfig, path: str) -> dict[str, Task]:
     """What is asked for by the names of its tasks, with what ``cfg`` says itself; without tasks the data in ``path``,
     under no name."""
-    if not cfg.tasks:
+    if not cfg.task_names:
         return {
             "": Task(
                 path, cfg.data.split or "test", metrics=tuple(cfg.metrics), max_new_tokens=cfg.max_new_tokens or 64
             )
         }
     found = {}
-    for given in cfg.tasks:
+    for given in cfg.task_names:
         name, task = tasks.label(given), tasks.find(given)
         found[name] = replace(
             task,

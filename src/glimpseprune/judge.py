@@ -115,6 +115,8 @@ class Judge:
         self.known = None if options.cache is None else Verdicts(options.cache)
         self.remembered = 0
         """Verdicts, of those asked for, that were on disk."""
+        self.proven = False
+        """Whether it has answered before, elsewhere: then its silence is no mistake of the user."""
         self.asked = 0
         """Verdicts asked for, in all calls."""
         self.failures: Counter[str] = Counter()
@@ -146,7 +148,8 @@ class Judge:
         outcome, on the way.
 
         Raises:
-            UserError: no request was answered, in this call or an earlier one, and nothing was remembered.
+            UserError: no request was answered, in this call or an earlier one, nothing was remembered, and it is not
+                :attr:`proven`.
             ValueError: lists of different lengths.
         """
         rows: list[Row] = list(zip(questions, map(tuple, answers), predictions, strict=True))
@@ -159,7 +162,7 @@ class Judge:
             outcomes |= await self._send(todo, done)
         self.asked += len(rows)
         self.failures.update(outcomes[row].reason for row in rows if isinstance(outcomes[row], _Missing))
-        if todo and not self._replies and not self.remembered:
+        if todo and not (self._replies or self.remembered or self.proven):
             raise UserError(self._no_answer(outcomes[todo[0]]))
         return [None if isinstance(outcomes[row], _Missing) else outcomes[row] for row in rows]
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from glimpseprune.config import UserError, without_secrets
+from glimpseprune.config import UserError
 from glimpseprune.judge import PROMPT, TEMPERATURE, Judge
 from glimpseprune.options import JudgeOptions
 from glimpseprune.tasks import JUDGE, Task
@@ -42,10 +42,13 @@ class Told:
         return f"judge: {self.judged} of {self.asked} answers have a verdict{missing}"
 
 
-def require(options: JudgeOptions) -> None:
-    """Raises UserError where the judge does not answer a first question."""
-    judge = Judge(replace(options, cache=None))
-    asyncio.run(judge.verdicts(["Is snow white?"], [("yes",)], ["yes"]))
+def require(options: JudgeOptions | None, tasks: Mapping[str, Task]) -> None:
+    """Raises UserError where there are tasks with a judge, and it does not answer a first question."""
+    for task in tasks.values():
+        if JUDGE in task.metrics:
+            judge = Judge(replace(options, cache=None), task.prompt or PROMPT)
+            asyncio.run(judge.verdicts(["Is snow white?"], [("yes",)], ["yes"]))
+            return
 
 
 def judge(
@@ -62,6 +65,7 @@ def judge(
         todo = [record for record in own if record["metrics"][JUDGE] is None]
         if todo:
             client = Judge(replace(options, cache=options.cache or str(out / VERDICTS)), task.prompt or PROMPT)
+            client.proven = len(todo) < len(own)
             try:
                 verdicts = asked(client, task, todo, f"judging {name}".strip())
             except UserError as error:
@@ -87,11 +91,10 @@ def asked(client: Judge, task: Task, records: Sequence[Mapping[str, Any]], sayin
 
 
 def described(options: JudgeOptions, tasks: Mapping[str, Task]) -> dict[str, Any]:
-    """What of a judge decides what it says, for evaluation.yaml."""
+    """What of a judge decides what it says, for evaluation.yaml; where it was reached may change, as jobs move."""
     prompts = {name: task.prompt or PROMPT for name, task in tasks.items() if JUDGE in task.metrics}
     return {
         "model": options.model,
-        "base_url": without_secrets(options.base_url),
         "max_tokens": options.max_tokens,
         "temperature": TEMPERATURE,
         "prompt": {

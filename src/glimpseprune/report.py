@@ -240,7 +240,7 @@ def facts(evaluation: Evaluated) -> dict[str, str]:
         "backbone": asked.get("backbone", {}).get("path"),
         **{f"data {task}".strip(): each and f"{each['path']}, split {each['split']}" for task, each in data.items()},
         **{f"metrics {task}".strip(): names for task, names in metric.items()},
-        "judge": judge and f"{judge['model']} at {judge['base_url']}, temperature {judge['temperature']}",
+        "judge": judge and f"{judge['model']}, temperature {judge['temperature']}",
         "budget": ", ".join(f"{name} {value}" for name, value in budget.items()),
         **{name: json.dumps(setting["options"]) for name, setting in found.items()},
     }

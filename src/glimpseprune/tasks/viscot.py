@@ -1,6 +1,6 @@
 """The free-form benchmark of Visual-CoT: twelve sets, answers in prose, a judge (Shao et al. 2024).
 
-The published protocol is this file and a judge, ``tasks=[viscot] judge.base_url=... judge.model=...`` (published:
+The published protocol is this file and a judge, ``tasks=viscot judge.base_url=... judge.model=...`` (published:
 Qwen2.5-32B-Instruct-GPTQ-Int8): greedy answers of up to 1,024 tokens, graded by the prompt that both papers print
 (Shao et al., appendix E.4; arXiv 2508.01548, figure 5), at temperature 0. A set is a kind of question; ``all`` is the
 mean over questions, ``mean of the sets`` what the papers' last column has. Where the published script takes a reply
