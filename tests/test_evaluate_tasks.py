@@ -19,6 +19,7 @@ import devices
 from conftest import picture
 from glimpseprune import compare, evaluate, report, results
 from glimpseprune.data import shards
+from glimpseprune.data.stream import ShardDataset
 from glimpseprune.evaluation import Record
 from glimpseprune.metrics import pope_scores
 from glimpseprune.scores import Scores
@@ -176,9 +177,9 @@ def server(monkeypatch) -> Iterator[Server]:
     started.server_close()
 
 
-def test_a_judge_scores_what_was_said(server, folder, tiny_folder, tmp_path, capsys):
+def test_a_judge_scores_what_was_said(server, folder, tiny_folder, tmp_path, capsys, monkeypatch):
     """A verdict that is missing is left out and told; asked again, the others are not; nothing is answered twice."""
-    silent = {QUESTIONS[1]}
+    silent, read = {QUESTIONS[1]}, ShardDataset.__getitem__
 
     def respond(graded, attempt):
         return (400, {}) if graded["question"] in silent else completion("score: 0.5")
@@ -212,6 +213,7 @@ def test_a_judge_scores_what_was_said(server, folder, tiny_folder, tmp_path, cap
     assert (tmp_path / "out" / "kept.png").is_file() and not (tmp_path / "out" / "earlier").exists()
     sent = len(server.requests)
     before = (tmp_path / "out" / "scores.json").stat().st_mtime_ns
+    monkeypatch.setattr(ShardDataset, "__getitem__", lambda self, index: read(self, 0 if index == 0 else 1 / 0))
     evaluate.main([*args, "resume=true"])  # nothing is left to do
     assert len(server.requests) == sent and (tmp_path / "out" / "scores.json").stat().st_mtime_ns == before
 

@@ -263,7 +263,8 @@ class Trial:
         self.scores = Scores(self.task.metrics, drawn, cfg.bootstrap, cfg.seed, names)
         self.scores.add(earlier.records, earlier.timings)
         saying = f"evaluating {self.name}".strip()
-        for inputs in track(loader, description=saying, total=len(loader), disable=not processes.first):
+        todo = [] if self.is_answered(earlier) else loader
+        for inputs in track(todo, description=saying, total=len(todo), disable=not processes.first):
             damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
             new = evaluation.batch(inputs)
             if processes.first:
@@ -274,6 +275,13 @@ class Trial:
                 self.skipped += more
                 yield records
         loader.close()
+
+    def is_answered(self, earlier: Earlier) -> bool:
+        """Whether all methods have answered all samples before, so that none has to be read again."""
+        keys: dict[str, set[str]] = {method.name: set() for method in self.methods}
+        for record in earlier.records:
+            keys[record["method"]].add(record["key"])
+        return all(len(answered) == len(self.dataset) for answered in keys.values())
 
     def picture(self, method: str) -> str:
         """The name of a method's picture."""
