@@ -164,7 +164,7 @@ def build(weights: Mapping[str, float], judge: JudgeOptions | None = None, task:
     """
     functions = {name: find(name) for name in weights}
     if task is not None and "task" not in functions:
-        raise UserError(f"rewards.task={task}: give its reward a weight, too: rewards.functions={{task: 1}}")
+        raise UserError(f"rewards.task={task}: give its reward a weight: rewards.functions={{exact_match: 0, task: 1}}")
     known = None if task is None else tasks.find(task)
     if known is not None:
         functions["task"] = find(known.metrics[0])

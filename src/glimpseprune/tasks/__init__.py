@@ -1,8 +1,9 @@
 """One file per task: what is asked of which data, how it is scored, and how long an answer may be.
 
 A file defines ``TASK``, a :class:`Task`, and is found by its name (``tasks=[docvqa,textvqa]``), as one of a user's own
-is by its path (``tasks=[./mine.py]``). Evaluation, rewards (``rewards.functions={task: 1}``) and the demo read it, so
-that data, metric and reward of a task stand together. What a run says itself (``metric=...``) goes before what is here.
+is by its path (``tasks=[./mine.py]``). Evaluation, rewards (``rewards.functions={exact_match: 0, task: 1}``) and the
+demo read it, so that data, metric and reward of a task stand together. What a run says itself (``metric=...``) goes
+before what is here.
 Where figures and suffixes of papers' tasks come from: docs/evaluation.md §1.3 and §3.4.
 """
 
