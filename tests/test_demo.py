@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from glimpseprune import demo
+from glimpseprune import demo, tasks
 
 
 @pytest.fixture
@@ -44,6 +44,20 @@ def test_what_is_shown_is_what_is_run(ran, capsys):
     shown = [line for line in lines if line.startswith("python -m src.")]
     assert shown == [f"python -m src.{verb} {shlex.join(args)}" for verb, args in ran]
     assert [verb for verb, _ in ran] == ["prepare", "train", "evaluate"]
+
+
+def test_the_task_is_evaluated_as_its_file_says(ran):
+    """But an evaluation of before there were tasks is shown, and not refused for being another one."""
+    demo.main([])
+    assert ran[-1] == ("evaluate", ["ckpt=runs/demo", "tasks=[tags]", "data.path=runs/demo-data", "resume=true"])
+    assert ran[0][1][0] == f"source={tasks.find('tags').prepare['source']}"
+    Path("runs/demo/scores.json").write_text("[]")
+    Path("runs/demo/evaluation.yaml").write_text("asked: {ckpt: runs/demo}")
+    demo.main([])
+    assert ran[-1] == ("evaluate", ["ckpt=runs/demo", "resume=true"])
+    Path("runs/demo/evaluation.yaml").write_text("asked: {tasks: [tags]}")
+    demo.main([])
+    assert "tasks=[tags]" in ran[-1][1]
 
 
 def test_what_is_done_is_not_done_again_and_never_replaced(ran):

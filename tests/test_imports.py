@@ -14,11 +14,11 @@ ROOT = Path(__file__).parent.parent / "src" / "glimpseprune"
 ORDER = (  # a module imports those of its own line or of lines below it; a folder stands for all in it
     "integrations __init__ __main__",  # and the commands: whatever else has a main
     "training running tiny",
-    "evaluation budget report generate checkpoint rollout data.module",
+    "evaluation scores judging budget report generate checkpoint rollout data.module",
     "pruners backbones lora data",
     "waves plot",
-    "decoder prefix replay steps vip rewards metrics cost memory pictures results intervals processes",
-    "attention ragged losses judge runs sharded weights windows",
+    "decoder prefix replay steps vip rewards tasks metrics tallies cost memory pictures results intervals processes",
+    "attention ragged losses judge verdicts runs sharded weights windows",
     "options images",
     "lookup config hub",
     "notation types resources files legible",

@@ -14,7 +14,7 @@ import pytest
 
 from glimpseprune import config, judge, rewards
 from glimpseprune.config import MISSING, UserError
-from glimpseprune.judge import Judge, parse_score
+from glimpseprune.judge import Judge, Prompt, parse_score
 from glimpseprune.options import JudgeOptions
 
 
@@ -162,6 +162,75 @@ def test_verdicts_in_order_equal_rows_once_empty_ones_never(serve):
     assert ask(judge, "0.9") == [0.9]  # in another event loop
     with pytest.raises(ValueError, match="zip"):
         asyncio.run(judge.verdicts(["q"], [], ["p"]))
+
+
+def test_verdicts_are_remembered_by_all_that_matters(serve, tmp_path):
+    """And by nothing else: neither the key in the address nor how hard the judge is asked."""
+    server = serve(lambda graded, attempt: (400, {}) if graded["prediction"] == "bad" else completion("score: 0.25"))
+    cache = str(tmp_path / "verdicts")
+    first = make(server, cache=cache)
+    assert ask(first, "p", "bad", "p") == [0.25, None, 0.25] and len(server.requests) == 2
+    again = make(f"{server.url}?api_key=s3same", cache=cache, concurrency=1, retries=0, timeout=1)
+    assert ask(again, "p") == [0.25] and len(server.requests) == 2
+    assert (again.remembered, again.asked, again.coverage) == (1, 1, 1)
+    assert ask(make(server, cache=cache), "p", "bad") == [0.25, None] and len(server.requests) == 3  # what was missing
+    others = [
+        (make(server, cache=cache, model="other"), "what?", ("a", "b"), "p"),
+        (make(server, cache=cache, max_tokens=9), "what?", ("a", "b"), "p"),
+        (make(server.url.replace("/v1", "/v2"), cache=cache), "what?", ("a", "b"), "p"),
+        (Judge(first.options, Prompt("other\n{row}")), "what?", ("a", "b"), "p"),
+        (make(server, cache=cache), "why?", ("a", "b"), "p"),
+        (make(server, cache=cache), "what?", ("b", "a"), "p"),
+        (make(server, cache=cache), "what?", ("a", "b"), "p."),
+    ]
+    for number, (other, question, answers, prediction) in enumerate(others, 4):
+        assert asyncio.run(other.verdicts([question], [answers], [prediction])) == [0.25]
+        assert len(server.requests) == number
+    assert "s3same" not in "".join(file.read_text() for file in tmp_path.rglob("*.jsonl"))
+
+
+def test_a_damaged_memory_costs_a_request(serve, tmp_path):
+    server = serve(lambda graded, attempt: completion("score: 1"))
+    assert ask(make(server, cache=str(tmp_path)), "a", "b") == [1.0, 1.0]
+    (file,) = tmp_path.glob("*.jsonl")
+    text = file.read_bytes()
+    file.write_bytes(b'\xff\n[]\n{"key": 1, "score": 1}\n{"key": "x", "score": 7}\n' + text[:-9])
+    assert ask(make(server, cache=str(tmp_path)), "a", "b") == [1.0, 1.0] and len(server.requests) == 3
+
+
+def test_a_busy_server_is_left_alone_by_all_rows(serve):
+    """One is told to wait a second; those that come after it wait as well."""
+    times = []
+
+    def respond(graded, attempt):
+        times.append(time.monotonic())
+        if graded["prediction"] == "0" and not attempt:
+            return 429, {}, {"retry-after": "1"}
+        time.sleep(0.02)
+        return completion("score: 1")
+
+    server = serve(respond)
+    assert ask(make(server, concurrency=2), *map(str, range(20))) == [1.0] * 20
+    pauses = sorted(after - before for before, after in zip(times, times[1:]))
+    assert pauses[-1] > 0.8 and pauses[-2] < 0.8 and len(times) == 21
+
+
+def test_a_judge_that_fails_on_everything_is_given_up(serve):
+    """An error about a text is that text's affair; one about the server ends a call after some requests, not all."""
+    server = serve(lambda graded, attempt: completion("score: 1") if graded["prediction"] == "0" else (500, {}))
+    judge = make(server, retries=0)
+    assert ask(judge, *map(str, range(400))).count(None) == 399
+    assert len(server.requests) < 30 and judge.failures["judge down"] > 300
+    texts = serve(lambda graded, attempt: completion("score: 1") if graded["prediction"] == "0" else (400, {}))
+    judge = make(texts, retries=0)
+    assert ask(judge, *map(str, range(100))).count(None) == 99 and judge.failures == {"HTTP 400": 99}
+
+
+def test_a_prompt_of_ones_own():
+    prompt = Prompt("q: {question}\na: {references}\np: {prediction} {other}", system="be kind")
+    system, user = prompt.messages(("{prediction}?", ("a", "b"), "{row}"))
+    assert system == {"role": "system", "content": "be kind"}
+    assert user == {"role": "user", "content": "q: {prediction}?\na: a or b\np: {row} {other}"}
 
 
 def test_as_a_reward(serve):

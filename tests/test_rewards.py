@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -60,12 +61,41 @@ OWN = sorted(lookup.functions("glimpseprune.rewards", "completions"))
 def test_every_reward_gives_one_value_for_each_completion(name):
     """Given all fields, whatever the texts are; those of a judge are tested in test_judge.py."""
     texts, rows = ["", "a", "a dog\nand a cat", "[0, 0, 2, 2]"], 4
-    fields = {"samples": [None] * rows, "questions": ["?"] * rows, "answers": [("a",), (), ("a dog", "b"), ("",)]}
+    fields = {
+        "samples": [SimpleNamespace(dataset="tags")] * rows,
+        "questions": ["?"] * rows,
+        "answers": [("a",), (), ("a dog", "b"), ("",)],
+    }
     built = rewards.build({name: 1.0})
     scores = built(texts, **fields, kinds=["all"] * rows, truncated=[False] * rows)
     assert scores.values.shape == (rows, 1) and scores.valid.any() and rewards.find(name).__doc__
     again = built(texts, **fields, kinds=["all"] * rows, truncated=[False] * rows)
     torch.testing.assert_close(scores.values, again.values, equal_nan=True, atol=0, rtol=0)
+
+
+def test_the_reward_of_a_task_is_its_metric():
+    """By the data set of each sample, or of the one that is named."""
+    answers, texts = [("abcd",), ("yes",), ("100",)], ["abcx", "Yes, it is", "104"]
+    samples = [SimpleNamespace(dataset=name) for name in ("docvqa", "pope", "chartqa")]
+    built = rewards.build({"task": 1.0})
+    assert built(texts, answers=answers, samples=samples).total.tolist() == [0.75, 1.0, 1.0]
+    named = rewards.build({"task": 1.0}, task="docvqa")
+    assert named(texts[:1], answers=answers[:1], samples=[SimpleNamespace(dataset="mine")]).total.tolist() == [0.75]
+
+
+@pytest.mark.parametrize(
+    ("weights", "task", "dataset", "message"),
+    [
+        ({"task": 1.0}, None, "mine", "no task is about the data set 'mine': give rewards.task, one of chartqa"),
+        ({"task": 1.0}, None, "viscot", "scored by a judge: give rewards.task and rewards.judge"),
+        ({"task": 1.0}, "viscot", "", "reward 'task' needs a judge"),
+        ({"task": 1.0}, "docvaq", "", "did you mean 'docvqa'"),
+        ({"anls": 1.0}, "docvqa", "", "give its reward a weight"),
+    ],
+)
+def test_tasks_that_cannot_reward(weights, task, dataset, message):
+    with pytest.raises(UserError, match=message):
+        rewards.build(weights, task=task)(["a"], answers=[("a",)], samples=[SimpleNamespace(dataset=dataset)])
 
 
 def test_format():

@@ -21,7 +21,7 @@ from typing import Any
 from glimpseprune import config, files
 from glimpseprune.config import MISSING, UserError, option
 from glimpseprune.legible import legible
-from glimpseprune.report import LEGEND, markdown_text
+from glimpseprune.report import LEGEND, about, by_task, markdown_text
 from glimpseprune.results import Evaluated, difference, read
 
 SHARED = ("data", "metric", "max_new_tokens")
@@ -79,8 +79,12 @@ def require_comparable(evaluations: Sequence[Evaluated]) -> None:
 def measured(evaluation: Evaluated) -> dict[str, Any]:
     """What was asked for, the data by what they are, wherever they lie."""
     asked = evaluation.description["asked"]
-    data = {name: value for name, value in asked["data"].items() if name != "path" or not asked["data"]["manifest"]}
-    return {**asked, "data": data}
+    data = {task: without_path(each) for task, each in by_task(asked["data"]).items()}
+    return {**asked, "data": data.get("", data)}
+
+
+def without_path(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "path" or not data["manifest"]}
 
 
 def identity(evaluation: Evaluated) -> str:
@@ -127,13 +131,14 @@ class Group:
         found: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
         for evaluation in self.evaluations:
             for row in evaluation.rows:
-                found[row["kind"], row["method"]].append(row)
+                found[about(row), row["method"]].append(row)
         return [self.row(kind, method, rows) for (kind, method), rows in found.items()]
 
     def row(self, kind: str, method: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         first = self.evaluations[0].description["asked"]
         made = {"evaluation": self.label, "method": method, "kind": kind, "seeds": len(rows), "n": rows[0]["n"]}
-        for name in (*NUMBERS, *first["metric"][1:]):
+        metrics = dict.fromkeys(name for names in by_task(first["metric"]).values() for name in names[1:])
+        for name in (*NUMBERS, *metrics):
             values = [row[name] for row in rows if row.get(name) is not None]
             made[name] = round(mean(values), 4) if values else None
             if len(rows) > 1:

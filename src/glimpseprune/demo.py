@@ -15,13 +15,15 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from glimpseprune import config, files, runs
+from glimpseprune import config, files, results, runs, tasks
 from glimpseprune.config import START, UserError, option
 from glimpseprune.options import TrainConfig
 
 IMAGES = ["image_format=jpg", "workers=2"]
 HARD = ["options.size=476", "options.wear=0.1", "options.min_tags=12", "options.kinds=[number,pair]"]
 HARD += ["options.questions=2"]
+TASK = "tags"
+"""What is learned and evaluated, a file of tasks/."""
 
 
 @dataclass
@@ -59,7 +61,7 @@ def stage1(cfg: DemoConfig, overwrite: bool) -> str:
     data = prepared(cfg.data, IMAGES, counts(cfg, cfg.train_samples), overwrite)
     title = "2/3 stage 1: train glimpse and VIP with KL, no boxes"
     trained(title, cfg.out, ["conf/demo.yaml", f"data.path={data}", *cfg.overrides], overwrite)
-    step("3/3 evaluate beside the controls", "evaluate", [f"ckpt={cfg.out}", "resume=true"])
+    step("3/3 evaluate beside the controls", "evaluate", evaluation(cfg.out, data))
     return cfg.out
 
 
@@ -68,8 +70,16 @@ def stage2(cfg: DemoConfig) -> str:
     data = prepared(f"{cfg.data}-hard", [*IMAGES, *HARD], counts(cfg, 1536), cfg.overwrite)
     args = ["conf/demo_plus.yaml", f"init_from={cfg.out}", f"data.path={data}", *cfg.overrides]
     trained("2/3 stage 2: reinforce on the pruned sequence", out, args, cfg.overwrite)
-    step("3/3 evaluate: base, stage 1, stage 2", "evaluate", [f"ckpt={out}", "resume=true"])
+    step("3/3 evaluate: base, stage 1, stage 2", "evaluate", evaluation(out, data))
     return out
+
+
+def evaluation(out: str, data: str) -> list[str]:
+    """Of a run on its data as the task is evaluated; one of before there were tasks is shown as it is."""
+    asked = [f"tasks=[{TASK}]", f"data.path={data}"]
+    if (Path(out) / results.SCORES).is_file() and "tasks" not in results.read(out).description.get("asked", {}):
+        asked = []
+    return [f"ckpt={out}", *asked, "resume=true"]
 
 
 def counts(cfg: DemoConfig, train: int) -> dict[str, int]:
@@ -92,7 +102,8 @@ def prepared(folder: str, options: list[str], counts: dict[str, int], overwrite:
     number = f"options.count={{{', '.join(f'{split}: {n}' for split, n in counts.items())}}}"
     title = "1/3 prepare: real handwriting on real photographs"
     how = again(overwrite) or ["resume=true"]
-    step(title, "prepare", ["source=tags", f"out={folder}", *options, number, *how])
+    source = f"source={tasks.find(TASK).prepare['source']}"
+    step(title, "prepare", [source, f"out={folder}", *options, number, *how])
     return folder
 
 

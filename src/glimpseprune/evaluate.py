@@ -27,6 +27,11 @@ here, which costs a little time to the first token; ``src.export`` merges them.
 ``samples=8 temperature=1`` and ``sample_keep=true`` are about the methods alone, not their controls: they answer k
 times, their accuracy is the mean over the k, and ``pass_at_k`` is that of the best of them (at least one is right).
 
+``tasks=[docvqa,textvqa]`` evaluates several tasks in one run, files of ``tasks/`` that name data, suffix, metric and
+length of each; rows have a ``task`` then. ``data.paths.docvqa=<folder>`` says where data are that lie elsewhere.
+``tasks=viscot``, and any ``metric=judge``, need a judge (``judge.base_url``, ``judge.model``): it is asked when all
+answers are there, its verdicts are kept, and those that are missing are asked for again with ``resume=true``.
+
 Several processes (``torchrun --nproc-per-node 8 -m src.evaluate ...``, or srun) share the samples, a device each.
 ``resume=true`` goes on with an evaluation that was interrupted: what is done is read again, but not run. A finished
 evaluation that is in ``out`` is kept in ``out/earlier/1`` and so on, or replaced with ``overwrite=true``.
@@ -36,23 +41,25 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from glimpseprune import config, lookup, report, resources
+from glimpseprune import config, judging, lookup, report, resources, tasks
 from glimpseprune.budget import BUDGETS, Budget, Calibration, afford, rebuilt
 from glimpseprune.config import MISSING, SEEDS, START, UserError, option
-from glimpseprune.evaluation import Evaluation, Method, Scores, build, naming
-from glimpseprune.evaluation import over_needing_kinds as over_needing_kinds
-from glimpseprune.options import Attention, Dtype, PrunerOptions, TrainConfig
+from glimpseprune.evaluation import Evaluation, Method, Record, build, naming
+from glimpseprune.options import Attention, DataOptions, Dtype, JudgeOptions, PrunerOptions, TrainConfig
 from glimpseprune.processes import Processes, together
 from glimpseprune.results import Earlier, Folder, plain
+from glimpseprune.scores import Scores
+from glimpseprune.scores import over_needing_kinds as over_needing_kinds
+from glimpseprune.tasks import JUDGE, Task
 
 if TYPE_CHECKING:
     from glimpseprune.backbones import LVLM
@@ -79,8 +86,9 @@ class BackboneChoice:
 
 @dataclass
 class DataChoice:
-    path: str | None = option(None, "folder of shards (default: the one the run was trained on)")
-    split: str = option("test", "split to score")
+    path: str | None = option(None, "folder of shards (default: the one the run was trained on, or the task's)")
+    paths: dict[str, str] = option({}, "folders of shards of tasks, by their names (default: as their files say)")
+    split: str | None = option(None, "split to score (default: test, or the task's)")
     batch_size: int = option(16, "samples per batch and process", least=1, most=65536)
     workers: int = option(1, "loader processes", least=0, most=256)
     fields: dict[str, str] | None = option(None, "where things stand in shards of others (default: as in training)")
@@ -113,8 +121,18 @@ class EvaluateConfig:
     ckpt: str | None = option(None, "run folder, published folder or hub id")
     out: str | None = option(None, "where the results go (default: the run folder)")
     limit: int | None = option(None, "score only so many samples", least=1, most=10**9)
-    metric: Any = option("exact_match", "a function of metrics.py, or a list of them: the first one is the accuracy")
-    max_new_tokens: int = option(64, "tokens per answer at most", least=1, most=32768)
+    tasks: Any = option(
+        None, "a file of tasks/, or of your own, or a list of them: what is asked, and how it is scored"
+    )
+    metric: Any = option(
+        None,
+        "a function of metrics.py, judge, or a list of them, the first one is the accuracy "
+        "(default: exact_match, or the task's)",
+    )
+    judge: JudgeOptions | None = option(None, "server for the metric `judge`")
+    max_new_tokens: int | None = option(
+        None, "tokens per answer at most (default: 64, or the task's)", least=1, most=32768
+    )
     methods: list[str] = option([], "pruning methods, files of pruners/ (default: the checkpoint's own)")
     options: dict[str, Any] = option({}, "options of each method: options.fastv.layer=3")
     controls: list[str] = option(list(CONTROLS), f"methods beside the pruner, of {(*CONTROLS, 'none+')}")
@@ -141,7 +159,14 @@ class EvaluateConfig:
 
     @property
     def metrics(self) -> list[str]:
+        """Those that are given, or what they are without tasks."""
+        if self.metric is None:
+            return [] if self.task_names else ["exact_match"]
         return [self.metric] if isinstance(self.metric, str) else self.metric
+
+    @property
+    def task_names(self) -> list[str]:
+        return [self.tasks] if isinstance(self.tasks, str) else [] if self.tasks is None else self.tasks
 
     @property
     def place(self) -> Path:
@@ -163,78 +188,147 @@ def run(cfg: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def evaluate(cfg: EvaluateConfig, processes: Processes) -> list[dict[str, Any]]:
-    from glimpseprune.data.stream import ShardDataset, Store
-
     saved = checkpoint_config(cfg)
     plan = planned(cfg, saved)
     require_device(cfg.device)
-    dataset = ShardDataset(saved.data.path, cfg.data.split, limit=cfg.limit, store=Store.of(saved.data))
-    with Folder(cfg.place, describe(cfg, saved, plan) if processes.first else {}) as folder:
+    asked = asked_tasks(cfg, saved.data.path)
+    datasets = {name: opened(name, task, cfg.limit, saved.data) for name, task in asked.items()}
+    with Folder(cfg.place, describe(cfg, saved, plan, asked) if processes.first else {}) as folder:
         processes.agree(folder.claim)
         # Before it has begun, what is there is another one's.
         with config.advising(lambda: f"go on with: {config.command('resume=true')}" if folder.streams else ""):
-            return answered(cfg, saved, plan, dataset, folder, processes)
+            return answered(cfg, saved, plan, asked, datasets, folder, processes)
 
 
 def answered(
     cfg: EvaluateConfig,
     saved: TrainConfig,
     plan: Mapping[str, Any],
-    dataset: ShardDataset,
+    asked: Mapping[str, Task],
+    datasets: Mapping[str, ShardDataset],
     folder: Folder,
     processes: Processes,
 ) -> list[dict[str, Any]]:
-    """All methods on all samples, batch by batch; the rows, in the first process."""
-    from rich.progress import track
-
+    """All methods on all samples of all tasks, batch by batch; the rows, in the first process."""
     from glimpseprune.data.collate import Collator
-    from glimpseprune.data.stream import PADDING, ShardLoader
 
     earlier = processes.agree(lambda: folder.earlier(resume=cfg.resume, overwrite=cfg.overwrite, draws=cfg.samples))
     require_fit(cfg, saved, plan)
+    processes.agree(lambda: folder.is_done or judging.require(cfg.judge, asked))
     model = load_model(cfg, saved, plan, processes)
     collate = Collator(model.backbone)
-    methods, folder.description["settings"] = chosen(cfg, saved, plan, model, dataset, collate, earlier, processes)
-    loader = ShardLoader(
-        dataset,
-        collate,
-        cfg.data.batch_size,
-        workers=cfg.data.workers,
-        rank=processes.rank,
-        world=processes.world,
-    )
-    metrics = {name: lookup.function("glimpseprune.metrics", name, "prediction") for name in cfg.metrics}
-    evaluation = Evaluation(cfg, methods, metrics, earlier)
-    drawn = {method.name: cfg.samples for method in methods if method.listed and cfg.draws}
-    scores = Scores(cfg.metrics, drawn, cfg.bootstrap, cfg.seed, [method.name for method in methods])
-    scores.add(earlier.records, earlier.timings)
-    skipped = 0
-    for inputs in track(loader, description="evaluating", total=len(loader), disable=not processes.first):
-        damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
-        new = evaluation.batch(inputs)
-        if processes.first:
-            folder.draw(evaluation.new_panels())
-        for records, timings, more in processes.gather((*new, damaged)):
-            folder.add(records, timings)
-            scores.add(records, timings)
-            skipped += more
-    return finish(folder, scores, evaluation.panels, skipped) if processes.first else []
+    base = base_of(saved, model)
+    trials = {}
+    for name, task in asked.items():  # of all before the first, lest a budget that cannot be met ends the last
+        at = (datasets[name], tasks.asking(task, collate))
+        methods, settings = chosen(cfg, saved, plan, model, base, *at, earlier, processes, name)
+        folder.description.setdefault("settings", {}).update(settings)
+        trials[name] = Trial(name, task, methods, *at)
+    records, panels = list(earlier.records), {}
+    for trial in trials.values():
+        for new in trial.run(cfg, earlier.of(trial.name), folder, processes):
+            records += new
+        panels |= {trial.picture(name): drawn for name, drawn in trial.panels.items()}
+    return finish(cfg, folder, trials, records, panels) if processes.first else []
+
+
+@dataclass
+class Trial:
+    """One task of an evaluation, or the one of an evaluation without any, which has no name."""
+
+    name: str
+    task: Task
+    methods: list[Method]
+    dataset: ShardDataset
+    collate: Callable
+
+    def run(
+        self, cfg: EvaluateConfig, earlier: Earlier, folder: Folder, processes: Processes
+    ) -> Iterator[list[Record]]:
+        """Answer what was not answered before; the new records, batch by batch, in the first process."""
+        from rich.progress import track
+
+        from glimpseprune.data.stream import PADDING, ShardLoader
+
+        loader = ShardLoader(
+            self.dataset,
+            self.collate,
+            cfg.data.batch_size,
+            workers=cfg.data.workers,
+            rank=processes.rank,
+            world=processes.world,
+        )
+        metrics = {name: metric_of(name) for name in self.task.metrics}
+        asked = replace(cfg, max_new_tokens=self.task.max_new_tokens)
+        evaluation = Evaluation(asked, self.methods, metrics, earlier, self.name)
+        self.panels, self.skipped = evaluation.panels, 0
+        drawn = {method.name: cfg.samples for method in self.methods if method.listed and cfg.draws}
+        names = [method.name for method in self.methods]
+        self.scores = Scores(self.task.metrics, drawn, cfg.bootstrap, cfg.seed, names)
+        self.scores.add(earlier.records, earlier.timings)
+        saying = f"evaluating {self.name}".strip()
+        todo = [] if self.is_answered(earlier) else loader
+        for inputs in track(todo, description=saying, total=len(todo), disable=not processes.first):
+            damaged = sum(sample.stands_in not in ("", PADDING) for sample in inputs.samples)
+            new = evaluation.batch(inputs)
+            if processes.first:
+                folder.draw(evaluation.new_panels())
+            for records, timings, more in processes.gather((*new, damaged)):
+                folder.add(records, timings)
+                self.scores.add(records, timings)
+                self.skipped += more
+                yield records
+        loader.close()
+
+    def is_answered(self, earlier: Earlier) -> bool:
+        """Whether all methods have answered all samples before, so that none has to be read again."""
+        keys: dict[str, set[str]] = {method.name: set() for method in self.methods}
+        for record in earlier.records:
+            keys[record["method"]].add(record["key"])
+        return all(len(answered) == len(self.dataset) for answered in keys.values())
+
+    def picture(self, method: str) -> str:
+        """The name of a method's picture."""
+        return f"{self.name}-{method}" if self.name else method
+
+    def rows(self) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+        """Those of scores.json, and the summary."""
+        rows = self.scores.rows()
+        summary = self.scores.summary(rows)
+        rows += self.scores.averages(rows, self.task.groups)
+        return ([{"task": self.name, **row} for row in rows] if self.name else rows), summary
+
+    def say_left_out(self) -> None:
+        """What has no row, and why."""
+        of = f"{self.name}: " * bool(self.name)
+        for name, (some, all_) in self.scores.left_out().items():
+            print(f"{of}{name}: no row, for only {some} of {all_} samples have boxes")
+        for group, kinds in self.scores.lacking(self.task.groups).items():
+            print(f"{of}no row of the {group}, for there is no question of {', '.join(kinds)}")
 
 
 def finish(
-    folder: Folder, scores: Scores, panels: Mapping[str, Mapping[str, Any]], skipped: int
+    cfg: EvaluateConfig,
+    folder: Folder,
+    trials: Mapping[str, Trial],
+    records: list[Record],
+    panels: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Write the rows and print them."""
-    rows = scores.rows()
-    summary = scores.summary(rows)
-    folder.finish(rows, summary, {name: png(list(drawn.values())) for name, drawn in panels.items() if drawn})
-    report.print_table(rows, skipped)
-    for name, (some, all_) in scores.left_out().items():
-        print(f"{name}: no row, for only {some} of {all_} samples have boxes")
-    if cut := report.say_cut(rows):
-        print(cut)
-    if summary is not None:
-        print(report.say_summary(summary))
+    """Have a judge speak where there is one, write the rows and print them."""
+    told = judging.judge(records, {name: trial.task for name, trial in trials.items()}, cfg.judge, folder.out)
+    rows, summaries = [], {}
+    for name, trial in trials.items():
+        own, summaries[name] = trial.rows()
+        rows += own
+    summary = summaries[""] if "" in summaries else {"tasks": summaries} if any(summaries.values()) else None
+    pictures = {name: png(list(drawn.values())) for name, drawn in panels.items() if drawn}
+    folder.finish(rows, summary, pictures, records if told.new else None)
+    report.print_table(rows, sum(trial.skipped for trial in trials.values()))
+    for trial in trials.values():
+        trial.say_left_out()
+    for line in (told.said, report.say_cut(rows), report.say_summary(summary)):
+        if line:
+            print(line)
     print(f"scores.json, predictions.jsonl and kept.png are in {folder.out}")
     if folder.aside is not None:
         print(f"the evaluation that was there is kept in {folder.aside}")
@@ -253,12 +347,88 @@ def check(cfg: EvaluateConfig) -> None:
         raise UserError(f"controls={wrong}: choose from {', '.join(choices)}")
     if cfg.samples > 1 and not cfg.draws:
         raise UserError(f"samples={cfg.samples} would all be alike: give temperature=1, or sample_keep=true, or both")
-    if not (isinstance(cfg.metrics, list) and cfg.metrics and all(isinstance(name, str) for name in cfg.metrics)):
+    given = cfg.metrics
+    if not (isinstance(given, list) and (given or cfg.task_names) and all(isinstance(name, str) for name in given)):
         raise UserError(f"metric={cfg.metric}: give the name of a metric, or a list of names")
-    for name in cfg.metrics:
-        lookup.function("glimpseprune.metrics", name, "prediction")
+    for name in given:
+        metric_of(name)
+    check_tasks(cfg)
     check_methods(cfg)
     check_budget(cfg.budget)
+
+
+def check_tasks(cfg: EvaluateConfig) -> None:
+    """Raises UserError where it is not clear what is asked, or who scores it."""
+    if not (isinstance(cfg.task_names, list) and all(isinstance(name, str) for name in cfg.task_names)):
+        raise UserError(f"tasks={cfg.tasks}: give the name of a task, or a list of names")
+    named = [tasks.label(name) for name in cfg.task_names]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise UserError(f"tasks: {twice[0]} is there twice")
+    if unknown := [name for name in cfg.data.paths if name not in named]:
+        raise UserError(f"data.paths.{unknown[0]}: the tasks are {', '.join(named) or 'none, give data.path'}")
+    if len(named) > 1 and cfg.data.path is not None:
+        raise UserError(f"data.path: of several tasks give data.paths.{named[0]}=<folder> and so on")
+    for name, task in asked_tasks(cfg, "").items():
+        if JUDGE in task.metrics and cfg.judge is None:
+            said = f"the task {name} is scored by a judge" if name else "metric=judge needs one"
+            raise UserError(f"{said}: give judge.base_url=<OpenAI-compatible server> and judge.model=<its name there>")
+
+
+def asked_tasks(cfg: EvaluateConfig, path: str) -> dict[str, Task]:
+    """What is asked for by the names of its tasks, with what ``cfg`` says itself; without tasks the data in ``path``,
+    under no name."""
+    if not cfg.task_names:
+        return {
+            "": Task(
+                path, cfg.data.split or "test", metrics=tuple(cfg.metrics), max_new_tokens=cfg.max_new_tokens or 64
+            )
+        }
+    found = {}
+    for given in cfg.task_names:
+        name, task = tasks.label(given), tasks.find(given)
+        found[name] = replace(
+            task,
+            data=cfg.data.paths.get(name) or cfg.data.path or task.data,
+            split=cfg.data.split or task.split,
+            metrics=tuple(cfg.metrics) or task.metrics,
+            max_new_tokens=cfg.max_new_tokens or task.max_new_tokens,
+        )
+    return found
+
+
+def metric_of(name: str) -> Callable[..., float] | None:
+    """None of a judge, who is asked later; raises UserError where there is no such metric."""
+    return None if name == JUDGE else lookup.function("glimpseprune.metrics", name, "prediction")
+
+
+def opened(name: str, task: Task, limit: int | None, data: DataOptions) -> ShardDataset:
+    """The samples of a task, from where and as ``data`` says.
+
+    Raises:
+        UserError: as :func:`require_data`, or its metrics are not for such answers.
+    """
+    from glimpseprune.data.stream import ShardDataset, Store
+
+    require_data(name, task)
+    dataset = ShardDataset(task.data, task.split, limit=limit, store=Store.of(data))
+    for metric in filter(None, map(metric_of, task.metrics)):
+        answers = dataset[0].answers
+        try:
+            metric(answers[0], answers)
+        except UserError as error:
+            raise UserError(f"{task.data}, split {task.split}: {error}") from None
+    return dataset
+
+
+def require_data(name: str, task: Task) -> None:
+    """Raises UserError where there are no data of a task; it says what makes them."""
+    from glimpseprune.data.remote import is_remote
+
+    if name and not is_remote(task.data) and not Path(task.data).exists():
+        raise UserError(
+            f"the data of the task {name} are not in {task.data}: make them ({task.command}), "
+            f"or give data.paths.{name}=<folder of shards>"
+        )
 
 
 def check_methods(cfg: EvaluateConfig) -> None:
@@ -268,7 +438,7 @@ def check_methods(cfg: EvaluateConfig) -> None:
             "give ckpt=<run folder or published pruner>, or backbone.path=<folder or hub id> and methods=[...] "
             "that need no weights"
         )
-    if cfg.ckpt is None and cfg.data.path is None:
+    if cfg.ckpt is None and cfg.data.path is None and not cfg.tasks:
         raise UserError("give data.path=<folder of shards>: without a checkpoint nothing else names it")
     if cfg.methods and (cfg.pruner.name or cfg.pruner.options):
         raise UserError("methods and pruner say the same thing: give methods=[...] and options.<method>.<key>=...")
@@ -306,7 +476,7 @@ def checkpoint_config(cfg: Any) -> TrainConfig:
         raise UserError(f"'{cfg.ckpt}' does not name its backbone: give backbone.path=<folder or hub id>")
     if hasattr(cfg, "data"):
         replace_data(saved.data, cfg.data)
-        if saved.data.path == MISSING:
+        if saved.data.path == MISSING and not cfg.tasks:
             raise UserError(f"'{cfg.ckpt}' does not name its data: give data.path=<folder of shards>")
     return saved
 
@@ -385,24 +555,28 @@ def chosen(
     saved: TrainConfig,
     plan: Mapping[str, Any],
     model: GlimpsePrune,
-    dataset: Sequence[Any],
+    base: Base,
+    dataset: ShardDataset,
     collate: Callable,
     earlier: Earlier,
     processes: Processes,
+    task: str = "",
 ) -> tuple[list[Method], dict[str, Any]]:
-    """All methods in the order in which they run, and what those with a budget were set to."""
+    """All methods on a task in the order in which they run, and what those with a budget were set to, by their names,
+    those of a task behind ``<task>/``."""
     # Whether the run trained the language model, or reinforced the pruner of another run.
     plus = bool(model.backbone.restored) or (saved.stage == "grpo" and saved.init_from is not None)
-    base, methods = base_of(saved, model), evaluated(cfg, saved, model, plan, "+" * plus)
+    methods, of = evaluated(cfg, saved, model, plan, "+" * plus), f"{task}/" * bool(task)
     if plus and "glimpse" in cfg.controls:
         methods += first_stage(saved, base, processes.first)
-    settings = processes.agree(lambda: earlier.settings or calibrated(cfg, methods, dataset, collate))
+    settings = processes.agree(lambda: earlier.settings or calibrated(cfg, methods, dataset, collate, of))
+    settings = {name: setting for name, setting in settings.items() if name.startswith(of)}
     for method in methods:
-        if method.name in settings:
-            method.options = settings[method.name]["options"]
+        if of + method.name in settings:
+            method.options = settings[of + method.name]["options"]
             method.pruner = rebuilt(method, method.options)
     if "oracle" in plan and all(sample.boxes is None for sample in dataset):
-        raise UserError(f"methods: the oracle goes by boxes, and no sample of {saved.data.path} has any")
+        raise UserError(f"methods: the oracle goes by boxes, and no sample of {dataset.shards.folder} has any")
     return line_up(cfg, model, methods, base, plus), settings
 
 
@@ -503,9 +677,9 @@ def first_stage(saved: TrainConfig, base: Base, aloud: bool) -> list[Method]:
 
 
 def calibrated(
-    cfg: EvaluateConfig, methods: Sequence[Method], dataset: Sequence[Any], collate: Callable
+    cfg: EvaluateConfig, methods: Sequence[Method], dataset: Sequence[Any], collate: Callable, of: str = ""
 ) -> dict[str, Any]:
-    """What each method is set to for ``cfg.budget``, by name; nothing where there is no budget."""
+    """What each method is set to for ``cfg.budget``, by its name behind ``of``; nothing where there is no budget."""
     given = {name: getattr(cfg.budget, name) for name in BUDGETS if getattr(cfg.budget, name) is not None}
     if not given:
         return {}
@@ -516,29 +690,46 @@ def calibrated(
     settings = {}
     for method in methods:
         if method.budgeted and (setting := afford(method, budget, calibration)) is not None:
-            settings[method.name] = plain(setting.plain())
-            print(f"budget {budget.what}={budget.wanted:g}: {method.name} {setting.said()}")
+            settings[of + method.name] = plain(setting.plain())
+            print(f"budget {budget.what}={budget.wanted:g}: {of}{method.name} {setting.said()}")
     return settings
 
 
 # ----------------------------------------------------------------------------------------------------- what is written
 
 
-def describe(cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any]) -> dict[str, Any]:
-    """evaluation.yaml: ``asked``, all that decides what comes out, and ``trained``, how the checkpoint was made."""
+def describe(
+    cfg: EvaluateConfig, saved: TrainConfig, plan: Mapping[str, Any], tasks: Mapping[str, Task]
+) -> dict[str, Any]:
+    """evaluation.yaml: ``asked``, all that decides what comes out, and ``trained``, how the checkpoint was made. Of
+    several tasks what is theirs stands by their names."""
+    data = {
+        name: {
+            "path": task.data,
+            "split": task.split,
+            "limit": cfg.limit,
+            "manifest": digest(Path(task.data), "manifest.json"),
+        }
+        for name, task in tasks.items()
+    }
+    theirs = {
+        "data": data,
+        "metric": {name: list(task.metrics) for name, task in tasks.items()},
+        "max_new_tokens": {name: task.max_new_tokens for name, task in tasks.items()},
+    }
+    if "" in tasks:
+        theirs = {key: of[""] for key, of in theirs.items()}
+    else:
+        theirs["tasks"] = list(tasks)
+        theirs["suffix"] = {name: task.suffix for name, task in tasks.items() if task.suffix}
+    if any(JUDGE in task.metrics for task in tasks.values()):
+        theirs["judge"] = judging.described(cfg.judge, tasks)
     budget = {name: value for name, value in vars(cfg.budget).items() if value is not None}
     asked = {
         "ckpt": cfg.ckpt,
         "weights": None if cfg.ckpt is None else digest(Path(cfg.ckpt), "trainable.safetensors", "new_modules_gp.pt"),
         "backbone": vars(saved.backbone),
-        "data": {
-            "path": saved.data.path,
-            "split": cfg.data.split,
-            "limit": cfg.limit,
-            "manifest": digest(Path(saved.data.path), "manifest.json"),
-        },
-        "metric": cfg.metrics,
-        "max_new_tokens": cfg.max_new_tokens,
+        **theirs,
         "methods": list(plan),
         "options": dict(plan),
         "controls": cfg.controls,

@@ -1,9 +1,8 @@
-"""The engine of an evaluation: methods over batches, and tables of what they said.
+"""The engine of an evaluation: methods over batches.
 
 Everything goes through *records*: what a method said to one sample in one draw, what that scored, and what it cost, as
 the trace of its prefill says. A record is a line of predictions.jsonl. :class:`Evaluation` makes them, batch by batch;
-:class:`Scores` makes rows of them, whatever process or earlier, interrupted evaluation they come from. Nothing is
-printed or written here, and torch is imported only when something runs.
+:mod:`.scores` makes rows of them. Nothing is printed or written here, and torch is imported only when something runs.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from itertools import groupby
 from operator import or_
-from statistics import fmean, median
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
@@ -23,6 +22,7 @@ from glimpseprune.config import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from glimpseprune.backbones import LVLM, Seen
     from glimpseprune.cost import Account, Measured
@@ -30,15 +30,14 @@ if TYPE_CHECKING:
     from glimpseprune.types import Encoded, Inputs, Layout, Needs, Prefill, Rollout, Sample
 
 Record = dict[str, Any]
-"""A line of predictions.jsonl: method, key, kind, question, prediction, answers, score (of the first metric), metrics
-(all, by name), cut (whether max_new_tokens ended the answer, which is scored as it stands), kept and visual (tokens
-left, of so many), cuts (tokens left after each decision), mean_tokens, and as ratios to the unpruned model
-prefill_flops, decoder_flops (decisions included) and kv."""
+"""A line of predictions.jsonl: task (where there are any), method, key, kind, question, prediction, answers, score (of
+the first metric; null where a judge gave none), metrics (all, by name), mask (IoU, recall and precision of what was
+kept and the evidence, where the sample has boxes), cut (whether max_new_tokens ended the answer, which is scored as it
+stands), kept and visual (tokens left, of so many), cuts (tokens left after each decision), mean_tokens, and as ratios
+to the unpruned model prefill_flops, decoder_flops (decisions included) and kv."""
 Timing = dict[str, Any]
 """A line of timings.jsonl: method, rows of a batch, seconds from its pixels to its first token, the encoding (which all
 methods share) included, and on CUDA peak_bytes until its last token."""
-
-COSTS = ("mean_tokens", "prefill_flops", "decoder_flops", "kv")
 
 
 @dataclass
@@ -87,17 +86,24 @@ class Evaluation:
         cfg: an ``EvaluateConfig``.
         methods: in the order in which they run; those on one backbone next to each other, and a method before those
             that follow it.
-        metrics: by name; the first one is the accuracy.
+        metrics: by name; the first one is the accuracy. None in place of a judge, who is asked later.
         earlier: of an evaluation that was interrupted; what its records answer is not asked again.
+        task: its name, which records then have.
 
     Attributes:
         panels: by method and key of the sample, what was kept of the first few samples.
     """
 
     def __init__(
-        self, cfg: Any, methods: list[Method], metrics: Mapping[str, Callable], earlier: Earlier | None = None
+        self,
+        cfg: Any,
+        methods: list[Method],
+        metrics: Mapping[str, Callable | None],
+        earlier: Earlier | None = None,
+        task: str = "",
     ) -> None:
         self.cfg, self.methods, self.metrics = cfg, methods, metrics
+        self.named = {"task": task} if task else {}
         self.done: dict[tuple[str, str], list[Record]] = defaultdict(list)
         self.timings: list[Timing] = []
         self.sights = Sights()
@@ -200,7 +206,12 @@ class Evaluation:
                 state = prefill(backbone, encoded, method.pruner)
                 backbone.logits(state.hidden[:, -1]).argmax(-1)
             rollout = continue_from(backbone, encoded, state, **options)
-        timing = {"method": method.name, "seconds": encoding.seconds + first.seconds, "rows": len(encoded.mask)}
+        timing = {
+            **self.named,
+            "method": method.name,
+            "seconds": encoding.seconds + first.seconds,
+            "rows": len(encoded.mask),
+        }
         if whole.peak_bytes is not None:
             timing["peak_bytes"] = max(encoding.peak_bytes, whole.peak_bytes)
         self.timings.append(timing)
@@ -222,10 +233,14 @@ class Evaluation:
         flops = torch.as_tensor(flops, device=index.device)[index] if len(flops) else ()  # [B k]
         return advance(backbone, encoded, cut(state, keep, pruner.stops[0], index=index, flops=flops), pruner)
 
-    def scores(self, texts: Sequence[str], samples: Sequence[Sample], metric: str | None = None) -> list[float]:
-        """How right each answer to its sample is by a metric (default: the first), 0 to 1. A judge, who wants many at
-        once, belongs here."""
+    def scores(
+        self, texts: Sequence[str], samples: Sequence[Sample], metric: str | None = None
+    ) -> list[float] | list[None]:
+        """How right each answer to its sample is by a metric (default: the first), 0 to 1; None where a judge, who
+        wants many at once, will say."""
         score = self.metrics[metric or next(iter(self.metrics))]
+        if score is None:
+            return [None] * len(texts)
         return [float(score(text, sample.answers)) for text, sample in zip(texts, samples)]
 
     def records(self, method: Method, inputs: Inputs, encoded: Encoded, rollout: Rollout) -> Iterator[Record]:
@@ -245,6 +260,7 @@ class Evaluation:
             account = read(method.backbone, encoded, row, rollout.prefill, draw, layouts[row])
             visual = sum(layout.count for layout in layouts[row])
             yield {
+                **self.named,
                 "method": method.name,
                 "key": sample.key,
                 "kind": sample.kind,
@@ -253,6 +269,7 @@ class Evaluation:
                 "answers": list(sample.answers),
                 "score": scores[first][draw],
                 "metrics": {name: values[draw] for name, values in scores.items()},
+                **({} if looks or sample.boxes is None else {"mask": mask_of(rollout.keep[draw], inputs.targets[row])}),
                 "cut": not rollout.ended[draw],
                 "kept": account.kept,
                 "visual": visual,
@@ -273,12 +290,19 @@ class Evaluation:
 
             lines = [sample.question, f"{text}   (answer: {sample.answers[0]})", f"kept {kept:.1%}"]
             there[sample.key] = made = panel(sample, rollout.keep_maps()[draw], lines)
-            self.drawn.append({"method": method.name, "key": sample.key, "png": packed(made)})
+            self.drawn.append({**self.named, "method": method.name, "key": sample.key, "png": packed(made)})
 
     def new_panels(self) -> list[Record]:
         """The panels since the last time, for :meth:`.results.Folder.draw`."""
         drawn, self.drawn = self.drawn, []
         return drawn
+
+
+def mask_of(keep: Tensor, target: Tensor) -> dict[str, float]:
+    """How what was kept, bool [V], lies to the evidence."""
+    from glimpseprune.tallies import mask_scores
+
+    return {name: round(value, 4) for name, value in mask_scores(keep.cpu(), target.cpu()).items()}
 
 
 class Sights:
@@ -331,191 +355,3 @@ def read(backbone: LVLM, encoded: Encoded, row: int, state: Prefill, draw: int, 
     text = int(encoded.mask[row].sum()) - encoded.counts[row]
     steps = cost.steps_of(state.trace, draw)
     return cost.account(backbone.shapes, text, layouts, steps, looked=encoded.layouts[row])
-
-
-# -------------------------------------------------------------------------------------------------------------- tables
-
-
-class Scores:
-    """Records and timings, and the rows of scores.json that they make.
-
-    Args:
-        metrics: their names; the first one is the accuracy.
-        names: of the methods, in the order of the table.
-        drawn: methods whose answers are drawn, k times per sample; they get ``pass_at_k``.
-        bootstrap: resamplings behind the intervals; 0 leaves them out.
-    """
-
-    def __init__(
-        self,
-        metrics: Sequence[str],
-        drawn: Mapping[str, int],
-        bootstrap: int = 0,
-        seed: int = 0,
-        names: Iterable[str] = (),
-    ) -> None:
-        self.metrics, self.drawn, self.bootstrap, self.seed = metrics, drawn, bootstrap, seed
-        self.samples: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-        self.timings: dict[str, list[Timing]] = defaultdict(list)
-        self.spreads: dict[frozenset[str], Spread | None] = {}
-        for name in names:
-            self.samples[name]
-
-    def add(self, records: Iterable[Record], timings: Iterable[Timing] = ()) -> None:
-        for record in records:
-            self.samples[record["method"]][record["key"]].append(record)
-        for timing in timings:
-            self.timings[timing["method"]].append(timing)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One row per method and kind of question, ``all`` first; none of a method that is :meth:`left_out`."""
-        rows = []
-        names = [name for name in self.samples if name not in self.left_out()]
-        for kind, kinds in self.kinds().items():
-            found = {name: self.of_kind(name, kinds) for name in names}
-            rows += [self.row(name, kind, kinds, list(found[name].values()), found) for name in found if found[name]]
-        return rows
-
-    def left_out(self) -> dict[str, tuple[int, int]]:
-        """Methods that were measured on half of the samples or less (the oracle, where few have boxes), whose rows
-        would not be about the same data as the others': on how many, of how many."""
-        counts = {name: len(by_key) for name, by_key in self.samples.items()}
-        most = max(counts.values(), default=0)
-        return {name: (count, most) for name, count in counts.items() if 2 * count <= most}
-
-    def kinds(self) -> dict[str, list[str]]:
-        """Each kind as the kinds that it is made of; ``all`` is all of them."""
-        found = sorted({draws[0]["kind"] for by_key in self.samples.values() for draws in by_key.values()})
-        return {"all": found} | {kind: [kind] for kind in found if kind != "all"}
-
-    def of_kind(self, name: str, kinds: Sequence[str]) -> dict[str, list[Record]]:
-        return {key: draws for key, draws in self.samples[name].items() if draws[0]["kind"] in kinds}
-
-    def row(
-        self, name: str, kind: str, kinds: list[str], samples: list[list[Record]], found: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """Of the ``samples`` of one method, each with its draws, beside those of all that were ``found``: it is
-        compared with the unpruned model on the samples that it has, which with the oracle may be some of all."""
-        score, spread = mean_score(samples), self.spread(name)
-        same = [found["none"][key] for key in found[name] if key in found["none"]] if "none" in found else []
-        base = mean_score(same) if same else None
-        row: dict[str, Any] = {"method": name, "kind": kind, "accuracy": round(score, 4)}
-        if spread is not None:
-            row["accuracy_ci"] = spread.accuracy(name, kinds)
-        row["relative"] = round(score / base, 4) if base else None
-        row["difference"] = None if base is None else round(score - base, 4)
-        if spread is not None and base is not None:
-            row["difference_ci"] = spread.difference(name, "none", kinds)
-        row["kept"] = round(over(samples, lambda record: record["kept"] / record["visual"]), 4)
-        row["kept_tokens"] = round(over(samples, lambda record: record["kept"]), 2)
-        for key in COSTS:
-            row[key] = round(over(samples, lambda record, key=key: record[key]), 2 if key == "mean_tokens" else 4)
-        row["cut"] = round(over(samples, lambda record: record.get("cut", False)), 4)
-        row["n"] = len(samples)
-        for metric in self.metrics[1:]:
-            row[metric] = round(over(samples, lambda record, metric=metric: record["metrics"][metric]), 4)
-        if name in self.drawn:
-            best = fmean(max(record["score"] for record in draws) for draws in samples)
-            row |= {"pass_at_k": round(best, 4), "k": self.drawn[name]}
-        return row | (self.speed(name) if kind == "all" else {})
-
-    def speed(self, name: str) -> dict[str, Any]:
-        """Median over batches of the seconds to the first token, and the most memory, where it was measured."""
-        timings = self.timings[name]
-        peaks = [timing["peak_bytes"] for timing in timings if "peak_bytes" in timing]
-        found = {"time_to_first_token": round(median(t["seconds"] for t in timings), 4)} if timings else {}
-        return found | ({"peak_bytes": max(peaks)} if peaks else {})
-
-    def spread(self, name: str) -> Spread | None:
-        """The scores of all methods that answered the samples of this one, on resamplings of these; ask once all are
-        there."""
-        keys = frozenset(self.samples[name])
-        if keys not in self.spreads:
-            self.spreads[keys] = self.resampled(sorted(keys)) if self.bootstrap and keys else None
-        return self.spreads[keys]
-
-    def resampled(self, keys: Sequence[str]) -> Spread:
-        import torch
-
-        from glimpseprune.intervals import resampled
-
-        names = [name for name, answered in self.samples.items() if all(key in answered for key in keys)]
-        kinds = self.kinds()["all"]
-        scores = [[fmean(r["score"] for r in self.samples[name][key]) for name in names] for key in keys]
-        of = [kinds.index(self.samples[names[0]][key][0]["kind"]) for key in keys]
-        sums = resampled(torch.tensor(scores, dtype=torch.float64), torch.tensor(of), self.bootstrap, self.seed)
-        return Spread(names, kinds, sums)
-
-    def summary(self, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-        """:func:`over_needing_kinds`, with differences and intervals."""
-        found = over_needing_kinds(rows)
-        for name, scores in found["methods"].items() if found else ():
-            scores["difference"] = round(scores["accuracy"] - found["methods"]["none"]["accuracy"], 4)
-            if (spread := self.spread(name)) is not None:
-                scores["accuracy_ci"] = spread.accuracy(name, found["kinds"])
-                scores["difference_ci"] = spread.difference(name, "none", found["kinds"])
-        return found
-
-
-@dataclass
-class Spread:
-    """Sums of scores [R, K, M + 1] on R resamplings, of ``names`` over ``kinds``; see :mod:`.intervals`."""
-
-    names: list[str]
-    kinds: list[str]
-    sums: Any
-
-    def accuracy(self, name: str, kinds: Sequence[str]) -> list[float]:
-        return self._interval(self._means(kinds)[:, self.names.index(name)])
-
-    def difference(self, name: str, base: str, kinds: Sequence[str]) -> list[float]:
-        """Of two methods on the same samples."""
-        means = self._means(kinds)
-        return self._interval(means[:, self.names.index(name)] - means[:, self.names.index(base)])
-
-    def _means(self, kinds: Sequence[str]) -> Any:
-        sums = self.sums[:, [self.kinds.index(kind) for kind in kinds]].sum(1)  # [R, M + 1]
-        return sums[:, :-1] / sums[:, -1:]
-
-    @staticmethod
-    def _interval(drawn: Any) -> list[float]:
-        from glimpseprune.intervals import interval
-
-        return interval(drawn)
-
-
-def over(samples: Iterable[Sequence[Record]], value: Callable[[Record], float]) -> float:
-    """Mean over samples of the mean over their draws."""
-    return fmean(fmean(map(value, draws)) for draws in samples)
-
-
-def mean_score(samples: Iterable[Sequence[Record]]) -> float:
-    return over(samples, lambda record: record["score"])
-
-
-def over_needing_kinds(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Each method over the kinds whose accuracy without any visual token after K is below a third of the full one.
-
-    The other kinds say nothing about pruning: the text had read their answer before. None where there is no such kind,
-    or no ``none`` and ``zero`` to tell by.
-    """
-    by = {(row["method"], row["kind"]): row for row in rows if row["kind"] != "all"}
-    kinds = [
-        kind
-        for method, kind in by
-        if method == "none" and ("zero", kind) in by and 3 * by["zero", kind]["accuracy"] < by["none", kind]["accuracy"]
-    ]
-    if not kinds:
-        return None
-    means: dict[str, dict[str, float]] = {}
-    for method in dict.fromkeys(method for method, _ in by):
-        if any(by.get((method, kind), {}).get("n") != by["none", kind]["n"] for kind in kinds):
-            continue  # the oracle, where some samples have no boxes: nothing to compare with the others
-        chosen = [by[method, kind] for kind in kinds]
-        total = sum(row["n"] for row in chosen)
-        keys = [key for key in ("accuracy", "kept", *COSTS) if all(key in row for row in chosen)]
-        means[method] = {key: sum(row[key] * row["n"] for row in chosen) / total for key in keys}
-    for scores in means.values():
-        scores["relative"] = scores["accuracy"] / means["none"]["accuracy"]
-        scores.update({key: round(value, 4) for key, value in scores.items()})
-    return {"kinds": kinds, "methods": means}

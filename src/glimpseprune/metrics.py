@@ -2,7 +2,8 @@
 
 ``answers`` are the accepted ones. ``lookup.function("glimpseprune.metrics", name, "prediction")`` finds a metric, which
 is any public function here whose first argument is ``prediction``; a score over a data set is the mean. What is no
-mean (POPE's F1) has its own function over lists. Free-form answers are for a judge (``judge.py``), not for this file.
+mean (POPE's F1) is a ratio of sums over answers; ``tallies.py`` adds up either over batches and processes. Free-form
+answers are for a judge (``judge.py``), not for this file.
 
 Every metric reads its texts through :func:`unify`, so that one text has one form; beyond that each follows its official
 script, and says where it does not. A prediction that says nothing equals no answer (:func:`anls` alone, as its script
@@ -92,14 +93,24 @@ def box_iou(prediction: str, answers: Sequence[str]) -> float:
 def pope_scores(predictions: Sequence[str], labels: Sequence[str]) -> dict[str, float]:
     """accuracy, precision, recall, f1 (of "yes") and yes_ratio over a data set. Source: Li et al. 2023 (POPE); a
     prediction without a word is neither yes nor no, where the official script says yes."""
-    pairs = [(_says_yes(said), _says_yes(label)) for said, label in zip(predictions, labels, strict=True)]
-    hits, yes, true = (sum(map(f, pairs)) for f in (all, lambda pair: bool(pair[0]), lambda pair: bool(pair[1])))
+    parts = [pope_parts(said, label) for said, label in zip(predictions, labels, strict=True)]
+    return pope_ratios(*(sum(column) for column in zip(*parts))) if parts else pope_ratios(0, 0, 0, 0, 0)
+
+
+def pope_parts(answer: str, label: str) -> tuple[float, ...]:
+    """What one answer adds to the sums that :func:`pope_ratios` is made of."""
+    said, meant = _says_yes(answer), _says_yes(label)
+    return tuple(map(float, (said is meant is not None, bool(said and meant), bool(said), bool(meant), 1)))
+
+
+def pope_ratios(right: float, hits: float, yes: float, true: float, count: float) -> dict[str, float]:
+    """Of ``count`` answers ``right`` ones, "yes" that was said where it was ``true`` (``hits``), said at all."""
     return {
-        "accuracy": sum(said == label for said, label in pairs) / max(len(pairs), 1),
+        "accuracy": right / max(count, 1),
         "precision": hits / max(yes, 1),
         "recall": hits / max(true, 1),
         "f1": 2 * hits / max(yes + true, 1),
-        "yes_ratio": yes / max(len(pairs), 1),
+        "yes_ratio": yes / max(count, 1),
     }
 
 

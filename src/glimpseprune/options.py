@@ -243,6 +243,9 @@ class JudgeOptions:
         0.5, "seconds before the first further attempt, doubled each time", least=0, most=600, role=FREE
     )
     max_tokens: int = option(256, "tokens per reply; a reply cut off there is no verdict", least=1, most=65536)
+    cache: str | None = option(
+        None, "folder in which verdicts are remembered (an evaluation: verdicts/ in its own)", role=FREE
+    )
 
     def __post_init__(self) -> None:
         if not self.api_key_env.isidentifier():  # most likely the key itself, which must not be told
@@ -263,6 +266,9 @@ class RewardOptions:
         None, "pruning ratio above which there is no more reward for it", least=0, most=1
     )
     judge: JudgeOptions | None = option(None, "server for the reward `judge`")
+    task: str | None = option(
+        None, "the task that the reward `task` is about, a file of tasks/ (default: by the data set of each sample)"
+    )
 
 
 @dataclass

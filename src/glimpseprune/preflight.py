@@ -15,7 +15,7 @@ from pathlib import Path
 from glimpseprune import config, hub, resources, training
 from glimpseprune.config import UserError, option
 from glimpseprune.data.shards import Shards, Store
-from glimpseprune.evaluate import EvaluateConfig, replace_data
+from glimpseprune.evaluate import EvaluateConfig, asked_tasks, replace_data, require_data
 from glimpseprune.evaluate import check as check_options
 from glimpseprune.options import DataOptions, TrainConfig
 from glimpseprune.prepare import described, make_missing
@@ -66,7 +66,7 @@ def evaluate(cfg: EvaluateCheck) -> None:
     if cfg.planned:
         return
     require_room(cfg.place, cfg.resume or cfg.overwrite)
-    data, path, backbone = DataOptions(), cfg.data.path, cfg.backbone.path
+    data, path, backbone = DataOptions(), cfg.data.path or "", cfg.backbone.path
     if cfg.ckpt is not None:
         check_checkpoint(cfg.ckpt, "ckpt")
     saved = None if cfg.ckpt is None else Path(resources.find(cfg.ckpt)) / "config.yaml"
@@ -74,9 +74,12 @@ def evaluate(cfg: EvaluateCheck) -> None:
         saved = config.read(TrainConfig, saved)
         data, path = saved.data, path or saved.data.path
         backbone = backbone or saved.backbone.path
-    if path is not None:
-        replace_data(data, cfg.data)
-        Shards(path, cfg.data.split, store=Store.of(data))
+    replace_data(data, cfg.data)
+    asked = asked_tasks(cfg, path)
+    for name, task in asked.items():
+        if task.data:
+            require_data(name, task)
+            Shards(task.data, task.split, store=Store.of(data))
     if backbone is not None:
         check_weights(backbone, "backbone.path")
     if cfg.methods or cfg.options:
@@ -84,7 +87,9 @@ def evaluate(cfg: EvaluateCheck) -> None:
 
         planned(cfg, checkpoint_config(cfg))
     what = cfg.ckpt or f"{', '.join(cfg.methods or [cfg.pruner.name])} on {backbone}"
-    print(f"preflight: evaluates {what} on the split {cfg.data.split} of {path}")
+    on = ", ".join(f"{name} ({task.split} of {task.data})".strip() for name, task in asked.items() if name)
+    on = on or ", ".join(f"the split {task.split} of {task.data}" for task in asked.values())
+    print(f"preflight: evaluates {what} on {on}")
 
 
 def check_weights(path: str, key: str) -> Path:

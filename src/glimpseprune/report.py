@@ -24,8 +24,9 @@ from glimpseprune.legible import legible
 from glimpseprune.results import KEPT, PREDICTIONS, Evaluated, read, read_lines
 
 KEYS = set(
-    "method kind accuracy accuracy_ci relative difference difference_ci kept kept_tokens mean_tokens prefill_flops "
-    "decoder_flops kv cut n pass_at_k k time_to_first_token peak_bytes".split()
+    "task method kind accuracy accuracy_ci relative difference difference_ci kept kept_tokens mean_tokens "
+    "prefill_flops decoder_flops kv cut n coverage mask_iou mask_recall mask_precision f1_ci pass_at_k k "
+    "time_to_first_token peak_bytes".split()
 )
 """Of a row of scores.json; another one is a metric."""
 CONTROLS = ("none", "none+", "random", "oracle", "zero")
@@ -87,9 +88,16 @@ def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
         Column("first token", lambda row: number(row, "time_to_first_token", ".0f", 1e3, " ms")),
         Column("memory", lambda row: number(row, "peak_bytes", ".2f", 2**-30, " GiB")),
         Column("samples", lambda row: number(row, "n", "d")),
+        Column("judged", lambda row: percent(row, "coverage")),
     ]
-    text = [Column(name, lambda row, name=name: str(row.get(name, ""))) for name in ("kind", "method")]
+    text = [Column("kind", about), Column("method", lambda row: str(row.get("method", "")))]
     return text + [column for column in known if any(map(column.cell, rows))]
+
+
+def about(row: Mapping[str, Any]) -> str:
+    """What a row is about: the kind of question, of a task if it has one."""
+    task, kind = row.get("task", ""), str(row.get("kind", ""))
+    return kind if not task else task if kind == "all" else f"{task}: {kind}"
 
 
 def metrics(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -125,7 +133,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[list[
     shown = columns(rows)
     groups: dict[str, list[list[str]]] = {}
     for row in rows:
-        group = groups.setdefault(row["kind"], [])
+        group = groups.setdefault(about(row), [])
         kind, *others = [column.cell(row) for column in shown]
         group.append(["" if group else kind, *(cell or "-" for cell in others)])
     return [column.heading for column in shown], list(groups.values())
@@ -151,13 +159,30 @@ def print_table(rows: Sequence[Mapping[str, Any]], skipped: int = 0) -> None:
 
 def say_cut(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line on answers that max_new_tokens ended; empty where there are none."""
-    shares = [f"{row['method']} {row['cut']:.1%}" for row in rows if row["kind"] == "all" and row.get("cut")]
+    shares = [f"{named(row)} {row['cut']:.1%}" for row in rows if row["kind"] == "all" and row.get("cut")]
     return f"cut at max_new_tokens, and scored as they stand: {', '.join(shares)} of the answers" if shares else ""
 
 
-def say_summary(summary: Mapping[str, Any]) -> str:
-    """Lines on the kinds that need the tokens."""
-    said = [legible(f"over the kinds that need the tokens ({', '.join(summary['kinds'])}):")]
+def named(row: Mapping[str, Any]) -> str:
+    """A row's method, of a task if it has one."""
+    return f"{row['task']}: {row['method']}" if row.get("task") else row["method"]
+
+
+def summaries(summary: Mapping[str, Any] | None) -> dict[str, Mapping[str, Any]]:
+    """By task; under no name where there are none."""
+    if summary is None:
+        return {}
+    return {task: each for task, each in summary["tasks"].items() if each} if "tasks" in summary else {"": summary}
+
+
+def say_summary(summary: Mapping[str, Any] | None) -> str:
+    """Lines on the kinds that need the tokens; empty where there are none."""
+    return "\n".join(say_kinds(task, each) for task, each in summaries(summary).items())
+
+
+def say_kinds(task: str, summary: Mapping[str, Any]) -> str:
+    kinds = ", ".join(summary["kinds"])
+    said = [legible(f"over the kinds {f'of {task} ' * bool(task)}that need the tokens ({kinds}):")]
     for name, scores in summary["methods"].items():
         accuracy = percent(scores, "accuracy") + half(scores, "accuracy_ci")
         flops = "FLOPs: decoder {decoder_flops:.3f}, all {prefill_flops:.3f}".format(**scores)
@@ -207,22 +232,33 @@ all decisions, and of the whole prefill, as ratios to the unpruned model."""
 def facts(evaluation: Evaluated) -> dict[str, str]:
     """What was evaluated, and how."""
     asked, found = evaluation.description.get("asked", {}), evaluation.description.get("settings") or {}
-    data, budget = asked.get("data", {}), asked.get("budget") or {}
+    data, budget = by_task(asked.get("data", {})), asked.get("budget") or {}
+    metric = {task: ", ".join(names) for task, names in by_task(asked.get("metric", [])).items()}
+    judge = asked.get("judge") or {}
     known = {
         "checkpoint": asked.get("ckpt"),
         "backbone": asked.get("backbone", {}).get("path"),
-        "data": data and f"{data['path']}, split {data['split']}",
-        "metrics": ", ".join(asked.get("metric", [])),
+        **{f"data {task}".strip(): each and f"{each['path']}, split {each['split']}" for task, each in data.items()},
+        **{f"metrics {task}".strip(): names for task, names in metric.items()},
+        "judge": judge and f"{judge['model']}, temperature {judge['temperature']}",
         "budget": ", ".join(f"{name} {value}" for name, value in budget.items()),
         **{name: json.dumps(setting["options"]) for name, setting in found.items()},
     }
     return {name: str(value) for name, value in known.items() if value}
 
 
+def by_task(said: Any) -> dict[str, Any]:
+    """What evaluation.yaml says of each task; under no name where there are none."""
+    return {"": said} if isinstance(said, list) or "path" in said or not said else said
+
+
 def summary_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The summary as rows of a table."""
-    kinds = ", ".join(summary["kinds"])
-    return [{"kind": kinds, "method": name, **scores, "n": None} for name, scores in summary["methods"].items()]
+    return [
+        {"task": task, "kind": ", ".join(each["kinds"]), "method": name, **scores, "n": None}
+        for task, each in summaries(summary).items()
+        for name, scores in each["methods"].items()
+    ]
 
 
 def latex(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -269,7 +305,7 @@ def frontier(rows: Sequence[Mapping[str, Any]], kind: str = "all") -> bytes:
             "frontier.png needs the package matplotlib: pip install 'glimpseprune[report]', or give plot=false"
         ) from None
 
-    rows = [row for row in rows if row["kind"] == kind]
+    rows = [{**row, "method": named(row)} for row in rows if row["kind"] == kind and row["accuracy"] is not None]
     figure = Figure(figsize=(11, 8), layout="constrained")
     for axis, (key, label) in zip(figure.subplots(2, 2, sharey=True).flat, AXES.items()):
         draw(axis, [row for row in rows if row.get(key) is not None], key)
@@ -361,9 +397,9 @@ def html_row(cells: Sequence[str], tag: str, first: bool = False, text: int = 2)
 
 def html_answers(records: Iterable[Mapping[str, Any]], count: int) -> str:
     """What each method said to ``count`` questions, those before all on which methods disagree."""
-    asked: dict[str, dict[str, Mapping[str, Any]]] = {}
+    asked: dict[Any, dict[str, Mapping[str, Any]]] = {}
     for record in records:
-        asked.setdefault(record["key"], {}).setdefault(record["method"], record)
+        asked.setdefault((record.get("task"), record["key"]), {}).setdefault(record["method"], record)
     chosen = sorted(asked.values(), key=lambda said: len({record["score"] for record in said.values()}) == 1)[:count]
     methods = list(dict.fromkeys(name for said in chosen for name in said))
     rows = [html_row(["question", "answers", *methods], "th", text=len(methods) + 2)]
@@ -371,6 +407,8 @@ def html_answers(records: Iterable[Mapping[str, Any]], count: int) -> str:
         record = next(iter(said.values()))
         shown = [("", record["question"]), ("", " | ".join(record["answers"]))]
         for found in map(said.get, methods):
-            shown.append(("right" if found["score"] >= 0.5 else "wrong", found["prediction"]) if found else ("", ""))
+            score = None if found is None else found["score"]
+            right = "" if score is None else "right" if score >= 0.5 else "wrong"
+            shown.append((right, found["prediction"] if found else ""))
         rows.append("<tr>" + "".join(f"<td class='text {kind}'>{html.escape(x)}</td>" for kind, x in shown) + "</tr>")
     return f"<h2>Answers</h2><div class=scroll><table>{''.join(rows)}</table></div>" if chosen else ""

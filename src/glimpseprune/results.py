@@ -95,6 +95,11 @@ class Earlier:
     panels: list[dict] = field(default_factory=list)
     settings: dict[str, Any] | None = None
 
+    def of(self, task: str) -> Earlier:
+        """What there is of a task, or where there are none."""
+        parts = (self.records, self.timings, self.panels)
+        return Earlier(*([line for line in part if line.get("task", "") == task] for part in parts), self.settings)
+
 
 class Folder:
     """Where an evaluation is written, as a context: by one process at a time.
@@ -150,8 +155,8 @@ class Folder:
             return self.kept
         records = read_lines(self._file(PREDICTIONS))
         if draws > 1 and records:  # the last sample may lack some of its draws
-            last = records[-1]["method"], records[-1]["key"]
-            records = [record for record in records if (record["method"], record["key"]) != last]
+            last = identity(records[-1])
+            records = [record for record in records if identity(record) != last]
         self.is_done = finished and not begun
         timings, panels = read_lines(self._file(TIMINGS)), read_lines(self.work / PANELS)
         self.kept = Earlier(records, timings, panels, self._found().get("settings") or {})
@@ -205,12 +210,27 @@ class Folder:
             self.streams[name] = files.growing(self.work / name, "".join(map(line, lines)))
         files.write(self.work / DESCRIPTION, yaml.safe_dump(self.description, sort_keys=False, allow_unicode=True))
 
-    def finish(self, rows: list[dict[str, Any]], summary: Any, pictures: Mapping[str, bytes]) -> None:
+    def finish(
+        self,
+        rows: list[dict[str, Any]],
+        summary: Any,
+        pictures: Mapping[str, bytes],
+        records: Sequence[dict] | None = None,
+    ) -> None:
         """Write what the lines come to, and a picture per method, of which the first one's is also ``kept.png``; then
-        put all of it in its place. A finished evaluation to which nothing was added stays as it is."""
+        put all of it in its place. A finished evaluation to which nothing was added stays as it is. ``records``: all
+        of predictions.jsonl, if lines of before have changed, for a judge has spoken."""
         if self.is_done and not self.streams:
+            if records is not None:  # the lines last: until they are there the judge is asked again
+                if summary is not None:
+                    files.write_json(self.out / SUMMARY, summary, indent=1)
+                files.write_json(self.out / SCORES, rows, indent=1)
+                files.write(self.out / PREDICTIONS, "".join(map(line, records)))
             return
         self._begin()
+        if records is not None:
+            self.streams.pop(PREDICTIONS).close()
+            files.write(self.work / PREDICTIONS, "".join(map(line, records)))
         for place, (name, picture) in enumerate(pictures.items()):
             files.write(self.work / KEPT / f"{name}.png", picture)
             if place == 0:
@@ -245,6 +265,11 @@ class Folder:
         if not any((self.out / KEPT).iterdir()):
             (self.out / KEPT).rmdir()
         files.remove(self.work)
+
+
+def identity(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What a record is about: its task, method and sample."""
+    return record.get("task", ""), record["method"], record["key"]
 
 
 def require_room(out: Path, allowed: bool) -> bool:

@@ -1,7 +1,8 @@
 """Rewards: ``reward(completions, **fields) -> one number per completion``, found by name, weighted and added.
 
 A reward is a public function here whose first parameter is ``completions``, or any metric of ``metrics.py``: the
-metric is the reward. It may be a coroutine function. ``fields`` are lists beside ``completions``: ``samples``,
+metric is the reward. ``task`` is that of a task, as its file in ``tasks/`` says, so that what is trained is what is
+evaluated. It may be a coroutine function. ``fields`` are lists beside ``completions``: ``samples``,
 ``questions``, ``answers``, ``kinds``, ``truncated``; a function names those it needs and swallows the rest. One that
 has a parameter ``client`` is given the :class:`~glimpseprune.judge.Judge`. Per completion it returns
 
@@ -16,8 +17,7 @@ Neither is silent: a warning says once per reward and reason why there was no va
 validation and evaluation alike (a reference that is met before the limit is met); a reward may think otherwise, as
 ``format`` does.
 
-Left out: the reward for pruning (it is about tokens kept, not about a text; training adds it) and choosing rewards by
-data set (a function can, from ``samples``).
+Left out: the reward for pruning (it is about tokens kept, not about a text; training adds it).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glimpseprune import lookup
+from glimpseprune import lookup, tasks
 from glimpseprune.config import UserError
-from glimpseprune.judge import Judge
+from glimpseprune.judge import PROMPT, Judge
 from glimpseprune.options import JudgeOptions
 
 Values = Sequence[float | None]
@@ -154,19 +154,27 @@ class Rewards:
         return Scores(values, applies, total, valid)
 
 
-def build(weights: Mapping[str, float], judge: JudgeOptions | None = None) -> Rewards:
-    """The rewards called by the names in ``weights``; ``judge`` is used only if one of them wants it.
+def build(weights: Mapping[str, float], judge: JudgeOptions | None = None, task: str | None = None) -> Rewards:
+    """The rewards called by the names in ``weights``; ``judge`` is used only if one of them wants it, and ``task`` says
+    which one the reward of that name is about (default: each sample's, by its data set).
 
     Raises:
-        UserError: as :func:`find` and :class:`Rewards`, or a reward needs a judge and there is none.
+        UserError: as :func:`find` and :class:`Rewards`, a reward needs a judge and there is none, or ``task`` is given
+            and no reward asks for it.
     """
     functions = {name: find(name) for name in weights}
+    if task is not None and "task" not in functions:
+        raise UserError(f"rewards.task={task}: give its reward a weight: rewards.functions={{exact_match: 0, task: 1}}")
+    known = None if task is None else tasks.find(task)
+    if known is not None:
+        functions["task"] = find(known.metrics[0])
+    prompt = known.prompt if known is not None and known.prompt is not None else PROMPT
     wanting = [name for name, function in functions.items() if "client" in inspect.signature(function).parameters]
     if not wanting:
         return Rewards(functions, weights)
     if judge is None:
         raise UserError(f"reward '{wanting[0]}' needs a judge: give its base_url and model")
-    client = Judge(judge)
+    client = Judge(judge, prompt)
     functions |= {name: partial(functions[name], client=client) for name in wanting}
     return Rewards(functions, weights, client)
 
@@ -198,6 +206,25 @@ async def judge(
     values: list[float | None] = [None] * len(completions)
     for i, verdict in zip(rows, verdicts, strict=True):
         values[i] = MISSING if verdict is None else verdict
+    return values
+
+
+def task(
+    completions: Sequence[str], answers: Sequence[Sequence[str]], samples: Sequence[Any], **fields: Any
+) -> list[float | None]:
+    """What the task of each sample's data set is scored by (``rewards.task`` names one for all).
+
+    Raises:
+        UserError: no task is about a data set, or it is scored by a judge.
+    """
+    values: list[float | None] = []
+    for text, references, sample in zip(completions, answers, samples, strict=True):
+        name = tasks.of_dataset(sample.dataset).metrics[0]
+        if name == tasks.JUDGE:
+            raise UserError(
+                f"the data set '{sample.dataset}' is scored by a judge: give rewards.task and rewards.judge"
+            )
+        values += _from_metric([text], [references], lookup.function("glimpseprune.metrics", name, "prediction"))
     return values
 
 

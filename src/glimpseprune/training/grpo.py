@@ -89,7 +89,7 @@ class GRPOModule(StageModule):
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         super().__init__(config, backbone, pruner)
         self.automatic_optimization = False
-        self.rewards = rewards.build(config.rewards.functions, config.rewards.judge)
+        self.rewards = rewards.build(config.rewards.functions, config.rewards.judge, config.rewards.task)
         self.gated = hasattr(pruner, "logits")
         self.samples_masks = self.gated and config.grpo.masks == "sampled"
         self.replays_masks = True

@@ -36,11 +36,10 @@ from glimpseprune.data.sources._fields import SPLITS, Fields
 from glimpseprune.data.sources._pictures import Folder
 from glimpseprune.data.sources._rows import Held, Joined, Row, Table, table
 from glimpseprune.data.sources._splits import Rows, Unfit, remembered
+from glimpseprune.tasks import LETTER, SHORT
 from glimpseprune.types import Sample
 
 splits = SPLITS
-SHORT = "\nAnswer the question using a single word or phrase."
-LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
 @dataclass
