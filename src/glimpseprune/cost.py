@@ -81,7 +81,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Vip:
-    """The visual importance predictor, as in ``vip.py``; ``probes`` glimpse layers feed it."""
+    """The visual importance predictor, as in ``vip.py``; ``probes`` layers of what looks feed it."""
 
     width: int = 256
     cond_width: int = 512
@@ -94,7 +94,7 @@ class Vip:
         if not hasattr(pruner, "vip"):
             return None
         options = pruner.options
-        probes, blocks = len(options.probe_layers), len(options.vision_layers)
+        probes, blocks = len(pruner.probe_layers), len(pruner.vision_layers)
         return cls(options.width, options.cond_width, blocks, probes)
 
 
