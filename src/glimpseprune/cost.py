@@ -252,6 +252,11 @@ def row_flops(decoder: Decoder, columns: int, queries: int = 1) -> int:
     return 2 * decoder.heads * decoder.head_width * columns * queries
 
 
+def query_key_flops(decoder: Decoder, columns: int) -> int:
+    """Of queries and keys of so many columns in one layer."""
+    return 2 * decoder.width * (decoder.heads + decoder.kv_heads) * decoder.head_width * columns
+
+
 def peek_flops(decoder: Decoder, columns: int) -> int:
     """Of :func:`decoder.peek`: queries, keys and values of all columns in one layer, and one row of attention."""
     width = (decoder.heads + 2 * decoder.kv_heads) * decoder.head_width
