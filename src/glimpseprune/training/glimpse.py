@@ -152,8 +152,8 @@ class GlimpseModule(StageModule):
         return "value" if self.progress < self.config.loss.value_until else "stc"
 
     def training_step(self, inputs: Inputs, index: int) -> Tensor:
-        """The sum of what ``loss`` weighs: KL to the unpruned answer, pruning pressure, mask and answer loss, and what a
-        look may learn from the unpruned model's attention and private layers from its answer. Means are over all ranks'
+        """The sum of what ``loss`` weighs: KL to the unpruned answer, pruning pressure, mask and answer loss, and what
+        a look may learn from the unpruned model's attention, private layers from its answer. Means are over all ranks'
         answer tokens or samples, so that the number of ranks changes nothing."""
         config, progress = self.config.loss, self.progress
         shared = self.share(inputs)
