@@ -132,7 +132,7 @@ class Wiping(early.Options):
 
     private_layers: int = option(2, "private layers")
     last_layer: int | None = option(2, "no visual token is left after this layer")
-    width: int = option(16, "so small that the look is most of the cost")
+    width: int = option(64, "so small that the look is most of the cost")
     cond_width: int = option(16, "so small")
 
 
