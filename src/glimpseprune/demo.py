@@ -3,9 +3,9 @@
 ``python -m src.demo`` is ``make demo``. ``python -m src.demo plus=true`` (``make demo-plus``) goes on from there:
 GlimpsePrune+ on a harder task (larger images, more distractors, worn handwriting), where the base is weak. Each runs on
 two CPU cores in less than ten minutes and downloads nothing. ``early=true`` trains a private look on the same
-questions, too (conf/early.yaml), about as long again, and ends with both in one table. Every step is one of the ordinary commands,
-shown as it is run. What is done already is not done again: a demo that was interrupted goes on, a finished one shows its
-table.
+questions, too, about as long again, and ends with both in one table. Every step is one of the ordinary commands,
+shown as it is run. What is done already is not done again: a demo that was interrupted goes on, a finished one shows
+its table.
 """
 
 from __future__ import annotations
