@@ -10,3 +10,4 @@ export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 MALLOC_TOP_PAD_=2684
 .venv/bin/python -m src.train conf/early.yaml data.path=runs/demo-data out=runs/early overwrite=true "$@"
 .venv/bin/python -m src.evaluate ckpt=runs/early data.path=runs/fresh-data data.split=val 'controls=[none]' \
   data.batch_size=64 max_new_tokens=6 bootstrap=0 pictures=0 out=runs/early/fresh
+.venv/bin/python -m src.evaluate ckpt=runs/early data.batch_size=64 max_new_tokens=6
