@@ -326,7 +326,7 @@ def test_a_pruner_without_a_gate(capsys):
     assert "fits: " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         plan.main(base)
-    assert "stage=glimpse trains the pruner 'glimpse', not 'none'" in capsys.readouterr().err
+    assert "stage=glimpse trains the pruner 'glimpse' or 'early', not 'none'" in capsys.readouterr().err
 
 
 def test_a_model_of_another_kind(tmp_path):
