@@ -54,7 +54,7 @@ def test_nothing_is_said_where_it_is_not_asked_for(recwarn):
 def test_restarts_that_cannot_be(recwarn):
     wrong = config(restarts=1)
     wrong.train = ["glimpse", "vip", "lora"]
-    with pytest.raises(UserError, match=r"watch\.restarts: only glimpse and vip"):
+    with pytest.raises(UserError, match=r"watch\.restarts: only glimpse, private layers and vip"):
         Astray(wrong)
     with pytest.raises(UserError, match=r"watch\.restarts: .*ZeRO"):
         Astray(config(restarts=1), Zero.__new__(Zero))

@@ -84,6 +84,16 @@ def test_a_training_that_was_killed_before_its_first_checkpoint_begins_anew(ran)
     assert "overwrite=true" not in dict(ran)["train"]
 
 
+def test_a_private_look_beside_the_glimpse(ran, capsys):
+    demo.main(["early=true"])
+    assert [verb for verb, _ in ran] == ["prepare", "train", "evaluate", "train", "evaluate", "compare"]
+    assert ran[-1][1] == ["runs/demo", "runs/demo-early", "out=runs/demo-early/compare"]
+    assert ran[3][1][0] == "conf/early.yaml" and "out=runs/demo-early" in ran[3][1]
+    with pytest.raises(SystemExit):
+        demo.main(["early=true", "plus=true"])
+    assert "give one of plus=true and early=true" in capsys.readouterr().err
+
+
 def test_stage_2_leaves_stage_1_alone(ran):
     demo.main([])
     ran.clear()

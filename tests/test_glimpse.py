@@ -8,7 +8,7 @@ from glimpseprune import attention, decoder
 from glimpseprune.config import UserError
 from glimpseprune.decoder import View, append, approach, branch, run_layers, start
 from glimpseprune.generate import generate
-from glimpseprune.pruners import build, glimpse
+from glimpseprune.pruners import _gated, build, glimpse
 from glimpseprune.types import Needs
 
 OPTIONS = {"prune_layer": 0, "probe_layers": [0], "vision_layers": [0], "width": 16, "cond_width": 16, "num_heads": 2}
@@ -97,9 +97,9 @@ QUESTION = [  # image 7, padding 0
 @pytest.mark.parametrize(("ids", "expected"), QUESTION)
 def test_the_question_is_what_comes_behind_the_last_image(ids, expected):
     ids = torch.tensor([ids])
-    assert glimpse.question(ids, ids != 0, 7).long().tolist() == [expected]
+    assert _gated.question(ids, ids != 0, 7).long().tolist() == [expected]
     everything = torch.tensor([row for row, _ in QUESTION])
-    assert glimpse.question(everything, everything != 0, 7).any(1).all()
+    assert _gated.question(everything, everything != 0, 7).any(1).all()
 
 
 @pytest.mark.parametrize("text", ["", "two"])
@@ -126,19 +126,19 @@ LOGITS = torch.tensor([2.0, -1.0, 0.5, -3.0, 0.0] + [-5.0, -4.0, 9.0])  # two ro
     ],
 )
 def test_chosen(settings, expected) -> None:
-    keep = glimpse.chosen(LOGITS, [5, 3], **settings)
+    keep = _gated.chosen(LOGITS, [5, 3], **settings)
     assert [row.nonzero().flatten().tolist() for row in keep.split([5, 3])] == expected
 
 
 def test_max_keep_is_compared_as_a_fraction() -> None:
     logits = torch.linspace(1, -1, 100)
-    keep = glimpse.chosen(logits, [100], threshold=float(logits.sigmoid()[29]), max_keep=0.29)
+    keep = _gated.chosen(logits, [100], threshold=float(logits.sigmoid()[29]), max_keep=0.29)
     assert int(keep.sum()) == 29  # though .29 * 100 < 29 in floating point
 
 
 def test_min_keep_above_the_number_of_tokens(tiny) -> None:
     with pytest.raises(UserError, match="min_keep is 4 but a prompt has only 3 visual tokens"):
-        glimpse.chosen(LOGITS, [5, 3], min_keep=4)
+        _gated.chosen(LOGITS, [5, 3], min_keep=4)
     pruner = build("glimpse", {"vision_layers": (1,), "min_keep": 999, **VIP}, tiny)
     with pytest.raises(UserError, match="min_keep is 999"):
         generate(tiny, pruner, prompts(tiny), max_new_tokens=1)

@@ -121,7 +121,7 @@ def test_help_says_the_range(capsys):
     [
         ("train=[]", "give one part or more"),
         ("train=[vip,vip]", "each once"),
-        ("train=[nothing]", "train: no part 'nothing', choose from glimpse, vip, lora, decoder, vision"),
+        ("train=[nothing]", "train: no part 'nothing', choose from glimpse, private, vip, lora, decoder, vision"),
         ("backbone.min_pixels=9 backbone.max_pixels=8", "backbone.min_pixels=9 is above backbone.max_pixels=8"),
         ("grpo.num_masks=3", "grpo.num_masks=3 must divide grpo.num_generations=8"),
         ("loss.kl=0 loss.pressure=0", "there is nothing to train for"),

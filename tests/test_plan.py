@@ -50,7 +50,7 @@ def world(cfg: plan.PlanConfig) -> tuple[Any, Inputs, memory.Model, memory.Load]
     """A real module with a batch, and what the plan thinks of them."""
     torch.manual_seed(0)
     backbone = backbones.load(BASE, dtype=cfg.backbone.dtype)
-    pruner = build("glimpse", cfg.pruner.options, backbone)
+    pruner = build(cfg.pruner.name, cfg.pruner.options, backbone)
     if cfg.lora is not None:
         lora.inject(backbone, cfg.lora, pruner.stops[0].depth)
     module = {"glimpse": Driven, "grpo": Untrained}[cfg.stage](cfg, backbone, pruner)
@@ -118,6 +118,18 @@ def test_a_step_of_stage_1(dtype, batch, sight, recipe):
     assert held.optimizer == size_of(moments) and held.buffers == 0
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("recipe", [[], ["pruner.options.private_layers=3", "loss.attention=1"], ["loss.answer_kl=1"]])
+def test_a_step_of_stage_1_with_private_layers(dtype, batch, recipe):
+    answers = ["pruner.options.complete=true"] if "loss.answer_kl=1" in recipe else []
+    cfg = load("conf/early.yaml", f"backbone.dtype={dtype}", f"data.batch_size={batch}", *recipe, *answers)
+    module, inputs, model, size = world(cfg)
+    with (saved := Saved(module)):
+        module.training_step(inputs, 0)
+    assert moment("loss", cfg, model, size).saved == pytest.approx(saved.bytes, rel=0.1)
+
+
 @pytest.mark.parametrize("batch", [1, 4])
 @pytest.mark.parametrize(
     ("name", "progress", "more"),
@@ -167,9 +179,10 @@ def test_a_step_of_stage_2(dtype, trains):
         assert moment(name, cfg, model, size).saved == pytest.approx(saved.bytes, rel=near), name
 
 
-@pytest.mark.parametrize("stage", ["conf/demo.yaml", "conf/demo_plus.yaml"])
+@pytest.mark.parametrize("stage", ["conf/demo.yaml", "conf/early.yaml", "conf/demo_plus.yaml"])
 def test_the_skeleton_is_the_module(stage):
-    cfg = load(stage, "conf/backbones/tiny.yaml", "init_from=null", "data.batch_size=1")
+    more = ["conf/backbones/tiny.yaml"] if "early" not in stage else []
+    cfg = load(stage, *more, "init_from=null", "data.batch_size=1")
     module, _, model, _ = world(cfg)
     assert plan.describe(module) == model
 
@@ -314,7 +327,7 @@ def test_a_pruner_without_a_gate(capsys):
     assert "fits: " in capsys.readouterr().out
     with pytest.raises(SystemExit):
         plan.main(base)
-    assert "stage=glimpse trains the pruner 'glimpse', not 'none'" in capsys.readouterr().err
+    assert "stage=glimpse trains the pruner 'glimpse' or 'early', not 'none'" in capsys.readouterr().err
 
 
 def test_a_model_of_another_kind(tmp_path):

@@ -53,6 +53,7 @@ GLIMPSE = {
     "num_heads": 2,
     "dropout": 0.0,
 }
+EARLY = {name: GLIMPSE[name] for name in ("vision_layers", "width", "cond_width", "num_heads")}
 SAMPLES = [
     Sample("a", "what?", ("ab",), [picture(140, 112)], [[(0, 0, 30, 30)]], scene="one"),
     Sample("b", "why?", ("c",), [picture(140, 112)], [[(80, 60, 139, 111)]], scene="one"),
@@ -60,18 +61,28 @@ SAMPLES = [
 ]
 
 
-def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, sight: str = "one", **loss: float) -> Any:
+def stage(
+    name: str = "qwen2_5_vl",
+    kind: type = GlimpseModule,
+    sight: str = "one",
+    early: dict[str, Any] | None = None,
+    **loss: float,
+) -> Any:
     backbone = TINY[name]("sdpa")
     torch.manual_seed(1)
     config = TrainConfig(
         out="",
+        train=["glimpse", "vip"] if early is None else ["private", "vip"],
         backbone=BackboneOptions(path=""),
         data=DataOptions(path=""),
         loss=LossOptions(**loss),
         grpo=GRPOOptions(max_completion_length=4),
         rewards=RewardOptions({"format": 1.0}),
     )
-    module = kind(config, backbone, build("glimpse", GLIMPSE | {"sight": sight}, backbone))
+    pruner = (
+        build("glimpse", GLIMPSE | {"sight": sight}, backbone) if early is None else build("early", early, backbone)
+    )
+    module = kind(config, backbone, pruner)
     module.log = module.log_dict = lambda *_, **__: None
     return module
 
@@ -88,8 +99,12 @@ def stage(name: str = "qwen2_5_vl", kind: type = GlimpseModule, sight: str = "on
         ({"sight": "question"}, 0.9),
         ({"sight": "question", "kl": 1.0, "answer": 1.0}, 0.9),
         ({"dropped": 4}, 0.9),
+        ({"early": EARLY}, 0.9),
+        ({"early": EARLY | {"private_layers": 2}, "kl": 0.0, "mask": 1.0, "attention": 1.0}, 0.9),
+        ({"early": EARLY | {"private_layers": 2, "complete": True}, "answer": 1.0, "answer_kl": 1.0}, 0.1),
     ],
-    ids=["stc", "value", "boxes", "mask", "both", "question", "question, both", "dropped"],
+    ids=["stc", "value", "boxes", "mask", "both", "question", "question, both", "dropped"]
+    + ["early", "early, attention", "early, answers"],
 )
 def test_flops_of_a_step_against_torch(monkeypatch, name, loss, progress):
     monkeypatch.setattr(GlimpseModule, "progress", progress)

@@ -81,7 +81,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Vip:
-    """The visual importance predictor, as in ``vip.py``; ``probes`` glimpse layers feed it."""
+    """The visual importance predictor, as in ``vip.py``; ``probes`` layers of what looks feed it."""
 
     width: int = 256
     cond_width: int = 512
@@ -94,7 +94,7 @@ class Vip:
         if not hasattr(pruner, "vip"):
             return None
         options = pruner.options
-        probes, blocks = len(options.probe_layers), len(options.vision_layers)
+        probes, blocks = len(pruner.probe_layers), len(pruner.vision_layers)
         return cls(options.width, options.cond_width, blocks, probes)
 
 
@@ -250,6 +250,11 @@ def kv_bytes(shapes: Shapes, columns: int | Sequence[Span], itemsize: int = 2) -
 def row_flops(decoder: Decoder, columns: int, queries: int = 1) -> int:
     """Of the logits of ``queries`` rows of attention, all heads, taken once more from q and k that are there."""
     return 2 * decoder.heads * decoder.head_width * columns * queries
+
+
+def query_key_flops(decoder: Decoder, columns: int) -> int:
+    """Of queries and keys of so many columns in one layer."""
+    return 2 * decoder.width * (decoder.heads + decoder.kv_heads) * decoder.head_width * columns
 
 
 def peek_flops(decoder: Decoder, columns: int) -> int:

@@ -2,8 +2,10 @@
 
 ``python -m src.demo`` is ``make demo``. ``python -m src.demo plus=true`` (``make demo-plus``) goes on from there:
 GlimpsePrune+ on a harder task (larger images, more distractors, worn handwriting), where the base is weak. Each runs on
-two CPU cores in less than ten minutes and downloads nothing. Every step is one of the ordinary commands, shown as it is
-run. What is done already is not done again: a demo that was interrupted goes on, a finished one shows its table.
+two CPU cores in less than ten minutes and downloads nothing. ``early=true`` trains a private look on the same
+questions, too, about as long again, and ends with both in one table. Every step is one of the ordinary commands,
+shown as it is run. What is done already is not done again: a demo that was interrupted goes on, a finished one shows
+its table.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ TASK = "tags"
 @dataclass
 class DemoConfig:
     plus: bool = option(False, "stage 2 on the harder task, from the stage-1 run (which is trained first if need be)")
+    early: bool = option(False, "a private look (conf/early.yaml) beside the glimpse, in <out>-early: as long again")
     out: str = option("runs/demo", "stage-1 run folder")
     data: str = option("runs/demo-data", "folder of shards")
     overwrite: bool = option(False, "do again what is done already (plus=true: only stage 2)", role=START)
@@ -41,10 +44,14 @@ class DemoConfig:
 def main(cfg: DemoConfig) -> None:
     began = time.perf_counter()
     recipe = "conf/demo_plus.yaml" if cfg.plus else "conf/demo.yaml"
+    if cfg.plus and cfg.early:
+        raise UserError("give one of plus=true and early=true")
     config.load(TrainConfig, [recipe, "backbone.path=x", *cfg.overrides])  # what is wrong there is said at once
     files.require_folder(cfg.data)
     if not cfg.plus:
         out = stage1(cfg, cfg.overwrite)
+        if cfg.early:
+            beside(cfg, out)
     else:
         if not (Path(cfg.out) / "trainable.safetensors").is_file():
             stage1(cfg, overwrite=False)
@@ -63,6 +70,15 @@ def stage1(cfg: DemoConfig, overwrite: bool) -> str:
     trained(title, cfg.out, ["conf/demo.yaml", f"data.path={data}", *cfg.overrides], overwrite)
     step("3/3 evaluate beside the controls", "evaluate", evaluation(cfg.out, data))
     return cfg.out
+
+
+def beside(cfg: DemoConfig, out: str) -> None:
+    """The private look, trained and evaluated as the glimpse in ``out``, and both in one table."""
+    early = f"{out}-early"
+    title = "a private look: train its layer and VIP with KL, no boxes"
+    trained(title, early, ["conf/early.yaml", f"data.path={cfg.data}", *cfg.overrides], cfg.overwrite)
+    step("evaluate it beside the controls", "evaluate", [f"ckpt={early}", "resume=true"])
+    step("both", "compare", [out, early, f"out={early}/compare"])
 
 
 def stage2(cfg: DemoConfig) -> str:

@@ -25,6 +25,15 @@ def answer_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return F.cross_entropy(logits[mask].float(), ids[mask], reduction="sum") / max(int(mask.sum()), 1)
 
 
+def attention_kl(target: Tensor, logits: Tensor, counts: Sequence[int]) -> Tensor:
+    """KL(``target`` || softmax of ``logits``) over each row's tokens, mean over rows; [N], rows of ``counts`` tokens.
+
+    ``target`` [N] sums to 1 over each row. Source: TwigVLM++, arXiv 2503.14075 v3, there with a head's scores.
+    """
+    rows = zip(target.split(list(counts)), logits.float().split(list(counts)))
+    return torch.stack([F.kl_div(x.log_softmax(-1), t, reduction="sum") for t, x in rows]).mean()
+
+
 def dice(logits: Tensor, targets: Tensor, counts: Sequence[int]) -> Tensor:
     """1 - 2 |p t| / (|p| + |t|) per row, mean over rows. logits, targets [N], rows of ``counts`` tokens."""
     return mask_loss(logits, targets, counts, dice=1.0, bce=0.0)

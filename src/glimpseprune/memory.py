@@ -216,6 +216,26 @@ def glimpse_saved(decoder: cost.Decoder, load: Load, layers: int, probes: int, a
     return cache_bytes(decoder, load.itemsize, load.batch, columns, layers) + load.batch * probed
 
 
+def private_saved(decoder: cost.Decoder, load: Load, layers: int, answers: bool = False) -> float:
+    """The whole prompt through ``layers`` decoder layers that train, of the last one queries and keys alone; or, where
+    ``answers`` come out of it, all of it, with them behind the prompt. And rows of attention, at most of all text. In
+    half precision weights are float32 all the same: they, and what linear layers share, are cast for each."""
+    itemsize, columns = load.itemsize, load.prompt + (load.answer - 1 if answers else 0)
+    width, heads, half = decoder.width, decoder.heads * decoder.head_width, load.itemsize < 4
+    keys = decoder.kv_heads * decoder.head_width
+    column = layer_saved(decoder, itemsize, full=True) + half * 3 * width * itemsize
+    whole = columns * column + load.padded * mask_saved(itemsize, 1, columns, columns)
+    last = whole if answers else columns * (8 * width + (width + heads + keys) * itemsize)
+    casts = (
+        half
+        * itemsize
+        * width
+        * (layers * (heads + keys) + (layers - (not answers)) * (heads + keys + 3 * decoder.mlp))
+    )
+    rows = rows_saved(decoder, load.text, columns, layers)
+    return load.batch * ((layers - 1) * whole + last + rows) + casts
+
+
 def rows_saved(decoder: cost.Decoder, looks: int, columns: int, probes: int) -> float:
     """Rows of attention of so many positions, in float32: their log-softmax, and what the sum over positions keeps."""
     return 8 * decoder.heads * looks * columns * probes
@@ -306,6 +326,17 @@ class Model:
     """Where the pruner decides: decoder layers that have run, and whether the cache is pruned, too."""
     asks: bool = False
     """Whether the glimpse is as many columns as the question has tokens."""
+    private: int = 0
+    """Layers of the method's own, through which the prompt goes where there is no glimpse."""
+
+    def look_saved(self, load: Load, answers: bool = False) -> float:
+        """Of what looks, for the backward pass; with an answer behind it."""
+        decoder, probes = self.shapes.decoder, self.vip.probes
+        if self.private:
+            return private_saved(decoder, load, self.private, answers)
+        if answers:
+            return through_saved(decoder, load, probes, self.asks)
+        return glimpse_saved(decoder, load, self.probed, probes, self.asks)
 
     def held_columns(self, load: Load) -> float:
         """Columns of a rollout's prompt that a decoder layer caches, mean over layers: ``load.keep`` of the visual
@@ -330,18 +361,17 @@ def moments(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
 
 def _stage1(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
     if model.vip is None:
-        raise UserError(f"stage=glimpse trains the pruner 'glimpse', not '{cfg.pruner.name}'")
+        raise UserError(f"stage=glimpse trains the pruner 'glimpse' or 'early', not '{cfg.pruner.name}'")
     shapes, decoder, b, loss = model.shapes, model.shapes.decoder, load.itemsize, cfg.loss
     words = load.batch * load.answer * decoder.vocab
     waiting = prompt_bytes(shapes, load, model.depth, model.vip.blocks)
     saved, cache, logits = vip_saved(model.vip, shapes, load.batch * load.visual), waiting, 0
     whole = cache_bytes(decoder, b, load.batch, load.prompt + load.answer, decoder.layers)
-    if loss.answer:
-        saved += through_saved(decoder, load, model.vip.probes, model.asks)
+    through = bool(loss.answer or loss.answer_kl)
+    saved += model.look_saved(load, through)
+    if through:
         cache += whole
         logits += words * (b + 16)  # as they are; in float32; log-softmax; gradients of both
-    else:
-        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes, model.asks)
     scratch = scratch_bytes(decoder, b, load.batch * (load.prompt + load.answer))
     found = [_prompting(model, load, waiting)]
     if not loss.kl:
@@ -382,9 +412,9 @@ def _stage2(cfg: TrainConfig, model: Model, load: Load) -> list[Peak]:
             scratch_bytes(decoder, b, load.batch * load.prompt),
         ),
     ]
-    if model.vip and options.masks == "sampled" and {"glimpse", "vip"} & set(cfg.train):
+    if model.vip and options.masks == "sampled" and {"glimpse", "private", "vip"} & set(cfg.train):
         saved = vip_saved(model.vip, shapes, load.batch * load.visual)
-        saved += glimpse_saved(decoder, load, model.probed, model.vip.probes, model.asks)
+        saved += model.look_saved(load)
         found.append(Peak("masks' loss", saved, waiting, 0, 0))
     if model.first is not None:
         rows = min(options.micro_batch, rollouts)

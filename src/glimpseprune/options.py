@@ -18,7 +18,7 @@ Accelerator = Literal["auto", "cpu", "gpu", "cuda"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true", "16-true", "32", "bf16", "16"]
 """Lightning's, without float64 and those that need a package more."""
 LOGGERS = ("tensorboard", "csv", "wandb")
-PARTS = ("glimpse", "vip", "lora", "decoder", "vision")
+PARTS = ("glimpse", "private", "vip", "lora", "decoder", "vision")
 PIXELS = 1 << 26
 """Of the largest image that is read."""
 DEVICES = (
@@ -135,7 +135,18 @@ class LossOptions:
     kl: float = option(1.0, "weight of KL(teacher || student) on the answer", least=0, most=1e6)
     pressure: float = option(1.0, "weight of the pruning pressure, once ramped up", least=0, most=1e6)
     mask: float = option(0.0, "weight of the mask loss (needs boxes)", least=0, most=1e6)
-    answer: float = option(0.0, "weight of the cross-entropy of the answer through the glimpse", least=0, most=1e6)
+    answer: float = option(
+        0.0, "weight of the cross-entropy of the answer through the glimpse, or private layers", least=0, most=1e6
+    )
+    answer_kl: float = option(
+        0.0, "weight of KL(teacher || the answer through private layers): `early`", least=0, most=1e6
+    )
+    attention: float = option(
+        0.0, "weight of KL(the teacher's attention to visual tokens || that of the look): `early`", least=0, most=1e6
+    )
+    attention_layer: int | None = option(
+        None, "decoder layer whose attention that is, from K on; null: at two thirds of the depth", least=0, most=1000
+    )
     pressure_kind: Literal["hinge", "budget", "mean"] = option(
         "hinge", "hinge: relu(mean gate - target) per sample; budget: the same per batch; mean: mean gate"
     )
@@ -159,8 +170,9 @@ class LossOptions:
     bce: float = option(0.1, "weight of binary cross-entropy within the mask loss", least=0, most=1e6)
 
     def __post_init__(self) -> None:
-        if not (self.kl or self.pressure or self.mask or self.answer):
-            raise UserError("loss: kl, pressure, mask and answer are all 0: there is nothing to train for")
+        names = ("kl", "pressure", "mask", "answer", "answer_kl", "attention")
+        if not any(getattr(self, name) for name in names):
+            raise UserError(f"loss: {', '.join(names[:-1])} and {names[-1]} are all 0: there is nothing to train for")
         if self.exact and self.dropped is None:
             raise UserError("loss.exact: without loss.dropped every step is exact; leave it out")
 
@@ -320,6 +332,7 @@ class WatchOptions:
 @dataclass
 class OptimOptions:
     glimpse_lr: float = option(1e-3, "learning rate of the glimpse token", least=0, most=10)
+    private_lr: float = option(3e-4, "learning rate of a method's private layers", least=0, most=10)
     vip_lr: float = option(1e-3, "learning rate of the visual importance predictor", least=0, most=10)
     lora_lr: float = option(1e-4, "learning rate of the adapters", least=0, most=10)
     decoder_lr: float = option(1e-6, "learning rate of the decoder's own weights", least=0, most=10)
@@ -378,7 +391,9 @@ class TrainConfig:
     backbone: BackboneOptions = option(BackboneOptions)
     pruner: PrunerOptions = option(PrunerOptions)
     train: list[str] = option(
-        ["glimpse", "vip"], "what trains, of glimpse, vip, lora, decoder (its layers), vision (tower and merger)"
+        ["glimpse", "vip"],
+        "what trains, of glimpse, private (a method's own decoder layers), vip, lora, decoder (its layers), vision "
+        "(tower and merger)",
     )
     lora: LoraOptions | None = option(None, "adapters on the decoder; {} for the defaults")
     data: DataOptions = option(DataOptions)

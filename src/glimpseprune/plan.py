@@ -111,7 +111,8 @@ def describe(stage: StageModule) -> Model:
     steps = [(stop.depth, stop.prune_cache) for stop in pruner.stops]
     first, vip = min(trained, default=None), cost.Vip.of(pruner)
     asks = getattr(getattr(pruner, "options", None), "sight", None) == "question"
-    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps, asks)
+    private = len(getattr(pruner, "private", ()))
+    return Model(stage.backbone.shapes, stage.depth, first, vip, probed, dict(counts), steps, asks, private)
 
 
 def visual_tokens(architecture: Any, options: BackboneOptions, image: str) -> int:

@@ -20,7 +20,7 @@ from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
 from glimpseprune.cost import attention_flops, layer_flops, peek_flops, row_flops
 from glimpseprune.decoder import View, branch, peek, run_layers
-from glimpseprune.pruners import glimpse
+from glimpseprune.pruners import early, glimpse
 from glimpseprune.pruners._columns import at_columns, top
 from glimpseprune.types import Decision, Needs, Stop
 
@@ -127,6 +127,16 @@ class Twice(glimpse.Pruner):
 
 
 @dataclass
+class Wiping(early.Options):
+    """Two private layers and, before the decoder's last layer, no visual token any more."""
+
+    private_layers: int = option(2, "private layers")
+    last_layer: int | None = option(2, "no visual token is left after this layer")
+    width: int = option(64, "so small that the look is most of the cost")
+    cond_width: int = option(16, "so small")
+
+
+@dataclass
 class Asking(glimpse.Options):
     """The glimpse whose positions are the question's tokens."""
 
@@ -227,4 +237,5 @@ METHODS = {
     "private": method(Private, to_budget=to_keep),
     "staged": method(Staged, to_budget=to_keep),
     "twice": method(Twice, glimpse.Options),
+    "wiping": method(early.Pruner, Wiping),
 }

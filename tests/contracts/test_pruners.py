@@ -507,7 +507,7 @@ def test_a_method_with_logits_trains(name, on) -> None:
     """One step of stage 1 against the box and the unpruned model: what is trained has gradients, nothing else."""
     backbone = TINY[on]()
     pruner = build(name, backbone)
-    parts = [part for part in ("glimpse", "vip") if hasattr(pruner, part)]
+    parts = [part for part in ("glimpse", "private", "vip") if hasattr(pruner, part)]
     config = TrainConfig(out="", train=parts or ["vip"], backbone=BackboneOptions(path=""), data=DataOptions(path=""))
     if not hasattr(pruner, "all_logits"):
         with pytest.raises(UserError, match="trains the pruner 'glimpse'"):

@@ -10,8 +10,7 @@ so).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glimpseprune import attention
 from glimpseprune.backbones import LVLM
 from glimpseprune.config import UserError, option
-from glimpseprune.cost import Vip, layer_flops, row_flops, vip_flops
+from glimpseprune.cost import layer_flops, row_flops
 from glimpseprune.decoder import View, append, branch, run_layers
 from glimpseprune.host import Columns, upload
-from glimpseprune.pruners._columns import at_columns, depth_after, require_minimum
+from glimpseprune.pruners._gated import Gated, GatedOptions, Gaze, best, question
 from glimpseprune.sharded import whole
-from glimpseprune.types import Decision, Needs, Ride, Stop
-from glimpseprune.vip import VIP, window_ids
+from glimpseprune.types import Ride
 
 PROBES = ("logits", "log_softmax")
 SIGHTS = ("one", "question")
@@ -51,36 +48,13 @@ PUBLISHED = {
 
 
 @dataclass
-class Options:
-    prune_layer: int = option(
-        0, "prune after this decoder layer, 0-based; beyond the last: after it", least=0, most=1000
-    )
+class Options(GatedOptions):
     probe_layers: tuple[int, ...] = option(
         (0,), "decoder layers whose glimpse logits are seen, <= prune_layer", least=0, most=1000
     )
-    vision_layers: tuple[int, ...] = option(
-        (-1,),
-        "vision-tower layers that condition the predictor, one per block; negative ones count from the last",
-        least=-1000,
-        most=1000,
-    )
-    threshold: float = option(0.5, "keep a token if its probability is above this", least=0, most=1)
-    max_keep: float | None = option(None, "keep at most this fraction of the visual tokens", least=0, most=1)
-    min_keep: int = option(1, "keep at least so many visual tokens; wins over max_keep", least=0, most=10**6)
-    width: int = option(256, "width F of the predictor", least=1, most=65536)
-    cond_width: int = option(512, "width of the condition inside the predictor", least=1, most=65536)
-    num_heads: int = option(4, "heads of the predictor", least=1, most=1024)
     dropout: float = option(0.1, "dropout on the glimpse vectors in training", least=0, below=1)
     sight: str = option("one", "what looks: one position, as published, or question: one for each of its tokens")
     probe: str = option("logits", "what the predictor sees of a row of attention: logits (raw) or log_softmax")
-    windowed: bool = option(
-        False, "the predictor attends within the vision tower's windows, not whole images", was="window"
-    )
-    deep_supervision: bool = option(False, "every block of the predictor has an output and a loss")
-    logit_cap: float | None = option(
-        None, "l -> cap tanh(l / cap), so that dropped tokens can come back", above=0, most=1e6
-    )
-    init_bias: float = option(0.0, "initial bias of the keep logits", least=-1e3, most=1e3)
     init_token: str | None = option(None, "the glimpse starts as a copy of this token of the vocabulary; null: random")
 
     def __post_init__(self) -> None:
@@ -138,16 +112,9 @@ class Glimpse(nn.Module):
         self.norm.weight.fill_(scale)
 
 
-class Pruner(nn.Module):
+class Pruner(Gated):
     def __init__(self, backbone: LVLM, options: Options) -> None:
-        super().__init__()
-        self.options = options
-        self.stops = (Stop(depth_after(options.prune_layer, backbone.num_layers)),)
-        self.probe_layers = tuple(options.probe_layers)
-        named = "pruner.options.vision_layers"
-        self.vision_layers = tuple(backbone.tower_layer(layer, named) for layer in options.vision_layers)
-        self.needs = Needs(states=self.vision_layers)
-        self.window = backbone.window if options.windowed else None
+        super().__init__(backbone, options, options.probe_layers)
         _check(options, backbone)
         self.glimpse = Glimpse(backbone.num_layers, backbone.hidden_size, backbone.norm_eps, options.dropout)
         if options.init_token is not None:
@@ -155,63 +122,25 @@ class Pruner(nn.Module):
         if options.sight == "question":
             table = whole(backbone.text_model.embed_tokens.weight)
             self.glimpse.repeat(torch.linalg.vector_norm(table, dtype=torch.float32) / table.numel() ** 0.5)
-        try:
-            self.vip = VIP(
-                len(self.probe_layers) * backbone.num_heads,
-                backbone.vision_width,
-                len(self.vision_layers),
-                width=options.width,
-                cond_width=options.cond_width,
-                num_heads=options.num_heads,
-                deep_supervision=options.deep_supervision,
-                init_bias=options.init_bias,
-            )
-        except ValueError as error:
-            raise UserError(f"pruner.options: {error}") from error
+        self.vip = self.predictor(backbone)
 
-    def decide(self, view: View) -> Decision:
-        return Decision(at_columns(view, self.mask(self.logits(view), view.counts)), flops=self.flops(view))
-
-    def mask(self, logits: Tensor, counts: Sequence[int]) -> Tensor:
-        """The tokens that stay, bool [N], by their keep logits [N], for rows of ``counts`` tokens."""
-        options = self.options
-        return chosen(logits, counts, options.threshold, options.max_keep, options.min_keep)
-
-    def flops(self, view: View) -> Tensor:
-        """Per row [B]: the glimpse through the probed layers, its logits once more, the predictor on every image."""
-        shapes, vip, probed = view.backbone.shapes, Vip.of(self), max(self.probe_layers) + 1
+    def look_flops(self, view: View) -> Tensor:
+        """Per row [B]: the glimpse through the probed layers, and its logits once more."""
+        decoder, probed = view.backbone.shapes.decoder, max(self.probe_layers) + 1
         columns = view.state.mask.sum(1)  # [B]
         looks = self.looks(view.encoded.input_ids, view.encoded.mask, view.backbone)[view.state.row]  # [B]
-        glimpse = probed * layer_flops(shapes.decoder, looks, columns)
-        glimpse += row_flops(shapes.decoder, columns + looks, len(set(self.probe_layers)) * looks)
+        glimpse = probed * layer_flops(decoder, looks, columns)
+        glimpse += row_flops(decoder, columns + looks, len(set(self.probe_layers)) * looks)
         if self.options.sight == "question":
-            glimpse += 2 * shapes.decoder.width**2 * looks  # W on its tokens
-        predictor = [vip_flops(vip, shapes, segments) for segments in self.segments(view)]
-        return glimpse + upload(predictor, columns.device)
-
-    def segments(self, view: View) -> list[list[int]]:
-        """Per row: sizes of the segments of tokens within which the predictor attends."""
-        if view.untouched and self.window is None:
-            return [[rows * cols for rows, cols in row] for row in view.encoded.grids]
-        ids = window_ids([grid for row in view.encoded.grids for grid in row], self.window)
-        rows = ids[view.tokens.cpu()].split(view.counts)
-        return [row.unique(return_counts=True)[1].tolist() for row in rows]
-
-    def logits(self, view: View) -> Tensor:
-        """Keep logits [N]; sigmoid of them is the probability to keep. Gradients reach ``glimpse`` and ``vip``."""
-        return self.all_logits(view)[-1]
-
-    def all_logits(self, view: View) -> Tensor:
-        """Keep logits of every output of the predictor, the deciding one last: [1, N], or [blocks, N] under deep
-        supervision. ``view.state`` holds the prompt, run at least to the last probe layer."""
-        return self._predict(view, self.probe(view))
+            glimpse += 2 * decoder.width**2 * looks  # W on its tokens
+        return glimpse
 
     def ride(self, view: View) -> Ride | None:
         """The glimpse, to go along with the prompt; None in training, where its gradient does not need the prompt's."""
         if self.training:
             return None
         vectors, looking = self._vectors(view)
-        gaze = _Gaze(self, view, looking)
+        gaze = self._gaze(view, looking)
         return Ride(vectors, looking, gaze, self.probe_layers, gaze.found)
 
     def probe(self, view: View) -> Tensor:
@@ -235,7 +164,7 @@ class Pruner(nn.Module):
             Keep logits as :meth:`all_logits`, and next-token logits [B, T, vocabulary] for ``answer_ids``.
         """
         probe, hidden = self._run(view, view.backbone.num_layers, answer_ids, answer_mask)
-        return self._predict(view, probe), view.backbone.logits(hidden[:, -1 - answer_ids.shape[1] : -1])
+        return self.predict(view, probe), view.backbone.logits(hidden[:, -1 - answer_ids.shape[1] : -1])
 
     def looks(self, input_ids: Tensor, mask: Tensor, backbone: LVLM) -> Tensor:
         """How many positions look at each prompt [B, S], [B]."""
@@ -270,82 +199,26 @@ class Pruner(nn.Module):
         if answer_ids is not None:
             embeds = torch.cat([embeds, view.backbone.embed(answer_ids)], 1)  # [B, n + T, D]
             mask = torch.cat([upload(looking, answer_mask.device), answer_mask], 1)  # [B, n + T]
-        gaze = _Gaze(self, view, looking, answer_mask)
+        gaze = self._gaze(view, looking, answer_mask)
         state = append(branch(view.state), embeds, mask)
         state = run_layers(view.backbone, state, stop, probe=gaze, probed=self.probe_layers, inject=vectors)
         return gaze.found(), state.hidden
 
-    def precision(self, view: View) -> AbstractContextManager:
-        """The predictor multiplies in bfloat16 beside a language model of half precision on a GPU, where its own
-        float32 would take longer than the layers that it spares; sums, RoPE and logits stay float32. Training has its
-        own ``trainer.precision``."""
-        hidden = view.state.hidden
-        if self.training or not hidden.is_cuda or hidden.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast("cuda", torch.bfloat16)
-
-    def _predict(self, view: View, probe: Tensor) -> Tensor:
-        states = [view.pick(view.encoded.states[layer]) for layer in self.vision_layers]
-        grids = [grid for row in view.encoded.grids for grid in row]
-        left = () if view.untouched else (view.tokens, view.rows)
-        with self.precision(view):
-            logits = self.vip(probe, states, grids, self.window, *left)
-        logits = logits.float()  # [outputs, N]
-        cap = self.options.logit_cap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-class _Gaze:
-    """Notes what the positions that look see of the visual tokens: the probe of their layers' calls.
-
-    Args:
-        looking: bool [B, n], on the host: which of them are no padding.
-        answer_mask: bool [B, T] of the columns that come behind them.
-    """
-
-    def __init__(self, pruner: Pruner, view: View, looking: Tensor, answer_mask: Tensor | None = None) -> None:
-        self.view, self.layers, self.kind = view, pruner.probe_layers, pruner.options.probe
-        mask, self.count = view.state.mask, looking.shape[1]
-        self.numbers = upload(looking.sum(1), mask.device)  # [B]
-        self.padded, self.looking = not looking.all(), upload(looking, mask.device)
-        behind = self.looking if answer_mask is None else torch.cat([self.looking, answer_mask], 1)
-        self.answer = behind.shape[1] - self.count
+    def _gaze(self, view: View, looking: Tensor, answer_mask: Tensor | None = None) -> Gaze:
+        """Of the positions ``looking`` bool [B, n] behind the prompt, and columns of an answer [B, T] behind them."""
+        mask, count = view.state.mask, looking.shape[1]
+        seen = upload(looking, mask.device)
+        seen = seen if answer_mask is None else torch.cat([seen, answer_mask], 1)
+        answer = seen.shape[1] - count
         # As published over the whole key row: an answer behind the glimpse counts in the sum, though the glimpse does
         # not attend to it. Only what is of the glimpse itself is seen in its order.
-        later = torch.ones(self.count, self.count, dtype=torch.bool, device=mask.device).triu(1)
-        later = F.pad(later, (mask.shape[1], self.answer))  # [n, S + n + T]
-        self.visible = torch.cat([mask, behind], 1)[:, None] & ~later  # [B, n, S + n + T]
-        self.seen: dict[int, Tensor] = {}
-
-    def __call__(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
-        last = query.shape[2] - self.answer
-        rows = attention.logits(query[:, :, last - self.count : last], key, scaling)  # [B, H, n, S + n + T]
-        if self.kind == "log_softmax":
-            rows = rows.masked_fill(~self.visible[:, None], torch.finfo(rows.dtype).min).log_softmax(-1)
-        rows = rows[..., : self.view.state.mask.shape[1]]  # [B, H, n, S]
-        if self.padded:
-            rows = rows.masked_fill(~self.looking[:, None, :, None], -torch.inf)
-        row = rows.logsumexp(2) - self.numbers.float().log()[:, None, None]  # [B, H, S]
-        self.seen[layer] = self.view.of_visual(row.transpose(1, 2))  # [N, H]
-
-    def found(self) -> Tensor:
-        """[N, probe layers x H]"""
-        return torch.cat([self.seen[layer] for layer in self.layers], -1)
+        later = torch.ones(count, count, dtype=torch.bool, device=mask.device).triu(1)
+        later = F.pad(later, (mask.shape[1], answer))  # [n, S + n + T]
+        visible = torch.cat([mask, seen], 1)[:, None] & ~later  # [B, n, S + n + T]
+        return Gaze(view, self.probe_layers, looking, visible, answer, self.options.probe)
 
 
-def question(input_ids: Tensor, mask: Tensor, image_token: int) -> Tensor:
-    """The tokens of each prompt's question, bool [B, S]: all that come behind its last image, the turn's end and the
-    answer's beginning with them; images come first in a prompt. Never none: the last token, where an image is last."""
-    images = (input_ids == image_token) & mask
-    ahead = images.long().flip(1).cumsum(1).flip(1)  # [B, S] images' tokens here or later
-    order = mask.long().cumsum(1)
-    last = order == order[:, -1:]
-    return mask & ((ahead == 0) | (last & images))
-
-
-def to_budget(keep_ratio: float, backbone: LVLM) -> dict[str, float]:
-    """The tokens with the highest logits, whatever their probabilities."""
-    return {"threshold": 0.0, "max_keep": keep_ratio}
+to_budget = best
 
 
 def token_embedding(backbone: LVLM, token: str) -> Tensor:
@@ -364,37 +237,6 @@ def token_id(processor: Any, token: str) -> int:
     if token not in vocabulary:
         raise UserError(f"pruner.options.init_token={token!r} is not a token of this backbone's vocabulary")
     return vocabulary[token]
-
-
-def chosen(
-    logits: Tensor, counts: Sequence[int], threshold: float = 0.5, max_keep: float | None = None, min_keep: int = 1
-) -> Tensor:
-    """Which visual tokens stay: bool [N] from keep logits [N] of rows with ``counts`` tokens (docs/method.md §1.5).
-
-    A row's tokens are counted over all its images: probability above ``threshold``; if that is more than the fraction
-    ``max_keep``, the top floor(max_keep V); if it is fewer than ``min_keep``, the top ``min_keep``.
-
-    Raises:
-        UserError: ``min_keep`` above the tokens of a row.
-    """
-    for count in counts:
-        require_minimum(min_keep, count)
-    rows, sizes = logits.detach().float(), torch.tensor(counts)
-    columns = Columns.counted(counts)
-    if not columns.full:  # rows of unequal length: padding has the least of all logits
-        places = upload(columns.mask.flatten().nonzero()[:, 0], rows.device)
-        rows = rows.new_full((columns.mask.numel(),), -torch.inf).index_copy(0, places, rows)
-    rows = rows.view(columns.mask.shape)  # [B, V]
-    keep = rows.sigmoid() > threshold
-    number = keep.sum(1)  # [B]
-    wanted = number
-    if max_keep is not None:
-        most, totals = (upload(x, rows.device) for x in ((max_keep * sizes.double()).long(), sizes.double()))
-        wanted = torch.where(number / totals > max_keep, most, number)
-    wanted = wanted.clamp(min=min_keep)[:, None]
-    rank = rows.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # [B, V]
-    keep = torch.where(wanted == number[:, None], keep, rank < wanted).flatten()
-    return keep if columns.full else keep[places]
 
 
 def state_from_published(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -442,10 +284,8 @@ def options_from_published(config: Mapping[str, Any]) -> Options:
 def _check(options: Options, backbone: LVLM) -> None:
     """Raise UserError where the options do not fit together or not the backbone."""
     where = "pruner.options."
-    if not options.probe_layers or not options.vision_layers:
-        raise UserError(f"{where}probe_layers and {where}vision_layers need at least one layer each")
+    if not options.probe_layers:
+        raise UserError(f"{where}probe_layers needs at least one layer")
     last = min(options.prune_layer, backbone.num_layers - 1)
     if wrong := [layer for layer in options.probe_layers if not 0 <= layer <= last]:
         raise UserError(f"{where}probe_layers={wrong}: the glimpse runs through layers 0 to {last} (prune_layer)")
-    if options.windowed and backbone.window is None:
-        raise UserError(f"{where}windowed=true: this backbone's vision tower has no windows")

@@ -33,9 +33,10 @@ class Astray(L.Callback):
     def __init__(self, config: TrainConfig, strategy: Any = None):
         self.config, self.watch = config, config.watch
         self.high = self.restarts = self.origin = 0
-        if self.watch.restarts and (config.stage != "glimpse" or set(config.train) - {"glimpse", "vip"}):
+        if self.watch.restarts and (config.stage != "glimpse" or set(config.train) - {"glimpse", "private", "vip"}):
             raise UserError(
-                "watch.restarts: only glimpse and vip can begin anew, in stage=glimpse, where nothing else trains"
+                "watch.restarts: only glimpse, private layers and vip can begin anew, in stage=glimpse, where nothing "
+                "else trains"
             )
         if self.watch.restarts and isinstance(strategy, Zero):
             raise UserError("watch.restarts: weights that ZeRO splits cannot begin anew: give trainer.strategy=ddp")

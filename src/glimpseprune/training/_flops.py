@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops, row_flops, vip_flops
+from glimpseprune.cost import Shapes, Vip, layer_flops, prefill_flops, query_key_flops, row_flops, vip_flops
 from glimpseprune.options import LossOptions
 from glimpseprune.types import Layout
 from glimpseprune.vip import window_ids
@@ -38,6 +38,8 @@ class Work:
     decoder_trains: bool = False
     asks: bool = False
     """Whether the glimpse is made of the question's tokens."""
+    private: int = 0
+    """Layers of the method's own, through which the prompt goes where there is no glimpse."""
 
 
 def of_sample(
@@ -64,11 +66,14 @@ def of_sample(
         + _run(work, depth, prompt - begun, begun)
         + 3 * vip_flops(work.vip, shapes, segments)
     )
-    behind = answer if loss.answer else 0
-    total += 3 * row_flops(shapes.decoder, prompt + looks + behind, work.vip.probes * looks)
+    behind = answer if loss.answer and not work.private else 0
+    keys = prompt if work.private else prompt + looks + behind
+    total += 3 * row_flops(shapes.decoder, keys, work.vip.probes * looks)
     if work.asks:
         total += 2 * 2 * shapes.decoder.width**2 * looks  # W on the tokens, which need no gradient
-    if loss.answer:  # the glimpse with the answer behind it, through every layer
+    if work.private:
+        total += _private(work, prompt, answer if loss.answer or loss.answer_kl else 0, head)
+    elif loss.answer:  # the glimpse with the answer behind it, through every layer
         total += _run(work, layers - depth, prompt - begun, begun)
         total += _run(work, layers, answer + looks, prompt, weights=weights) + 2 * head
     else:  # of the last layer nothing behind queries and keys is used
@@ -76,11 +81,13 @@ def of_sample(
         probed = 2 * decoder.width * (decoder.heads + decoder.kv_heads) * decoder.head_width * looks
         total += _run(work, work.probed - 1, looks, prompt, weights=weights)
         total += _run(work, 1, looks, prompt) + weights * probed
-    if loss.kl:
-        follow = answer - 1
-        if not loss.answer:
+    follow = answer - 1
+    taught = loss.kl or loss.answer_kl or loss.attention
+    if taught or loss.answer and work.private:
+        if not loss.answer or work.private:
             total += _run(work, layers - depth, prompt - begun, begun)
-        total += _run(work, layers, follow, prompt) + head  # the teacher
+        total += taught and _run(work, layers, follow, prompt) + head  # the teacher
+    if loss.kl:
         kept, thinned = text + loss.target * visual, estimator == "stc" and loss.dropped is not None
         there = min(prompt, kept + loss.dropped) if thinned else prompt
         total += _run(work, depth, follow, prompt, weights=weights)
@@ -94,6 +101,15 @@ def of_sample(
             pairs = depth * follow * (prompt + follow) + (layers - depth) * (kept + follow) * keys
             total += 4 * pairs * shapes.decoder.heads * shapes.decoder.head_width
     return total
+
+
+def _private(work: Work, prompt: int, answer: int, head: float) -> float:
+    """The prompt through private layers, whose weights all train, and behind it an answer, where one is asked for: else
+    of the last one queries and keys alone."""
+    if not answer:
+        return _run(work, work.private - 1, prompt, weights=2) + 3 * query_key_flops(work.shapes.decoder, prompt)
+    follow = answer - 1
+    return _run(work, work.depth, follow, prompt) + _run(work, work.private, prompt + follow, weights=2) + 2 * head
 
 
 def _run(work: Work, layers: int, new: float, cached: int = 0, *, weights: float = 0.0) -> float:

@@ -65,7 +65,7 @@ class StageModule(L.LightningModule):
         """
         if part not in PARTS:
             raise UserError(f"train: no part '{part}', choose from {', '.join(PARTS)}")
-        if part in ("glimpse", "vip"):
+        if part in ("glimpse", "private", "vip"):
             if not hasattr(self.pruner, part):
                 raise UserError(f"train: the pruner '{self.config.pruner.name}' has no {part} to train")
             return list(getattr(self.pruner, part).parameters())

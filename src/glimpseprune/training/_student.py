@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from glimpseprune.attention import Away, Gate
+from glimpseprune.attention import Away, Gate, Probe
 from glimpseprune.backbones import LVLM
 from glimpseprune.decoder import append, branch, cut, run_layers
 from glimpseprune.types import Prefill, Stop
 
 
-def behind(backbone: LVLM, state: Prefill, ids: Tensor, mask: Tensor) -> Tensor:
+def behind(backbone: LVLM, state: Prefill, ids: Tensor, mask: Tensor, probe: Probe | None = None) -> Tensor:
     """Logits [B, T, vocabulary] that predict the tokens ``ids`` [B, T] behind a prompt that has run through all layers:
-    as :func:`.decoder.follow` behind one that waits."""
+    as :func:`.decoder.follow` behind one that waits. ``probe`` sees the layers of all tokens but the last."""
     hidden = state.hidden[:, -1:]
     if ids.shape[1] > 1:
         tokens = append(branch(state), backbone.embed(ids[:, :-1]), mask[:, :-1])
-        tokens = run_layers(backbone, tokens, backbone.num_layers)
+        tokens = run_layers(backbone, tokens, backbone.num_layers, probe=probe)
         hidden = torch.cat([hidden, tokens.hidden], 1)  # [B, T, D]
     return backbone.logits(hidden)
 

@@ -20,7 +20,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from glimpseprune import decoder, losses, prefix
+from glimpseprune import attention, decoder, losses, prefix
 from glimpseprune.attention import Gate
 from glimpseprune.config import UserError
 from glimpseprune.cost import Vip
@@ -62,11 +62,29 @@ class GlimpseModule(StageModule):
 
     def __init__(self, config: TrainConfig, backbone: Any, pruner: nn.Module):
         if not hasattr(pruner, "all_logits"):
-            raise UserError(f"stage=glimpse trains the pruner 'glimpse', not '{config.pruner.name}'")
+            raise UserError(f"stage=glimpse trains the pruner 'glimpse' or 'early', not '{config.pruner.name}'")
         super().__init__(config, backbone, pruner)
         if "vision" in config.train:
             raise UserError("train: stage=glimpse leaves the vision tower as it is; train vision with stage=grpo")
         self.told = False
+        self.private = hasattr(pruner, "private")
+        if config.loss.answer_kl and not self.private:
+            raise UserError("loss.answer_kl needs a method with private layers, such as pruner.name=early")
+        if self.private and (config.loss.answer or config.loss.answer_kl) and not pruner.options.complete:
+            raise UserError(
+                "loss.answer and loss.answer_kl take an answer out of the private layers: pruner.options.complete=true"
+            )
+        if config.loss.attention and not self.depth <= self.looked_at < backbone.num_layers:
+            raise UserError(
+                f"loss.attention_layer={config.loss.attention_layer}: give one of the decoder's layers from K on, "
+                f"{self.depth} to {backbone.num_layers - 1}"
+            )
+
+    @property
+    def looked_at(self) -> int:
+        """The decoder layer whose attention the look is to imitate."""
+        layer, layers = self.config.loss.attention_layer, self.backbone.num_layers
+        return 2 * layers // 3 if layer is None else layer
 
     # ------------------------------------------------------------------------------------------------- one step
 
@@ -75,11 +93,14 @@ class GlimpseModule(StageModule):
         and take one glimpse (with gradients)."""
         encoded, state = self.prompt(inputs)
         config, whole = self.config.loss, None
-        if config.kl or config.answer or not self.training:
+        through, looked = config.answer or config.answer_kl, (self.looked_at,) if config.attention else ()
+        if config.kl or through or looked or not self.training:
             with torch.no_grad():
-                whole = prefix.run(self.backbone, state, self.backbone.num_layers, self.alike(inputs, encoded, state))
-        if self.training and config.answer:
-            logits, through = self.pruner.with_answer(self.view(encoded, whole), inputs.answer_ids, inputs.answer_mask)
+                alike = self.alike(inputs, encoded, state)
+                whole = prefix.run(self.backbone, state, self.backbone.num_layers, alike, probes=looked)
+        if self.training and through:
+            view = self.view(encoded, state if self.private else whole)
+            logits, through = self.pruner.with_answer(view, inputs.answer_ids, inputs.answer_mask)
             return Shared(encoded, state, logits, whole, through)
         return Shared(encoded, state, self.pruner.all_logits(self.view(encoded, state)), whole)
 
@@ -87,11 +108,27 @@ class GlimpseModule(StageModule):
         """Logits that predict the answer ``ids`` [B, T], given a prompt at depth K: [B, T, vocabulary]."""
         return decoder.follow(self.learner, state, ids, mask, gate=gate)
 
-    def kl(self, shared: Shared, ids: Tensor, mask: Tensor) -> Tensor:
-        """KL(teacher || student) on the answer ``ids`` [B, T]."""
+    @torch.no_grad()
+    def teach(self, shared: Shared, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The unpruned model's logits for the answer ``ids`` [B, T, vocabulary], and what it looks at while it answers:
+        of each row a distribution over its visual tokens, [N], mean over heads and the answer's tokens."""
+        if not self.config.loss.attention:
+            return behind(self.backbone, shared.whole, ids, mask), None
+        visual = shared.state.visual
+        size, seen = visual.shape[1], [shared.whole.probes[self.looked_at].transpose(1, 2)[:, :, None]]  # [B, H, 1, S]
+
+        def see(layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+            if layer == self.looked_at:
+                seen.append(attention.logits(query, key[:, :, :size], scaling))  # [B, H, T - 1, S]
+
+        teacher = behind(self.backbone, shared.whole, ids, mask, see)
+        rows = torch.cat(seen, 2).masked_fill(~visual[:, None, None], -torch.inf).softmax(-1).mean(1)  # [B, T, S]
+        rows = (rows * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return teacher, rows[visual]
+
+    def kl(self, shared: Shared, teacher: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """KL(teacher || student) on the answer ``ids`` [B, T], of which ``teacher`` are the logits."""
         dropped, exact = self.config.loss.dropped, self.config.loss.exact
-        with torch.no_grad():
-            teacher = behind(self.backbone, shared.whole, ids, mask)  # [B, T, vocabulary]
         gate = self.gate(shared, self.estimator)
         if dropped is None or gate.estimator != "stc":
             return losses.kl(teacher, self.answer_logits(shared.state, ids, mask, gate), mask)
@@ -115,8 +152,9 @@ class GlimpseModule(StageModule):
         return "value" if self.progress < self.config.loss.value_until else "stc"
 
     def training_step(self, inputs: Inputs, index: int) -> Tensor:
-        """The sum of what ``loss`` weighs: KL to the unpruned answer, pruning pressure, mask and answer loss. Means are
-        over all ranks' answer tokens or samples, so that the number of ranks changes nothing."""
+        """The sum of what ``loss`` weighs: KL to the unpruned answer, pruning pressure, mask and answer loss, and what
+        a look may learn from the unpruned model's attention, private layers from its answer. Means are over all ranks'
+        answer tokens or samples, so that the number of ranks changes nothing."""
         config, progress = self.config.loss, self.progress
         shared = self.share(inputs)
         logits, counts = shared.logits[-1], shared.counts
@@ -128,8 +166,10 @@ class GlimpseModule(StageModule):
         mean = self.mean_over_ranks(own)
         share = own[0] / mean[0].clamp(min=1)  # of all answer tokens
         terms: dict[str, tuple[float, Tensor]] = {}
+        if config.kl or config.answer_kl or config.attention:
+            teacher, looked = self.teach(shared, ids, mask)
         if config.kl:
-            terms["kl"] = config.kl, self.kl(shared, ids, mask) * share
+            terms["kl"] = config.kl, self.kl(shared, teacher, ids, mask) * share
         if config.pressure:
             ramp = min(1.0, max(0.0, progress - config.pressure_from) / max(config.pressure_ramp, 1e-6))
             others = mean[1] - own[1] if config.pressure_kind == "budget" else 0.0  # the budget is one for all
@@ -143,6 +183,10 @@ class GlimpseModule(StageModule):
             terms["mask"] = config.mask, lies
         if config.answer:
             terms["answer"] = config.answer, losses.answer_loss(shared.through, ids, mask) * share
+        if config.answer_kl:
+            terms["answer_kl"] = config.answer_kl, losses.kl(teacher, shared.through, mask) * share
+        if config.attention:
+            terms["attention"] = config.attention, losses.attention_kl(looked, logits, counts)
         loss = sum(weight * value for weight, value in terms.values())
         keep = self.pruner.mask(logits.detach(), counts)
         values = {name: value for name, (_, value) in terms.items()} | {"keep_ratio": keep.float().mean()}
@@ -155,9 +199,10 @@ class GlimpseModule(StageModule):
     def flops(self, inputs: Inputs) -> float:
         """As :mod:`.flops` counts them."""
         vip, trains = Vip.of(self.pruner), "decoder" in self.config.train
-        probed, asks = max(self.pruner.probe_layers) + 1, self.pruner.options.sight == "question"
+        probed, asks = max(self.pruner.probe_layers) + 1, getattr(self.pruner.options, "sight", "") == "question"
+        private = len(self.pruner.private) if self.private else 0
         work = flops.Work(
-            self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains, asks
+            self.backbone.shapes, vip, self.pruner.window, self.depth, probed, self.config.loss, trains, asks, private
         )
         ids, mask = inputs.prompt["input_ids"], inputs.prompt["attention_mask"].bool()
         layouts = self.backbone.layouts(inputs.prompt)
