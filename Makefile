@@ -17,9 +17,9 @@ ARGS        ?=
 CPU_WHEELS  := https://download.pytorch.org/whl/cpu
 BIN         := .venv/bin
 GPU_TESTS   := tests/contracts tests/golden $(patsubst %,tests/test_%.py,aligned attention blocks budget \
-               controls cost decoder devices divprune evaluate export fastv generate glimpse grpo layers llava \
+               controls cost decoder devices divprune early evaluate export fastv generate glimpse grpo layers llava \
                lora losses prefix pretrain pyramiddrop qwen3_vl rollout seen steps student tower training types \
-               vip visionzip windows)
+               vip visionzip waves windows)
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import clock, counters, inference, rows, runner, training, world
+from benchmarks import clock, counters, feeding, inference, rows, runner, training, world
 from benchmarks.__main__ import main
 from benchmarks.cases import Bench, Case
 from benchmarks.clock import AGAIN, Late, Spread, Turns
@@ -364,7 +364,9 @@ def test_a_case_gives_rows(name, small, monkeypatch):
     monkeypatch.setattr(inference, "LONG", 4)
     monkeypatch.setattr(inference, "BATCHES", (2,))
     monkeypatch.setattr(small, "size", replace(small.size, trained=small.size.trained[1:]))
-    bench = Bench(small, until=time.monotonic() + 5, rounds=1, memory=world.MIB, counting=False)
+    for figure, value in (("SAMPLES", 8), ("SHARDS", 2), ("WORKERS", 1)):
+        monkeypatch.setattr(feeding, figure, value)
+    bench = Bench(small, until=time.monotonic() + 2, rounds=1, memory=world.MIB, counting=False)
     found = list(runner.CASES[name].run(bench))
     assert found and not [row.note for row in found if "failed" in row.note]
     assert all(row.value.median > 0 or "select" in row.case or "vip" in row.case for row in found if row.value)

@@ -662,7 +662,7 @@ def test_bonus_and_penalty_point_the_right_way(options, metric, rises) -> None:
         ({"num_masks": 3}, "num_masks=3.*divide.*num_generations=4"),
         ({"adapted": False}, "no adapters"),
         ({"train": ["lora", "glimpse"], "pruner": "oracle"}, "'oracle' has no glimpse"),
-        ({"train": ["everything"]}, "no part 'everything'.*glimpse, vip, lora, decoder"),
+        ({"train": ["everything"]}, "no part 'everything'.*glimpse, private, vip, lora, decoder"),
     ],
 )
 def test_wrong_settings_are_told(options, message) -> None:
