@@ -9,7 +9,7 @@ PYTHON      ?= python3
 VENV_FLAGS  ?=
 TORCH       ?= torch==2.13.0
 EXTRAS      ?= train,data,demo,report,dev
-TEST_JOBS   ?= 2
+TEST_JOBS   ?= 3
 KILLS       ?= 20
 DEVICE      ?= cuda
 ARGS        ?=

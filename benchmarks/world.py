@@ -28,6 +28,8 @@ HUGGING_FACE = "Hugging Face"
 RAGGED = (0.031, 0.10, 0.061, 0.05, 0.087, 0.04, 0.075, 0.056)
 """Fractions of the visual tokens that the rows of a batch keep, in turn."""
 MIB = 2**20
+SECONDS = {True: 0.5, False: 2.0}
+"""That each rate is measured for, on a GPU or not."""
 
 
 @dataclass(frozen=True)
@@ -329,7 +331,7 @@ class Rates:
 def _fastest(run: Callable[[], object], device: torch.device) -> float:
     """Seconds, the least of several."""
     run()
-    ends = time.monotonic() + (0.5 if device.type == "cuda" else 2.0)
+    ends = time.monotonic() + SECONDS[device.type == "cuda"]
     took = [elapsed(run, device)[0] for _ in range(3)]
     while time.monotonic() < ends:
         took.append(elapsed(run, device)[0])

@@ -97,7 +97,9 @@ def test_a_folder_of_parquet_files(datasets, tmp_path, monkeypatch):
     assert len(read(tmp_path / "files")) == len(read(tmp_path / "files", "test")) == COUNT
 
 
-def test_what_is_no_table_is_named(datasets, tmp_path):
+def test_what_is_no_table_is_named(datasets, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"options.path=.*empty: cannot be read as a table"):
         read(tmp_path / "empty")

@@ -141,7 +141,7 @@ def test_rollouts_are_reinforced_alike(recipe, tmp_path):
     """Two ranks that draw answers of other lengths; what they draw, and the gradient that they make of it."""
     args = [*recipe, *REINFORCE, "trainer.max_steps=2", "trainer.val_every=2", "optim.warmup=0"]
     found = {}
-    for strategy in ("ddp", *SHARED[1:]):
+    for strategy in ("ddp", "zero2", "zero3"):
         run(tmp_path / strategy, [*args, *shared(strategy)])
         lines = map(json.loads, Path(f"{tmp_path / strategy}.diary").read_text().splitlines())
         said = sorted(line[:4] for line in lines if line[1] == 0)
