@@ -23,7 +23,7 @@ GPU_TESTS   := tests/contracts tests/golden $(patsubst %,tests/test_%.py,aligned
 SHELL       := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-plus test test-gpu test-slurm test-faults bench lint format clean
+.PHONY: help install demo demo-plus test test-gpu test-slurm test-long test-faults bench lint format clean
 
 # glibc gives every large activation back to the kernel and faults it in again; keeping it makes torch on a CPU up to
 # ten times faster. Read when a process starts, so it cannot be set from Python.
@@ -52,6 +52,9 @@ test-slurm: .venv/.ok ## Run slurm/ on a throw-away SLURM of two nodes (as root,
 	@command -v slurmctld slurmd sbatch munged > /dev/null || { apt-get -qq update; \
 	apt-get -qq install -y --no-install-recommends slurm-wlm munge; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slurm tests/slurm $(ARGS)
+
+test-long: .venv/.ok ## Run what takes minutes: every strategy resumed, reinforced and split in several processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m long tests $(ARGS)
 
 test-faults: .venv/.ok ## Kill, interrupt and fill the disk of commands at 20 moments each (KILLS=100 for more): an hour or two
 	KILLS=$(KILLS) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadscope \
