@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -150,9 +149,6 @@ def test_every_table_has_its_numbers_and_its_script(table):
         assert set(cfg.sets) == set(viscot.SETS)
 
 
-@pytest.mark.skipif(
-    "tasks" not in {item.name for item in fields(EvaluateConfig)}, reason="src.evaluate takes no tasks yet"
-)
 @pytest.mark.parametrize("bound", BOUNDS)
 @pytest.mark.parametrize("table", [table for table in TABLES if table.startswith("freeform")])
 def test_a_table_in_prose_is_an_evaluation(table, bound):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -275,6 +277,28 @@ def test_what_cannot_be_captured_is_decoded_step_by_step(gpu, monkeypatch) -> No
     with torch.no_grad(), pytest.warns(UserWarning, match="decoding runs launch by launch.*capturing"):
         done = decoding(backbone, prefill(backbone, backbone.encode(prompts(backbone)), Half()))
     assert done.replay is None and not done.fixed and not backbone.replays
+
+
+@pytest.mark.parametrize(
+    "said", ["called a synchronizing CUDA operation", "a prototype that may miss synchronizations"]
+)
+def test_what_waits_is_refused_before_it_is_recorded(said, monkeypatch) -> None:
+    """torch warns of a wait, and of the mode itself; the mode is put back."""
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    refused = pytest.raises(RuntimeError, match=r"test_steps.py:\d+ waits for the device")
+    with refused if "called" in said else nullcontext(), replay.unwaited():
+        warnings.warn(said, stacklevel=1)
+    assert modes == ["warn", 0]
+
+
+def test_a_copy_of_a_backbone_has_no_graphs() -> None:
+    backbone = copy.copy(TINY["qwen2_5_vl"]())
+    backbone.captured, backbone.pools = {"a": (x for x in ())}, {"b": (x for x in ())}  # which nothing can copy
+    made = copy.deepcopy(backbone)
+    assert made.captured == made.pools == {} and backbone.captured and backbone.pools
+    assert torch.equal(made.lm_head.weight, backbone.lm_head.weight)
 
 
 def test_columns_on_the_host() -> None:
